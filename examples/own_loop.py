@@ -1,0 +1,33 @@
+"""P3EFT in a torch loop of your own, over two operators that you start on this machine.
+
+blindtune serve --model minilm --port 8001 --no-auth &
+blindtune serve --model minilm --port 8002 --no-auth &
+python examples/own_loop.py
+"""
+
+import torch
+
+import blindtune as bt
+
+texts = [
+    "the rash came back after two days",
+    "no complaints since the last visit",
+    "a dull ache in the lower back, worse at night",
+    "sleeping well and walking every day",
+] * 16
+labels = [1, 0, 1, 0] * 16  # never leave this process
+
+backbone = bt.Backbone(["http://127.0.0.1:8001", "http://127.0.0.1:8002"])
+model = bt.PrivateModel(backbone, head=bt.LinearHead(backbone.hidden_size, 2), method=bt.P3EFT(steps=10))
+model.prepare(texts, labels)  # frozen features of the texts; starts the head and the decoys
+optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+
+for step in range(10):
+    chosen = torch.randperm(len(texts))[:16].tolist()
+    output = model([texts[i] for i in chosen], [labels[i] for i in chosen])
+    optimizer.zero_grad()
+    output.loss.backward()  # shares of the gradient go to the two operators
+    optimizer.step()
+    print(step, {name: round(value, 3) for name, value in output.parts.items()}, model.method.report())
+
+bt.save_model(model, "out/own-loop", classes=["well", "ill"])

@@ -1,0 +1,1 @@
+"""The papers' tables and figures, and ours: one command each, results as JSON in experiments/results/."""

@@ -1,0 +1,49 @@
+"""`make demo` over three seeds: accuracy beside the best attack, mean and range. Resumable: finished seeds are kept.
+
+python -m experiments.demo_seeds [SEED ...]
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "demo"
+SEEDS = (0, 1, 2)
+
+
+def run(seed: int) -> dict[str, Any]:
+    """One demo; reads its JSON if it was run before."""
+    path = RESULTS / f"seed-{seed}.json"
+    if not path.exists():
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "blindtune", "demo", "--cache", ".cache", "--output", f"out/demo-{seed}"]
+        subprocess.run([*command, "--seed", str(seed), "--json", str(path)], check=True)
+    return json.loads(path.read_text())
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"mean": statistics.mean(values), "min": min(values), "max": max(values)}
+
+
+def main() -> None:
+    seeds = [int(argument) for argument in sys.argv[1:]] or list(SEEDS)
+    runs = [run(seed) for seed in seeds]
+    summary: dict[str, Any] = {"seeds": seeds, "frozen_accuracy": spread([r["frozen_accuracy"] for r in runs])}
+    for method in ("lora", "p3eft"):
+        numbers = [r["methods"][method] for r in runs]
+        keys = [key for key, value in numbers[0].items() if isinstance(value, float)]
+        summary[method] = {key: spread([n[key] for n in numbers]) for key in keys}
+    summary["accuracy_lost"] = spread(
+        [r["methods"]["lora"]["accuracy"] - r["methods"]["p3eft"]["accuracy"] for r in runs]
+    )
+    (RESULTS / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(json.dumps(summary, indent=2))
+
+
+if __name__ == "__main__":
+    main()

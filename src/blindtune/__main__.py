@@ -1,0 +1,5 @@
+"""`python -m blindtune`: the command line."""
+
+from blindtune.cli import main
+
+main()

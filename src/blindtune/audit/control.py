@@ -1,0 +1,81 @@
+"""The control that an audit stands on: the same attacks on unprotected training, which must succeed.
+
+If they fail on a plain LoRA adapter that was trained on these very texts and labels, they say nothing about a
+defended run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from blindtune.audit.attackers import Attacked, Finding, scored_rows
+from blindtune.audit.attackers import Plan as AttackPlan
+from blindtune.audit.labels import ATTACKS
+from blindtune.audit.observe import Recomputation, Row, View, pad_rows
+from blindtune.models import LoraLayout
+
+STEPS, BATCH, TEXTS, RATE = 100, 32, 1000, 2e-3
+
+
+def unprotected_control(
+    view: View, plan: AttackPlan, recompute: Recomputation, on_step: Callable[[], None] | None = None
+) -> list[Finding]:
+    """Trains one adapter of the run's shape in the clear on the run's texts, and attacks its activations and shifts."""
+    rows = scored_rows(view, plan)
+    chosen = np.random.default_rng(0).permutation(len(rows))[:TEXTS]
+    rows = [rows[index] for index in chosen]
+    layout, weights = _train(view, rows, plan.labels, recompute, on_step)
+    backbone = recompute.backbone
+    parts: list[Tensor] = []
+    with torch.no_grad():
+        for start in range(0, len(rows), BATCH):
+            tokens = pad_rows(view, rows[start : start + BATCH], backbone)
+            parts.append(backbone.forward(tokens, view.pooling, layout, weights)[0].cpu())
+    hidden = torch.cat(parts).numpy()
+    shift = hidden - recompute.hidden(view, (), rows)[0]
+    labels = np.array([plan.labels[row] for row in rows], dtype=np.int64)
+    result = Attacked("unprotected control", 1, len(rows))
+    for channel, features in {"activation 0": hidden, "shift 0": shift}.items():
+        for attack in ATTACKS.values():
+            result.add(attack, channel, STEPS, features, labels)
+    result.finish()
+    return result.findings
+
+
+def _train(
+    view: View, rows: list[Row], labels: Mapping[Row, int], recompute: Recomputation, on_step: Callable[[], None] | None
+) -> tuple[LoraLayout, Tensor]:
+    """Plain LoRA with a linear head for `STEPS` steps: the adapter's layout and weights `(1, P)`."""
+    assert view.spec is not None  # noqa: S101 - a view with checkpoints has a spec
+    backbone = recompute.backbone
+    layout = LoraLayout(view.spec, backbone.lora.shapes)
+    random = torch.Generator().manual_seed(0)
+    matrices = {
+        name: (
+            torch.randn(1, view.spec.rank, in_features, generator=random) / in_features**0.5,
+            torch.zeros(1, out_features, view.spec.rank),
+        )
+        for name, out_features, in_features in layout.shapes
+    }
+    weights = layout.join(matrices).requires_grad_()
+    classes = sorted({labels[row] for row in rows})
+    head = nn.Linear(backbone.hidden_size, len(classes))
+    optimizer = torch.optim.AdamW([weights, *head.parameters()], lr=RATE, weight_decay=0.0)
+    scale = recompute.hidden(view, (), rows)[0].std()
+    for step in range(STEPS):
+        start = step * BATCH % len(rows)
+        batch = rows[start : start + BATCH]
+        hidden = backbone.forward(pad_rows(view, batch, backbone), view.pooling, layout, weights)[0]
+        target = torch.tensor([classes.index(labels[row]) for row in batch])
+        loss = F.cross_entropy(head(hidden.cpu() / float(scale)), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if on_step is not None:
+            on_step()
+    return layout, weights.detach()

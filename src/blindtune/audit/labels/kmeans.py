@@ -1,0 +1,21 @@
+"""k-means with as many clusters as classes; the score is how much nearer a cluster is than the next best."""
+
+import numpy as np
+from sklearn.cluster import KMeans
+
+from blindtune.audit.labels.registry import attack
+from blindtune.audit.observe import Features
+from blindtune.audit.statistics import Labels, Scores
+
+
+@attack("k-means", knows="nothing")
+def kmeans(features: Features, labels: Labels) -> Scores:
+    clusters = len(np.unique(labels))
+    scale = float(features.std()) or 1.0
+    model = KMeans(clusters, n_init=3, max_iter=50, random_state=0)  # pyright: ignore[reportArgumentType]
+    model.fit(features / scale)
+    distances = model.transform(features / scale).astype(np.float64)  # (N, clusters)
+    if clusters == 2:
+        return distances[:, :1] - distances[:, 1:]
+    others = np.stack([np.delete(distances, j, axis=1).min(1) for j in range(clusters)], axis=1)
+    return others - distances

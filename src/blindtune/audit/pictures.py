@@ -1,0 +1,70 @@
+"""SVG drawings for the report: what a server sees (two principal components) and how attacks fare over time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+
+import numpy as np
+
+from blindtune.audit.attackers import Finding
+from blindtune.audit.labels import principal_components
+from blindtune.audit.observe import Features
+from blindtune.audit.statistics import Labels
+
+COLOURS = ["#2b6cb0", "#dd6b20", "#2f855a", "#9f7aea", "#b7791f", "#c53030", "#319795", "#702459"]
+POINTS = 700
+_SIDE, _MARGIN = 220, 10
+
+
+def scatter(features: Features, labels: Labels, seed: int = 0) -> str:
+    """Two principal components of `(N, d)`, coloured by the true label: the paper's Figure 1."""
+    chosen = np.random.default_rng(seed).permutation(len(features))[:POINTS]
+    points = principal_components(features, 2)[chosen]
+    low, high = np.percentile(points, 1, axis=0), np.percentile(points, 99, axis=0)
+    unit = np.clip((points - low) / np.maximum(high - low, 1e-12), -0.03, 1.03)
+    places = _MARGIN + unit * (_SIDE - 2 * _MARGIN)
+    dots = "".join(
+        f'<circle cx="{x:.1f}" cy="{_SIDE - y:.1f}" r="2.2" fill="{COLOURS[label % len(COLOURS)]}"/>'
+        for (x, y), label in zip(places, labels[chosen].tolist(), strict=True)
+    )
+    return (
+        f'<svg viewBox="0 0 {_SIDE} {_SIDE}" role="img" aria-label="two principal components">'
+        f'<rect width="{_SIDE}" height="{_SIDE}" class="plot"/><g fill-opacity="0.55">{dots}</g></svg>'
+    )
+
+
+def curves(series: Mapping[str, Sequence[Finding]], floor: float) -> str:
+    """AUC over training steps, one line for each named series; the frozen model's floor dashed."""
+    width, height, left, bottom, right = 720, 260, 44, 30, 190
+    last = max((f.step for line in series.values() for f in line), default=1) or 1
+
+    def x(step: float) -> float:
+        return left + (width - left - right) * step / last
+
+    def y(auc: float) -> float:
+        return 10 + (height - bottom - 10) * (1 - (auc - 0.5) / 0.5)
+
+    parts: list[str] = []
+    for tick in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
+        parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
+        parts.append(f'<text x="{left - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:.1f}</text>')
+    for tick in sorted({0, last // 2, last}):
+        parts.append(f'<text x="{x(tick):.1f}" y="{height - 10}" text-anchor="middle">{tick}</text>')
+    parts.append(f'<line x1="{left}" x2="{width - right}" y1="{y(floor):.1f}" y2="{y(floor):.1f}" class="floor"/>')
+    legend: list[tuple[float, str, str]] = []
+    for index, (name, line) in enumerate(series.items()):
+        colour = COLOURS[index % len(COLOURS)]
+        path = " ".join(f"{x(f.step):.1f},{y(max(0.5, f.auc)):.1f}" for f in line)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts += [f'<circle cx="{x(f.step):.1f}" cy="{y(max(0.5, f.auc)):.1f}" r="3" fill="{colour}"/>' for f in line]
+        if line:
+            legend.append((y(max(0.5, line[-1].auc)), name, colour))
+    legend.append((y(floor), "frozen model", "#718096"))
+    previous = -100.0
+    for place, name, colour in sorted(legend):
+        place = max(place, previous + 15)
+        previous = place
+        parts.append(f'<text x="{width - right + 10}" y="{place + 4:.1f}" fill="{colour}">{escape(name)}</text>')
+    title = "best attack without labels (AUC) by training step"
+    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{title}">{"".join(parts)}</svg>'

@@ -1,0 +1,113 @@
+"""What an audit found, in a form for people and for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from blindtune.audit.attackers import FROZEN, Attacked, Finding
+
+COMPUTED = ("activation", "shift", "sent activation")
+"""How channels begin that hold what the model computes."""
+
+CONTROL_AUC = 0.75
+"""An attack on unprotected training that stays below this shows that the attacks are too weak here."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The strongest attacks on one audit, beside its two controls.
+
+    `headline` is the best attack without any label; `probe` the best one that is given all other labels.
+    """
+
+    attacked: list[Attacked]
+    control: list[Finding]
+
+    @property
+    def findings(self) -> list[Finding]:
+        return [finding for result in self.attacked for finding in result.findings]
+
+    @property
+    def headline(self) -> Finding:
+        return strongest(f for f in self.findings if f.knows == "nothing" and f.channel != FROZEN)
+
+    @property
+    def component(self) -> Finding:
+        """The best of the leading principal components, for an attacker who finds out which one it is."""
+        return strongest(f for f in self.findings if f.knows == "which component" and f.channel != FROZEN)
+
+    @property
+    def frozen_component(self) -> Finding:
+        return strongest(f for f in self.findings if f.knows == "which component" and f.channel == FROZEN)
+
+    @property
+    def probe(self) -> Finding:
+        return strongest(f for f in self.findings if f.knows == "all other labels" and f.channel != FROZEN)
+
+    @property
+    def frozen(self) -> Finding:
+        return strongest(f for f in self.findings if f.knows == "nothing" and f.channel == FROZEN)
+
+    @property
+    def frozen_probe(self) -> Finding:
+        return strongest(f for f in self.findings if f.knows == "all other labels" and f.channel == FROZEN)
+
+    @property
+    def control_headline(self) -> Finding:
+        """On activations and shifts: clear gradients always give labels away, which would say nothing about those."""
+        return strongest(f for f in self.control if f.knows == "nothing" and f.channel.startswith(COMPUTED))
+
+    @property
+    def valid(self) -> bool:
+        """Whether the attacks succeed on unprotected training."""
+        return self.control_headline.auc >= CONTROL_AUC
+
+    def best_on(self, *kinds: str, operator: str | None = None) -> Finding | None:
+        """The best attack without labels on channels whose names start with one of `kinds`."""
+        chosen = [
+            f
+            for f in self.findings
+            if f.knows == "nothing" and f.channel.startswith(kinds) and operator in (None, f.operator)
+        ]
+        return strongest(chosen) if chosen else None
+
+    def table(self) -> list[Finding]:
+        """For each server and channel, the best moment of its best attack, with and without labels."""
+        groups: dict[tuple[str, str, str], list[Finding]] = {}
+        for finding in self.findings:
+            groups.setdefault((finding.operator, finding.channel, finding.knows), []).append(finding)
+        return [strongest(group) for group in groups.values()]
+
+    def sentence(self) -> str:
+        """The result in one sentence."""
+        best = self.headline
+        told = (
+            f"The strongest attack without labels reaches AUC {best.interval()} "
+            f"({best.attack} on {best.channel}, {best.operator}, step {best.step})"
+        )
+        control = self.control_headline
+        if not self.valid:
+            return f"{told}; void: on unprotected training it reaches {control.auc:.2f} only, so it proves nothing."
+        return f"{told}; {control.auc:.2f} on unprotected training, {self.frozen.auc:.2f} on the frozen model."
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "headline": asdict(self.headline),
+            "component": asdict(self.component),
+            "probe": asdict(self.probe),
+            "controls": {
+                "unprotected": asdict(self.control_headline),
+                "frozen": asdict(self.frozen),
+                "frozen_component": asdict(self.frozen_component),
+                "frozen_probe": asdict(self.frozen_probe),
+                "valid": self.valid,
+            },
+            "findings": [asdict(finding) for finding in self.findings],
+        }
+
+
+def strongest(findings: Sequence[Finding] | Any) -> Finding:
+    """The finding with the highest AUC."""
+    return max(findings, key=lambda finding: finding.auc)

@@ -1,0 +1,167 @@
+"""`blindtune audit`: attack what servers recorded."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from blindtune.cli.console import console, reporting_errors, write_json
+
+if TYPE_CHECKING:
+    from blindtune.audit import Finding, Verdict
+    from blindtune.training import Examples
+
+
+def audit(
+    transcripts: Annotated[
+        list[Path], typer.Argument(help="Folders that `blindtune serve --record` wrote, one a server.")
+    ],
+    labels: Annotated[str, typer.Option(help="The training file with the true labels, for scoring alone.")],
+    text: Annotated[str, typer.Option(help="Its column of texts.")] = "text",
+    text_pair: Annotated[str | None, typer.Option(help="Its column of second texts.")] = None,
+    label: Annotated[str, typer.Option(help="Its column of labels.")] = "label",
+    model: Annotated[
+        str | None, typer.Option(help="The pretrained model; the one that the transcript names if left out.")
+    ] = None,
+    control: Annotated[
+        list[Path] | None,
+        typer.Option(help="Transcripts of an unprotected run as control; a short one is trained here if left out."),
+    ] = None,
+    tenant: Annotated[str | None, typer.Option(help="Whose run, if several tenants were recorded.")] = None,
+    points: Annotated[int, typer.Option(help="Points in time to attack, spread over the run.")] = 8,
+    max_texts: Annotated[int | None, typer.Option(help="Attack a random sample of texts; all if left out.")] = None,
+    report: Annotated[Path, typer.Option(help="Where to write the HTML report.")] = Path("audit.html"),
+    json: Annotated[Path | None, typer.Option("--json", help="Also write all numbers to this file.")] = None,
+) -> None:
+    """Attack what servers really received, and report what the strongest attack learned.
+
+    Works from transcripts alone, with the pretrained model at hand: every text under the adapters of every step.
+    Unsupervised attacks know nothing; the probe knows all other labels. Two controls stand beside the result: the
+    same attacks on unprotected training, which must succeed, and on the frozen model.
+
+    Example:  blindtune audit seen-by-a seen-by-b --labels notes.csv --text note --label diagnosis
+    """
+    with reporting_errors():
+        from blindtune.training import Columns, load_examples
+
+        examples = load_examples(labels, Columns(text, label, text_pair))
+        settings = AuditSettings(points=points, max_texts=max_texts, model=model, tenant=tenant)
+        named = [(str(folder), folder) for folder in transcripts]
+        verdict = run_audit(named, examples, settings, control=control or [])
+        print_verdict(verdict)
+        from blindtune.audit import write_report
+
+        write_report(report, verdict, title="blindtune audit", classes=examples.classes)
+        console.print(f"Report: {report.resolve()}", soft_wrap=True)
+        write_json(json, verdict.to_json())
+
+
+@dataclass(frozen=True)
+class AuditSettings:
+    """How thorough an audit is."""
+
+    points: int = 8
+    probe_points: int = 3
+    max_texts: int | None = None
+    model: str | None = None
+    tenant: str | None = None
+
+
+def run_audit(
+    transcripts: list[tuple[str, Path]],
+    examples: "Examples",
+    settings: AuditSettings,
+    *,
+    control: Iterable[Path] = (),
+    control_findings: "list[Finding] | None" = None,
+    backbone: Any = None,
+) -> "Verdict":
+    """Attacks `(name, folder)` transcripts with a progress bar.
+
+    The unprotected control is `control_findings`, or the transcripts in `control`, or a short run trained here.
+    """
+    from blindtune.audit import (
+        Plan,
+        Recomputation,
+        Verdict,
+        attack_view,
+        audited_checkpoints,
+        cells,
+        read_view,
+        unprotected_control,
+    )
+    from blindtune.audit.control import STEPS
+    from blindtune.cli.progress import Bars
+    from blindtune.errors import TranscriptError
+    from blindtune.models import load_backbone
+    from blindtune.wire import Transcript
+
+    views = [read_view(Transcript(folder), name, settings.tenant) for name, folder in transcripts]
+    views = [view for view in views if view.messages] or views
+    control_views = [read_view(Transcript(folder), f"control {folder}") for folder in control]
+    recorded = views[0].transcript.recording.models[views[0].model]
+    if backbone is None:
+        backbone = load_backbone(settings.model or recorded.source, dtype=recorded.dtype)
+    for view in [*views, *control_views]:
+        if view.transcript.recording.models[view.model].fingerprint != backbone.fingerprint:
+            raise TranscriptError(
+                f"{view.transcript.folder} was recorded on other weights than {backbone.source.requested!r}.",
+                remedy="Give the same pretrained model with --model.",
+            )
+    plan = Plan(label_rows(examples, views, backbone), settings.points, settings.probe_points, settings.max_texts)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Bars(*columns, console=console) as progress:
+        recompute = Recomputation(backbone)
+        attacked = []
+        everything = [*views, *control_views]
+        for view in everything:
+            rows = [row for row in view.first_seen if row in plan.labels]
+            total = min(len(rows), settings.max_texts or len(rows))
+            task = progress.add_task(f"{view.operator}: recomputing activations", total=2 * total)
+            recompute.on_texts = partial(progress.advance, task)
+            attack_task = progress.add_task(f"{view.operator}: attacking channels", total=cells(view, plan))
+            attacked.append(attack_view(view, plan, recompute, partial(progress.advance, attack_task)))
+            for done in (task, attack_task):
+                progress.update(done, completed=progress.tasks[done].total)
+        main, others = attacked[: len(views)], attacked[len(views) :]
+        if control_findings is None and others:
+            control_findings = [finding for result in others for finding in result.findings]
+        if control_findings is None:
+            trained = next(view for view in views if audited_checkpoints(view, 1))
+            task = progress.add_task("control: unprotected training", total=STEPS)
+            control_findings = unprotected_control(trained, plan, recompute, lambda: progress.advance(task))
+    return Verdict(main, control_findings)
+
+
+def label_rows(examples: "Examples", views: list[Any], backbone: Any) -> dict[tuple[int, ...], int]:
+    """Token rows, as the servers saw them, with their labels."""
+    from blindtune.models import Tokenizer
+
+    longest = max(len(row) for view in views for row in view.first_seen)
+    tokenizer = Tokenizer(backbone.tokenizer, pad_token_id=backbone.pad_token_id, with_types=True)
+    rows = tokenizer.rows(examples.texts, max_length=longest)
+    return {row.ids: label for row, label in zip(rows, examples.labels or [], strict=True)}
+
+
+def print_verdict(verdict: "Verdict") -> None:
+    """The rich table of an audit and its sentence."""
+    table = Table(title="Every channel at its worst moment", title_justify="left")
+    for name in ("server", "channel", "attacker knows", "attack", "step"):
+        table.add_column(name)
+    table.add_column("AUC [95%]", justify="right")
+    for finding in verdict.table():
+        table.add_row(
+            finding.operator,
+            finding.channel,
+            finding.knows,
+            finding.attack,
+            str(finding.step),
+            finding.interval(),
+        )
+    console.print(table)
+    console.print(verdict.sentence(), style="bold" if verdict.valid else "bold red")

@@ -1,0 +1,126 @@
+"""The training progress line, and Ctrl-C that ends a run between two steps."""
+
+import signal
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from types import FrameType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from blindtune.client import Backbone
+from blindtune.training import Step, Trainer
+
+
+class Bars(Progress):
+    """Progress bars; where there is no terminal to draw them on, a line every few seconds."""
+
+    EVERY = 10.0
+    _spoken = 0.0
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        super().advance(task_id, advance)
+        if not self.console.is_terminal and time.monotonic() - self._spoken > self.EVERY:
+            self._spoken = time.monotonic()
+            task = self.tasks[self.task_ids.index(task_id)]
+            status = task.fields.get("status", "")
+            self.console.print(f"{task.description} {task.completed:.0f}/{task.total:.0f} {status}")
+
+
+class Interrupted(Exception):
+    """The user asked to stop; the last complete step is what counts."""
+
+
+def run_steps(
+    trainer: Trainer, console: Console, title: str, *, on_step: Callable[[Step], None] | None = None
+) -> list[Step]:
+    """Runs all remaining steps under a progress bar: loss, steps/s, bytes, μ, ETA.
+
+    Raises:
+        Interrupted: after the step that was under way at the first Ctrl-C.
+    """
+    done: list[Step] = []
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[status]}"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )
+    with Bars(*columns, console=console) as progress, _stop_request() as stopped:
+        task = progress.add_task(title, total=trainer.config.steps, completed=trainer.done, status="")
+        for step in trainer.steps():
+            done.append(step)
+            progress.update(task, status=_status(done))
+            progress.advance(task)
+            if on_step is not None:
+                on_step(step)
+            if stopped():
+                raise Interrupted
+    return done
+
+
+@contextmanager
+def inference_progress(backbone: Backbone, console: Console, title: str, total: int) -> Generator[None]:
+    """A progress bar for the texts that `backbone` runs without gradient meanwhile."""
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Bars(*columns, console=console) as progress:
+        task = progress.add_task(title, total=total)
+        backbone.on_infer = lambda count: progress.advance(task, count)
+        try:
+            yield
+        finally:
+            backbone.on_infer = None
+
+
+def _status(steps: list[Step]) -> str:
+    recent = steps[-20:]
+    loss = sum(step.losses["task"] for step in recent) / len(recent)
+    rate = len(recent) / sum(step.seconds for step in recent)
+    traffic = recent[-1].bytes_sent + recent[-1].bytes_received
+    mu = recent[-1].report.get("gradient_channel_mu")
+    accuracy = sum(step.accuracy for step in recent) / len(recent)
+    shown = f"loss {loss:.3f}  acc {accuracy:.2f}  {rate:.2f} steps/s  {human_bytes(traffic)}/step"
+    return shown if mu is None else f"{shown}  μ {mu:.3f}"
+
+
+def human_bytes(count: float) -> str:
+    """1536 -> 1.5 kB."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+@contextmanager
+def _stop_request() -> Generator[Callable[[], bool]]:
+    """First Ctrl-C: asks to stop after the step. Second: interrupts at once."""
+    asked = False
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(number, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)

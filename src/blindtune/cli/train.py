@@ -1,0 +1,293 @@
+"""`blindtune train` and `blindtune predict`: the data owner's commands."""
+
+import csv
+import json as json_module
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from blindtune.cli import options
+from blindtune.cli.console import console, errors, reporting_errors, write_json
+from blindtune.errors import BlindtuneError, CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from blindtune.methods import Method, PrivateModel
+    from blindtune.training import Examples, TrainConfig
+
+LABELS_HELP = "Column of labels: class names, integers or booleans."
+
+
+def train(
+    server: options.Servers,
+    data: Annotated[
+        str, typer.Option(help="CSV, TSV, JSON lines or Parquet file, or a hub data set such as glue/sst2.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for the checkpoint.")],
+    text: options.TextColumn = "text",
+    text_pair: options.TextPair = None,
+    label: Annotated[str, typer.Option(help=LABELS_HELP)] = "label",
+    classes: Annotated[
+        str | None, typer.Option(help="Class names in order, separated by commas; found in the data if left out.")
+    ] = None,
+    validation: Annotated[str | None, typer.Option(help="File (or hub data set) to validate on.")] = None,
+    validation_fraction: Annotated[float, typer.Option(help="Otherwise this part of the data; 0 for none.")] = 0.1,
+    split: Annotated[str, typer.Option(help="Split of a hub data set to train on.")] = "train",
+    validation_split: Annotated[str, typer.Option(help="Split of a hub data set to validate on.")] = "validation",
+    method: Annotated[
+        str, typer.Option(help="p3eft (labels stay private), lora (they don't), or head_only.")
+    ] = "p3eft",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="An option of the method, e.g. --set n=3; repeat.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the data, if no steps are given.")] = 3.0,
+    batch_size: Annotated[int, typer.Option(help="Examples in a step.")] = 32,
+    lr: Annotated[float, typer.Option(help="Learning rate of the adapters.")] = 3e-3,
+    head_lr: Annotated[float, typer.Option(help="Learning rate of the head.")] = 2e-3,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.0,
+    warmup: Annotated[int, typer.Option(help="Steps over which learning rates rise.")] = 10,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens to which texts are truncated; 128, or the model's limit, if left out.")
+    ] = None,
+    pooling: Annotated[str | None, typer.Option(help="cls, mean, last or first; the model's own if left out.")] = None,
+    rank: Annotated[int, typer.Option(help="LoRA rank.")] = 8,
+    alpha: Annotated[int, typer.Option(help="LoRA alpha.")] = 16,
+    target_modules: Annotated[
+        str | None, typer.Option(help="Layers that get adapters, e.g. query,value; all linear ones if left out.")
+    ] = None,
+    layers: Annotated[str, typer.Option(help="all, upper (the upper half), or numbers such as 3-5,8.")] = "upper",
+    seed: Annotated[int, typer.Option(help="Seed of batches, splits and the adapters' initial weights.")] = 0,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --output.")] = False,
+    model: options.Model = None,
+    token: options.Token = None,
+    tls_ca: options.TlsCa = None,
+    wait: options.Wait = 600.0,
+    insecure: options.Insecure = False,
+    json: Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")] = None,
+) -> None:
+    """Fine-tune a hosted model on private labels.
+
+    Texts and adapters go to the servers; labels, the head and the optimizer stay here. With p3eft, gradients travel
+    as shares of which each operator gets one, so give at least two operators that don't collude. Ctrl-C leaves a
+    checkpoint; --resume continues to the weights that an uninterrupted run would have had. The output folder holds
+    PEFT adapters, the head, and the secrets of the run.
+
+    Example:  blindtune train --server https://a.example --server https://b.example --data notes.csv --text note
+    --label diagnosis --output out/
+    """
+    with reporting_errors():
+        from blindtune.training import Columns, TrainConfig, load_examples, split_examples, steps_for
+
+        columns = Columns(text, label, text_pair)
+        names = [name.strip() for name in classes.split(",")] if classes else None
+        examples = load_examples(data, columns, classes=names, split=split)
+        held_out: Examples | None = None
+        if validation:
+            held_out = load_examples(validation, columns, classes=examples.classes, split=validation_split)
+        elif validation_fraction > 0:
+            examples, held_out = split_examples(examples, validation_fraction, seed)
+        count = steps if steps is not None else steps_for(len(examples), batch_size, epochs)
+        config = TrainConfig(
+            steps=count,
+            batch_size=batch_size,
+            learning_rate=lr,
+            head_learning_rate=head_lr,
+            weight_decay=weight_decay,
+            warmup=warmup,
+            seed=seed,
+        )
+        targets = [name.strip() for name in target_modules.split(",")] if target_modules else None
+        lora = {"rank": rank, "alpha": alpha, "targets": targets, "layers": layers}
+        connection = {"token": token, "tls_ca": tls_ca, "wait": wait, "insecure": insecure, "model": model}
+        chosen = options.parse_settings(set_)
+        if method == "p3eft":
+            chosen.setdefault("steps", count)
+        settings = {"max_length": max_length, "pooling": pooling}
+        if resume:
+            private = _resume_model(server, output, connection)
+        else:
+            private = _new_model(server, method, chosen, len(examples.classes), lora, settings, connection, seed)
+        result = _run(private, examples, held_out, config, output, save_every, resume)
+        _print_result(result)
+        write_json(json, result)
+
+
+def _new_model(
+    servers: list[str],
+    method: str,
+    chosen: dict[str, Any],
+    classes: int,
+    lora: dict[str, Any],
+    settings: dict[str, Any],
+    connection: dict[str, Any],
+    seed: int,
+) -> "PrivateModel":
+    from blindtune.methods import METHODS, LinearHead, PrivateModel, make_method
+
+    if method not in METHODS:
+        raise ConfigError(f"There is no method {method!r}.", remedy=f"Use one of: {', '.join(METHODS)}.")
+    backbone = options.connect(servers, num_adapters=0, **settings, **connection)
+    if METHODS[method].name != "head_only":
+        backbone.adapter_config = options.make_lora_config(backbone.info, **lora)
+    head = LinearHead(backbone.hidden_size, classes)
+    return PrivateModel(backbone, head, make_method(method, chosen), seed=seed)
+
+
+def _resume_model(servers: list[str], folder: Path, connection: dict[str, Any]) -> "PrivateModel":
+    from blindtune.methods import adapter_config, load_model, read_summary
+
+    summary = read_summary(folder)
+    backbone = options.connect(
+        servers,
+        adapter=adapter_config(folder),
+        num_adapters=0,
+        max_length=summary["max_length"],
+        pooling=summary["pooling"],
+        **{**connection, "model": connection["model"] or summary["model"]},
+    )
+    return load_model(folder, backbone)
+
+
+def _run(
+    private: "PrivateModel",
+    examples: "Examples",
+    held_out: "Examples | None",
+    config: "TrainConfig",
+    output: Path,
+    save_every: int,
+    resume: bool,
+) -> dict[str, Any]:
+    """Trains with progress and leaves a checkpoint, however it ends."""
+    from blindtune.cli.progress import Interrupted, human_bytes, inference_progress, run_steps
+    from blindtune.methods import read_resume
+    from blindtune.training import Trainer, evaluate
+
+    trainer = Trainer(private, examples, config, checkpoint=output, save_every=save_every)
+    backbone, method = private.backbone, private.method
+    console.print(
+        f"{len(examples)} examples, {len(examples.classes)} classes, {config.steps} steps of {config.batch_size}; "
+        f"{method.name} over {len(backbone.pool)} operator(s) that host {backbone.info.base_model_name} "
+        f"(fingerprint {backbone.info.fingerprint[:12]}…)"
+    )
+    for index, operator in enumerate(backbone.pool.operators):
+        console.print(f"  operator {index}: {operator.transport.url}  {_sees(method)}")
+    if resume:
+        trainer.load(*read_resume(output))
+        console.print(f"Resumed after step {trainer.done}.")
+    else:
+        with inference_progress(backbone, console, "frozen features", len(examples)):
+            trainer.prepare()
+    try:
+        run_steps(trainer, console, method.name)
+    except (Interrupted, KeyboardInterrupt):
+        trainer.save()
+        console.print(f"Stopped after step {trainer.done}. Checkpoint: {output}. Go on with --resume.")
+        raise typer.Exit(130) from None
+    except BlindtuneError:  # an operator is gone, or a loss exploded: the last complete step is safe
+        trainer.save()
+        console.print(f"[red]Stopped after step {trainer.done}.[/] Checkpoint: {output}. Go on with --resume.")
+        raise
+    trainer.save()
+    result: dict[str, Any] = {"method": method.name, "steps": trainer.done, "train_examples": len(examples)}
+    result |= method.report()
+    traffic = backbone.traffic
+    result |= {"bytes_sent": traffic.sent, "bytes_received": traffic.received, "output": str(output)}
+    if held_out is not None:
+        with inference_progress(backbone, console, "validation", len(held_out)):
+            result["validation"] = evaluate(private, held_out)
+    console.print(f"Checkpoint: {output}  ({human_bytes(traffic.sent)} sent, {human_bytes(traffic.received)} received)")
+    return result
+
+
+def _sees(method: "Method") -> str:
+    if getattr(method, "allow_single_operator", False):
+        return "sees texts, adapters, and every share: there is no gradient privacy"
+    return {
+        "p3eft": "sees texts, adapters, and one share of each gradient",
+        "lora": "sees texts, adapters, and gradients: it can learn the labels",
+        "head_only": "sees texts",
+    }[method.name]
+
+
+def _print_result(result: dict[str, Any]) -> None:
+    table = Table(title="Result", title_justify="left", show_header=False)
+    flat = {**result, **{f"validation {name}": value for name, value in result.get("validation", {}).items()}}
+    for name, value in flat.items():
+        if not isinstance(value, dict):
+            table.add_row(name.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(value))
+    console.print(table)
+
+
+def predict(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder that `blindtune train` wrote.")],
+    server: options.Servers,
+    data: Annotated[str, typer.Option(help="File with texts (same formats as for train).")],
+    text: options.TextColumn = "text",
+    text_pair: options.TextPair = None,
+    label: Annotated[str | None, typer.Option(help=LABELS_HELP + " Scores the predictions if given.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "test",
+    output: Annotated[Path | None, typer.Option(help="CSV file for the predictions; stdout if left out.")] = None,
+    model: options.Model = None,
+    token: options.Token = None,
+    tls_ca: options.TlsCa = None,
+    wait: options.Wait = 600.0,
+    insecure: options.Insecure = False,
+    json: Annotated[Path | None, typer.Option("--json", help="Also write scores to this file.")] = None,
+) -> None:
+    """Predict classes with a trained checkpoint over the servers that host its model.
+
+    Writes one row for each text: the predicted class and the probability of every class. Servers see texts and
+    adapters; the head, and so the predictions, stay here.
+
+    Example:  blindtune predict out/ --server https://a.example --data new.csv --text note --output predicted.csv
+    """
+    with reporting_errors():
+        import torch
+
+        from blindtune.cli.progress import inference_progress
+        from blindtune.methods import PrivateModel, adapter_config, load_model, read_summary
+        from blindtune.training import Columns, load_examples, scores
+        from blindtune.training import predict as run
+
+        summary = read_summary(checkpoint)
+        examples = load_examples(
+            data, Columns(text, label, text_pair), classes=summary["classes"] if label else None, split=split
+        )
+        backbone = options.connect(
+            server,
+            adapter=adapter_config(checkpoint),
+            num_adapters=0,
+            max_length=summary["max_length"],
+            pooling=summary["pooling"],
+            token=token,
+            tls_ca=tls_ca,
+            wait=wait,
+            insecure=insecure,
+            model=model or summary["model"],
+        )
+        private: PrivateModel = load_model(checkpoint, backbone, predict_only=True)
+        with inference_progress(backbone, errors, "predicting", len(examples)):
+            chances = run(private, examples.texts)
+        _write_predictions(output, chances.tolist(), summary["classes"])
+        result: dict[str, Any] = {"examples": len(examples)}
+        if examples.labels is not None:
+            result |= scores(chances, torch.tensor(examples.labels))
+            errors.print(json_module.dumps(result))
+        write_json(json, result)
+
+
+def _write_predictions(output: Path | None, chances: list[list[float]], classes: list[str]) -> None:
+    if len(classes) != len(chances[0]):
+        raise CheckpointError("The checkpoint's class names don't fit its head.", remedy="Train again.")
+    file = output.open("w", newline="") if output else sys.stdout
+    writer = csv.writer(file)
+    writer.writerow(["prediction", *(f"p_{name}" for name in classes)])
+    for row in chances:
+        writer.writerow([classes[row.index(max(row))], *(f"{value:.6f}" for value in row)])
+    if output:
+        file.close()
+        errors.print(f"{len(chances)} predictions: {output}")

@@ -1,0 +1,35 @@
+"""Training algorithms, composed from the defences in `privacy` and the remote model in `client`."""
+
+from blindtune.methods.checkpoint import (
+    METHODS,
+    adapter_config,
+    load_model,
+    make_method,
+    read_resume,
+    read_summary,
+    save_model,
+)
+from blindtune.methods.gradients import SharedGradients
+from blindtune.methods.head import LinearHead
+from blindtune.methods.head_only import HeadOnly
+from blindtune.methods.lora import LoRA
+from blindtune.methods.model import Method, Output, PrivateModel
+from blindtune.methods.p3eft import P3EFT
+
+__all__ = [
+    "METHODS",
+    "P3EFT",
+    "HeadOnly",
+    "LinearHead",
+    "LoRA",
+    "Method",
+    "Output",
+    "PrivateModel",
+    "SharedGradients",
+    "adapter_config",
+    "load_model",
+    "make_method",
+    "read_resume",
+    "read_summary",
+    "save_model",
+]

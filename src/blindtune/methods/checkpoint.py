@@ -1,0 +1,201 @@
+"""What a training run leaves behind, and how it is read again.
+
+out/
+  blindtune.json              model, fingerprint, method and its options, classes, pooling, max_length
+  adapter_config.json         PEFT's files: here for one adapter,
+  adapter_model.safetensors   in adapter_0/, adapter_1/, … for several
+  head.safetensors            the client's head; with the adapters it tells labels (mode 600)
+  secret.safetensors          mixing weights, decoys, key: as secret as the labels (mode 600)
+  resume.safetensors          optimizer and adversary, for --resume (mode 600)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from blindtune.client import Backbone
+from blindtune.errors import CheckpointError, ConfigError
+from blindtune.methods.head import LinearHead
+from blindtune.methods.head_only import HeadOnly
+from blindtune.methods.lora import LoRA
+from blindtune.methods.model import Method, PrivateModel
+from blindtune.methods.p3eft import P3EFT
+from blindtune.models.adapters import read_lora_config
+from blindtune.privacy.randomness import SecureGenerator
+
+SUMMARY, HEAD, SECRET, RESUME = "blindtune.json", "head.safetensors", "secret.safetensors", "resume.safetensors"
+METHODS: dict[str, type[LoRA] | type[HeadOnly] | type[P3EFT]] = {m.name: m for m in (LoRA, HeadOnly, P3EFT)}
+RESUME_ONLY = ("adversary.", "accountant")
+"""Method state under these prefixes is needed to go on training, not to predict."""
+
+
+def make_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
+    """A method by name, with options of its class.
+
+    Raises:
+        ConfigError: an unknown name or option.
+    """
+    if name not in METHODS:
+        raise ConfigError(f"There is no method {name!r}.", remedy=f"Use one of: {', '.join(METHODS)}.")
+    cls = METHODS[name]
+    known = {field.name for field in fields(cls) if field.init}
+    unknown = set(options or {}) - known
+    if unknown:
+        raise ConfigError(f"{name} has no option {sorted(unknown)}.", remedy=f"It has: {', '.join(sorted(known))}.")
+    return cls(**(options or {}))
+
+
+def save_model(
+    model: PrivateModel, folder: Path, *, classes: list[str] | None = None, resume: Mapping[str, Tensor] | None = None
+) -> None:
+    """Writes the checkpoint; each file replaces its predecessor in one step.
+
+    Args:
+        resume: further tensors of a run under way; `resume.safetensors` is left out without them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    backbone, method = model.backbone, model.method
+    adapters = backbone.lora_adapters()
+    for adapter, place in zip(adapters, _adapter_folders(folder, len(adapters)), strict=True):
+        adapter.save_pretrained(place)
+    head = {name: tensor.detach().contiguous() for name, tensor in model.head.state_dict().items()}
+    _write(folder / HEAD, head, private=True)
+    state = method.state()
+    secret = {name: tensor for name, tensor in state.items() if not name.startswith(RESUME_ONLY)}
+    secret["key"] = torch.frombuffer(bytearray(model.generator.key), dtype=torch.uint8)
+    _write(folder / SECRET, secret, private=True)
+    if resume is not None:
+        learned = {f"method.{name}": tensor for name, tensor in state.items()}
+        _write(folder / RESUME, {**learned, **resume}, private=True)
+    options = {f.name: getattr(method, f.name) for f in fields(METHODS[method.name]) if f.init}
+    summary = {
+        "format": 1,
+        "model": backbone.info.name,
+        "base_model_name": backbone.info.base_model_name,
+        "fingerprint": backbone.info.fingerprint,
+        "hidden_size": backbone.hidden_size,
+        "pooling": backbone.pooling,
+        "max_length": backbone.max_length,
+        "method": method.name,
+        "options": options,
+        "adapters": len(adapters),
+        "seed": model.seed,
+        "head": type(model.head).__name__,
+        "num_classes": model.classes,
+        "classes": classes or [str(index) for index in range(model.classes)],
+    }
+    _replace(folder / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode(), 0o644)
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """`blindtune.json`.
+
+    Raises:
+        CheckpointError: it isn't there or isn't ours.
+    """
+    path = folder / SUMMARY
+    if not path.is_file():
+        raise CheckpointError(f"There is no {path}.", remedy="Name a folder that `blindtune train` wrote.")
+    try:
+        summary = json.loads(path.read_text())
+        if summary["format"] != 1:
+            raise KeyError
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{path} is not a checkpoint of this version.", remedy="Train again.") from None
+    return summary
+
+
+def check_fingerprint(summary: Mapping[str, Any], backbone: Backbone, folder: Path) -> None:
+    """Raises `CheckpointError` if the checkpoint was trained on other weights than the operators host."""
+    if summary["fingerprint"] != backbone.info.fingerprint:
+        raise CheckpointError(
+            f"{folder} was trained on {summary['base_model_name']!r} (fingerprint {summary['fingerprint'][:12]}…); the "
+            f"operators host {backbone.info.base_model_name!r} (fingerprint {backbone.info.fingerprint[:12]}…).",
+            remedy="Use operators that host the model it was trained on.",
+        )
+
+
+def load_model(
+    folder: Path, backbone: Backbone, *, head: torch.nn.Module | None = None, predict_only: bool = False
+) -> PrivateModel:
+    """The trained model again, over operators that host the same weights .
+
+    Args:
+        head: a module of the head's class, if it isn't a `LinearHead`.
+        predict_only: see `PrivateModel`.
+    Raises:
+        CheckpointError: missing files, another model, or a head that doesn't fit.
+    """
+    summary = read_summary(folder)
+    check_fingerprint(summary, backbone, folder)
+    secret = _read(folder / SECRET)
+    key = secret.pop("key")
+    if head is None:
+        if summary["head"] != "LinearHead":
+            raise CheckpointError(f"The head is a {summary['head']}.", remedy="Pass head= with a module of that class.")
+        head = LinearHead(summary["hidden_size"], summary["num_classes"])
+    try:
+        head.load_state_dict(_read(folder / HEAD))
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{folder / HEAD} doesn't fit the head: {error}", remedy="Pass the head of this run."
+        ) from None
+    method = make_method(summary["method"], summary["options"])
+    generator = SecureGenerator(bytes(key.numpy()))
+    model = PrivateModel(backbone, head, method, generator=generator, seed=summary["seed"], predict_only=predict_only)
+    method.load_state(secret)
+    for adapter, place in zip(backbone.lora_adapters(), _adapter_folders(folder, summary["adapters"]), strict=True):
+        adapter.load_pretrained(place)
+    return model
+
+
+def read_resume(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Method state and the other tensors that `save_model(resume=…)` wrote.
+
+    Raises:
+        CheckpointError: the folder holds no run that can go on.
+    """
+    tensors = _read(folder / RESUME)
+    method = {n.removeprefix("method."): t for n, t in tensors.items() if n.startswith("method.")}
+    return method, {name: tensor for name, tensor in tensors.items() if not name.startswith("method.")}
+
+
+def adapter_config(folder: Path) -> Any:
+    """The `LoraConfig` of a checkpoint; None for a run without adapters."""
+    summary = read_summary(folder)
+    if summary["adapters"] == 0:
+        return None
+    return read_lora_config(_adapter_folders(folder, summary["adapters"])[0])
+
+
+def _adapter_folders(folder: Path, count: int) -> list[Path]:
+    return [folder] if count == 1 else [folder / f"adapter_{index}" for index in range(count)]
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise CheckpointError(f"There is no {path}.", remedy="Name a complete checkpoint of `blindtune train`.")
+    return load_file(path)
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], *, private: bool = False) -> None:
+    _replace(
+        path, save({name: t.detach().clone().contiguous() for name, t in tensors.items()}), 0o600 if private else 0o644
+    )
+
+
+def _replace(path: Path, content: bytes, mode: int) -> None:
+    partial = path.with_name(path.name + ".part")
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+    os.replace(partial, path)

@@ -1,0 +1,107 @@
+"""Private backpropagation over operators (P3EFT, Algorithm 1): clip, split into shares, one share for each operator."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from blindtune.client import BackwardCall, OperatorPool, RemoteBatch
+from blindtune.errors import ConfigError, NonFiniteTensor, SingleOperator
+from blindtune.privacy.accountant import Accountant
+from blindtune.privacy.randomness import SecureGenerator
+from blindtune.privacy.shares import clip_per_example, combine, split_gradient
+
+
+@dataclass
+class SharedGradients:
+    """A gradient channel in which no operator sees more than one share of a gradient.
+
+    The loss is taken to be a mean over the batch: an example's gradient is B times its row of the cotangent. These
+    are clipped to `clip_norm` and hidden under noise of standard deviation `noise_ratio * clip_norm`.
+
+    Shares are drawn from a keyed stream that is bound to the gradient, the texts, the adapters and the operators in
+    their order. A step that is repeated after a crash sends each operator the same bytes again; another gradient, or
+    another order of operators, never meets the same noise, so no operator can collect two shares of one split.
+    """
+
+    m: int
+    clip_norm: float
+    noise_ratio: float
+    generator: SecureGenerator
+    allow_single_operator: bool = False
+    accountant: Accountant = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.m < 2 or self.clip_norm <= 0 or self.noise_ratio <= 0:
+            raise ConfigError(
+                f"m = {self.m}, clip_norm = {self.clip_norm}, noise_ratio = {self.noise_ratio} can't work.",
+                remedy="Use at least 2 shares and positive numbers.",
+            )
+        self.accountant = Accountant(self.clip_norm, self.noise_ratio * self.clip_norm)
+
+    def check_operators(self, count: int, dtype: str) -> None:
+        """Raises `SingleOperator` if shares would meet, `ConfigError` if the servers' precision would destroy them."""
+        if count < self.m and not self.allow_single_operator:
+            raise _too_few(self.m, count)
+        if dtype not in ("float32", "float64"):
+            raise ConfigError(
+                f"The operators compute in {dtype}, which destroys gradients under large noise.",
+                remedy="Use operators that serve the model with --dtype float32 (or float64).",
+            )
+
+    def choose(self, operators: int, step: int) -> tuple[int, ...]:
+        if operators < self.m:
+            return (step % operators,)
+        return tuple((step * self.m + j) % operators for j in range(self.m))
+
+    def send(self, cotangent: Tensor, batch: RemoteBatch, pool: OperatorPool, backward: BackwardCall) -> Tensor:
+        size = cotangent.shape[1]
+        if not bool(torch.isfinite(cotangent).all()):
+            raise NonFiniteTensor(
+                "The loss has a gradient with NaN or infinity; nothing was sent.",
+                remedy="Lower the learning rate; the last complete step is untouched.",
+            )
+        if len(batch.operators) < self.m and not self.allow_single_operator:
+            raise _too_few(self.m, len(batch.operators))
+        gradient = clip_per_example(cotangent * size, self.clip_norm)
+        receivers = [pool.operators[index].transport.url for index in batch.operators]
+        generator = self.generator.derive(b"shares", *_identity(gradient, batch, receivers))
+        split = split_gradient(gradient, self.m, self.accountant.sigma, generator=generator)
+        examples = [_example(row.ids) for row in batch.rows]
+        if len(batch.operators) < self.m:  # the caller accepted that all shares meet here
+            self.accountant.record_meeting()
+            results = backward(batch.operators[0], split.shares)
+        else:
+            self.accountant.record(batch.operators[split.carrier], examples)  # also if an answer never comes
+
+            def call(j: int) -> Callable[[], Tensor]:
+                return lambda: backward(batch.operators[j], split.shares[j : j + 1])
+
+            results = torch.cat(pool.parallel([call(j) for j in range(self.m)]))  # (m, n, P)
+        return combine(results, split.coefficients) / size
+
+
+def _too_few(m: int, count: int) -> SingleOperator:
+    return SingleOperator(
+        f"{m} shares of one gradient need {m} operators that don't collude; {count} are given.",
+        remedy="Add operators (--server), or accept no gradient privacy with allow_single_operator=True.",
+    )
+
+
+def _identity(gradient: Tensor, batch: RemoteBatch, receivers: list[str]) -> list[bytes]:
+    """What the noise is bound to."""
+    tensors = [gradient, *batch.tokens.tensors().values()]
+    adapters = b"".join(upload.sha256.encode() for upload in batch.uploads)
+    return [hashlib.sha256(t.contiguous().numpy().tobytes()).digest() for t in tensors] + [
+        adapters,
+        str(batch.seed).encode(),
+        *(url.encode() for url in receivers),
+    ]
+
+
+def _example(ids: tuple[int, ...]) -> str:
+    return hashlib.sha256(repr(ids).encode()).hexdigest()[:16]

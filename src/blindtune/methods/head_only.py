@@ -1,0 +1,19 @@
+"""Head only: the frozen model's features, each text sent once, no adapters. Nothing about labels leaves the client."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from blindtune.methods.lora import LoRA
+
+
+@dataclass
+class HeadOnly(LoRA):
+    """The floor for accuracy, and perfect label privacy: servers see texts and nothing else."""
+
+    name: ClassVar[str] = "head_only"
+
+    @property
+    def num_adapters(self) -> int:
+        return 0

@@ -1,0 +1,173 @@
+"""`PrivateModel`: a backbone on somebody's servers, a head on ours, and a method that decides what they may learn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from blindtune.client import Backbone
+from blindtune.errors import BadLabels
+from blindtune.methods.head import LinearHead
+from blindtune.models.tokenizer import Text, TokenRow
+from blindtune.privacy.randomness import SecureGenerator
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class Method(Protocol):
+    """A training algorithm: what is sent, how adapters are mixed, what is added to the loss."""
+
+    name: ClassVar[str]
+
+    @property
+    def num_adapters(self) -> int: ...
+    @property
+    def needs_frozen(self) -> bool:
+        """Whether `penalties` wants frozen features."""
+        ...
+
+    def attach(self, backbone: Backbone, classes: int, generator: SecureGenerator) -> None:
+        """Installs the gradient channel and draws what is secret."""
+        ...
+
+    def check(self, backbone: Backbone) -> None:
+        """Raises `PrivacyError` or `ConfigError` if training over these operators would break the method's promise."""
+        ...
+
+    def prepare(self, frozen: Tensor, labels: Tensor) -> None:
+        """Learns statistics from the training set's frozen features `(N, d)` and labels `(N,)`."""
+        ...
+
+    def mix(self, hidden: Tensor) -> Tensor:
+        """What the head reads, `(B, d)`, from hidden states `(n, B, d)`."""
+        ...
+
+    def penalties(self, hidden: Tensor, frozen: Tensor | None, labels: Tensor) -> dict[str, Tensor]:
+        """Named terms for the loss, from hidden states `(n, B, d)` and frozen features `(B, d)`."""
+        ...
+
+    def task_weight(self) -> float:
+        """Weight of the task's loss at the step that is about to be taken."""
+        ...
+
+    def report(self) -> dict[str, float]:
+        """Numbers to show while training, such as μ of the gradient channel."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything secret or learned, for a checkpoint. Tensors in it are never changed in place."""
+        ...
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """What a step changes, to undo it: `state` without the ledger of what was sent, which stays sent."""
+        ...
+
+    def load_state(self, state: dict[str, Tensor]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Output:
+    """Result of one pass: logits `(B, K)`; with labels also the loss and its parts."""
+
+    logits: Tensor
+    loss: Tensor | None = None
+    parts: dict[str, float] = field(default_factory=dict[str, float])
+
+
+class PrivateModel(nn.Module):
+    """A hosted model with a local head, trained by a private method.
+
+    Args:
+        backbone: the operators' model; its adapters are replaced by as many as the method wants.
+        head: any module from `(B, d)` to `(B, K)`.
+        method: `LoRA()`, `HeadOnly()` or `P3EFT(...)`.
+        loss: `(logits, labels) -> scalar`, a mean over the batch; cross entropy if left out.
+        generator: secret randomness; from the operating system if left out.
+        predict_only: skips the checks that only training needs: one operator is enough to predict.
+        seed: of the adapters' public initial weights, and of dropout if the LoraConfig has any.
+    Raises:
+        PrivacyError: the operators given can't hold what the method promises.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: nn.Module,
+        method: Method,
+        *,
+        loss: Loss = F.cross_entropy,
+        generator: SecureGenerator | None = None,
+        seed: int = 0,
+        predict_only: bool = False,
+    ) -> None:
+        super().__init__()
+        self.backbone, self.head, self.method, self.loss, self.seed = backbone, head, method, loss, seed
+        self.generator = generator or SecureGenerator()
+        with torch.no_grad():
+            self.classes = int(head(torch.zeros(1, backbone.hidden_size)).shape[-1])
+        method.attach(backbone, self.classes, self.generator)
+        if not predict_only:
+            method.check(backbone)
+        public = torch.Generator().manual_seed(seed)
+        backbone.set_adapters(method.num_adapters, generator=public)
+
+    def prepare(self, texts: Sequence[Text] | Sequence[TokenRow], labels: Sequence[int] | Tensor) -> None:
+        """Fetches the frozen features of the training texts and starts the head and the method from them.
+
+        Each text goes to one operator once; labels stay here. `LinearHead` is fitted on the frozen features (linear
+        probing, then fine-tuning); other heads keep their initial weights.
+        """
+        target = self._labels(labels)
+        features = self.backbone.frozen(texts)
+        self.method.prepare(features, target)
+        if isinstance(self.head, LinearHead):
+            count = max(1, self.method.num_adapters)
+            with torch.no_grad():
+                mixed = self.method.mix(features.unsqueeze(0).expand(count, -1, -1))
+            self.head.fit(mixed, target)
+
+    def forward(
+        self, texts: Sequence[Text] | Sequence[TokenRow], labels: Sequence[int] | Tensor | None = None
+    ) -> Output:
+        """Logits for texts; with labels also the loss that `backward()` can be called on."""
+        target = None if labels is None else self._labels(labels)
+        rows = self.backbone.rows(texts)
+        dropout = self.backbone.adapter_config.lora_dropout > 0 and self.training and labels is not None
+        seed = self.seed * 2**32 + self.backbone.steps if dropout else None
+        hidden = self.backbone.all_adapters(rows, seed=seed)  # (n, B, d)
+        logits = self.head(self.method.mix(hidden))
+        if target is None:
+            return Output(logits)
+        frozen = self.backbone.frozen(rows) if self.method.needs_frozen else None
+        task = self.loss(logits, target)
+        weight = self.method.task_weight() if self.training else 1.0
+        penalties = self.method.penalties(hidden, frozen, target) if self.training else {}
+        total = torch.stack([weight * task, *penalties.values()]).sum()
+        parts = {name: float(value.detach()) for name, value in {"task": task, **penalties}.items()}
+        return Output(logits, total, parts)
+
+    def save_pretrained(self, folder: str | Path, *, classes: list[str] | None = None) -> None:
+        """Writes PEFT adapters, the head and the run's secrets; `blindtune.load_model` reads them again."""
+        from blindtune.methods.checkpoint import save_model  # which knows every method, and so this module
+
+        save_model(self, Path(folder), classes=classes)
+
+    def _labels(self, labels: Sequence[int] | Tensor) -> Tensor:
+        target = torch.as_tensor(labels)
+        if target.dtype.is_floating_point or target.dtype == torch.bool or target.ndim != 1:
+            raise BadLabels(
+                f"Labels have dtype {target.dtype} and shape {tuple(target.shape)}.",
+                remedy="Give one integer class index for each example.",
+            )
+        if len(target) and not (int(target.min()) >= 0 and int(target.max()) < self.classes):
+            raise BadLabels(
+                f"Labels reach from {int(target.min())} to {int(target.max())}; the head has {self.classes} classes.",
+                remedy="Number the classes from 0, or make the head larger.",
+            )
+        return target.long()

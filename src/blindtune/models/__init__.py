@@ -1,0 +1,19 @@
+"""Pretrained models that both the server and the audit can build, with adapters on them."""
+
+from blindtune.models.adapters import LoraAdapter, lora_spec
+from blindtune.models.backbone import FrozenBackbone, Tokens, load_backbone
+from blindtune.models.lora import LoraLayout, ModuleShapes
+from blindtune.models.sources import find_source
+from blindtune.models.tokenizer import Tokenizer
+
+__all__ = [
+    "FrozenBackbone",
+    "LoraAdapter",
+    "LoraLayout",
+    "ModuleShapes",
+    "Tokenizer",
+    "Tokens",
+    "find_source",
+    "load_backbone",
+    "lora_spec",
+]

@@ -1,0 +1,198 @@
+"""LoRA adapters as the client holds them: PEFT's configuration in, PEFT's checkpoint format out.
+
+The client needs only the names and shapes of the hosted layers, never their weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from dataclasses import fields
+from pathlib import Path
+from typing import cast
+
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from blindtune.errors import CheckpointError, ConfigError, UnknownTargetModule
+from blindtune.models.lora import LoraLayout
+from blindtune.wire import LoraSpec, ModelInfo
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_OFFERED = {
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+}
+_WITHOUT_EFFECT = {
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "runtime_config", "megatron_core", "loftq_config", "qalora_group_size"),
+}
+"""Options of `LoraConfig` that change nothing unless another one does, which is refused."""
+_PREFIX = "base_model.model."
+
+
+def lora_spec(config: LoraConfig, info: ModelInfo) -> LoraSpec:
+    """Resolves PEFT's rules for target modules against the hosted model's layers.
+
+    Raises:
+        UnknownTargetModule: no hosted layer matches.
+        ConfigError: an option of `LoraConfig` that the API doesn't offer.
+    """
+    neutral_config = LoraConfig()
+    for option in sorted({field.name for field in fields(config)} - _OFFERED - _WITHOUT_EFFECT):
+        value, neutral = getattr(config, option), getattr(neutral_config, option, None)
+        if value and value != neutral:
+            raise ConfigError(
+                f"LoraConfig has {option}={value!r}, which isn't offered.", remedy=f"Set it to {neutral!r}."
+            )
+    names = _matching(config, info)
+    if not names:
+        some = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in info.modules}))
+        raise UnknownTargetModule(
+            f"No layer of {info.name!r} matches target_modules={_readable(config.target_modules)}.",
+            remedy=f"Choose among: {some}.",
+        )
+    root = math.sqrt(config.r) if config.use_rslora else config.r
+    return LoraSpec(modules=names, rank=config.r, scaling=config.lora_alpha / root, dropout=config.lora_dropout)
+
+
+def _matching(config: LoraConfig, info: ModelInfo) -> list[str]:
+    if config.target_modules == "all-linear":
+        return list(info.modules)
+    if config.target_modules is None:
+        defaults = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(info.model_type)
+        if defaults is None:
+            return []
+        config = copy.copy(config)
+        config.target_modules = list(defaults)
+    # PEFT finds a layer's number only behind a prefix, which the bare model's names don't have
+    prefix = "" if config.layers_to_transform is None else "model."
+    return [name for name in info.modules if check_target_module_exists(config, prefix + name)]
+
+
+def _readable(targets: object) -> str:
+    return repr(sorted(cast("set[str]", targets)) if isinstance(targets, set) else targets)
+
+
+class LoraAdapter(nn.Module):
+    """One set of adapter weights θ: for each module A `(r, in)` and B `(out, r)`, float32.
+
+    Initialised as PEFT does (`init_lora_weights`): A Kaiming-uniform, or Gaussian with standard deviation 1/r; B zero.
+    """
+
+    def __init__(self, config: LoraConfig, info: ModelInfo, *, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.info = info
+        self.layout = LoraLayout(lora_spec(config, info), info.modules)
+        self._a: list[nn.Parameter] = []
+        self._b: list[nn.Parameter] = []
+        for index, (_, out_features, in_features) in enumerate(self.layout.shapes):
+            a, b = _initial(config, out_features, in_features, generator)
+            self._a.append(nn.Parameter(a))
+            self._b.append(nn.Parameter(b))
+            self.register_parameter(f"a_{index}", self._a[-1])
+            self.register_parameter(f"b_{index}", self._b[-1])
+
+    def named_matrices(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Module name -> (A, B)."""
+        return {name: (a, b) for (name, _, _), a, b in zip(self.layout.shapes, self._a, self._b, strict=True)}
+
+    def vector(self) -> Tensor:
+        """All weights as one vector `(P,)`, differentiable in them."""
+        return self.layout.join(self.named_matrices())
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Writes PEFT's `adapter_config.json` and `adapter_model.safetensors`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors: dict[str, Tensor] = {}
+        for name, (a, b) in self.named_matrices().items():
+            tensors[f"{_PREFIX}{name}.lora_A.weight"] = a.detach().contiguous()
+            tensors[f"{_PREFIX}{name}.lora_B.weight"] = b.detach().contiguous()
+        save_file(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
+        config = copy.deepcopy(self.config)
+        config.base_model_name_or_path = self.info.base_model_name
+        config.target_modules = [str(name) for name in self.layout.spec.modules]
+        config.layers_to_transform = config.layers_pattern = None
+        config.inference_mode = True
+        config.save_pretrained(str(folder))
+
+    def load_pretrained(self, folder: Path) -> None:
+        """Reads weights that `save_pretrained` (or PEFT) wrote for the same layers and rank.
+
+        Raises:
+            CheckpointError: a missing or damaged file, weights of other layers or another rank, or NaN. Nothing has
+                changed then.
+        """
+        path = folder / WEIGHTS_FILE
+        if not path.is_file():
+            raise CheckpointError(f"There is no {path}.", remedy="Name a folder that holds a PEFT checkpoint.")
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is damaged: {error}.", remedy="Use another copy of it.") from None
+        found: list[tuple[nn.Parameter, Tensor]] = []
+        for name, matrices in self.named_matrices().items():
+            for part, parameter in zip(("lora_A", "lora_B"), matrices, strict=True):
+                key = f"{_PREFIX}{name}.{part}.weight"
+                tensor = tensors.pop(key, None)
+                if tensor is None or tensor.shape != parameter.shape:
+                    shape = None if tensor is None else tuple(tensor.shape)
+                    raise CheckpointError(
+                        f"{path} has {key} with shape {shape}; this model needs {tuple(parameter.shape)}.",
+                        remedy="Load it onto the model and the LoraConfig that it was trained with.",
+                    )
+                if not bool(torch.isfinite(tensor).all()):
+                    raise CheckpointError(f"{path} has NaN or infinity in {key}.", remedy="Use an earlier checkpoint.")
+                found.append((cast(nn.Parameter, parameter), tensor))
+        if tensors:
+            raise CheckpointError(
+                f"{path} has weights for layers that this adapter doesn't change, e.g. {next(iter(tensors))}.",
+                remedy="Use the LoraConfig that it was trained with.",
+            )
+        with torch.no_grad():
+            for parameter, tensor in found:
+                parameter.copy_(tensor)
+
+
+def read_lora_config(folder: Path) -> LoraConfig:
+    """The PEFT configuration in a checkpoint.
+
+    Raises:
+        CheckpointError: no `adapter_config.json`, or not one of LoRA.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise CheckpointError(f"There is no {path}.", remedy="Name a folder that holds a PEFT checkpoint.")
+    try:
+        kind = json.loads(path.read_text())["peft_type"]
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{path} is no PEFT configuration.", remedy="Use another copy of it.") from None
+    if kind != "LORA":
+        raise CheckpointError(f"{path} describes {kind!r}.", remedy="Only LoRA adapters are offered.")
+    return cast(LoraConfig, LoraConfig.from_pretrained(str(folder)))
+
+
+def _initial(
+    config: LoraConfig, out_features: int, in_features: int, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    a, b = torch.empty(config.r, in_features), torch.zeros(out_features, config.r)
+    init = config.init_lora_weights
+    if init == "gaussian":
+        nn.init.normal_(a, std=1 / config.r, generator=generator)
+    elif isinstance(init, bool):
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
+        if not init:
+            nn.init.kaiming_uniform_(b, a=math.sqrt(5), generator=generator)
+    else:
+        raise ConfigError(
+            f"LoraConfig has init_lora_weights={init!r}, which needs the pretrained weights.",
+            remedy="Use True, False or 'gaussian'.",
+        )
+    return a, b

@@ -1,0 +1,60 @@
+"""Texts or pairs of texts to token rows and padded batches, with the tokenizer that the server offers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import tokenizers
+import torch
+
+from blindtune.errors import ConfigError
+from blindtune.models.backbone import Tokens
+
+Text = str | tuple[str, str]
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """One tokenized example, without padding."""
+
+    ids: tuple[int, ...]
+    types: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class Tokenizer:
+    """The JSON of a `tokenizers` tokenizer, and how this model pads.
+
+    `with_types`: the model reads token types (BERT's sentence A and B).
+    """
+
+    def __init__(self, json: str, *, pad_token_id: int, with_types: bool) -> None:
+        self._backend = tokenizers.Tokenizer.from_str(json)
+        self._pad, self._with_types = pad_token_id, with_types
+
+    def rows(self, texts: Sequence[Text], *, max_length: int) -> list[TokenRow]:
+        """Tokens with the model's special tokens, truncated to `max_length` (the longer text first).
+
+        Raises:
+            ConfigError: the special tokens alone take more than `max_length`.
+        """
+        self._backend.enable_truncation(max_length)
+        encodings = self._backend.encode_batch(list(texts))
+        longest = max((len(e.ids) for e in encodings), default=0)
+        if longest > max_length:  # the library gives up on truncation then
+            raise ConfigError(f"max_length is {max_length}, too few for special tokens.", remedy="Raise max_length.")
+        return [TokenRow(tuple(e.ids), tuple(e.type_ids)) for e in encodings]
+
+    def pad(self, rows: Sequence[TokenRow]) -> Tokens:
+        """A right-padded batch, as long as its longest row."""
+        length = max((len(row) for row in rows), default=0)
+        ids = torch.full((len(rows), length), self._pad, dtype=torch.int32)
+        types = torch.zeros((len(rows), length), dtype=torch.uint8) if self._with_types else None
+        for index, row in enumerate(rows):
+            ids[index, : len(row)] = torch.tensor(row.ids, dtype=torch.int32)
+            if types is not None:
+                types[index, : len(row)] = torch.tensor(row.types, dtype=torch.uint8)
+        return Tokens(ids, torch.tensor([len(row) for row in rows], dtype=torch.int32), types)

@@ -1,0 +1,1 @@
+"""Defences as pure tensor functions; no network, no models."""

@@ -1,0 +1,92 @@
+"""What the gradient channel gives away at most: Gaussian differential privacy of the labels (Dong, Roth, Su 2022).
+
+One share at one operator is a Gaussian mechanism. Changing one example's label moves that example's row of the
+clipped gradient by at most 2C, so k views of it have μ = 2 C √k / σ.
+
+What this bound is about: the shares' rows for one example, with the client's state (head, adapters, regularizer) and
+all other rows held fixed. A label also acts on later steps and other rows through that state, and true gradients move
+the adapters, which operators see: neither is covered. The audit measures what activations and adapters give away.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+from scipy.optimize import brentq
+from scipy.stats import norm
+from torch import Tensor
+
+
+class Accountant:
+    """Counts, for every operator and example, the shares that depended on the example's gradient."""
+
+    def __init__(self, clip_norm: float, sigma: float) -> None:
+        self.clip_norm, self.sigma = clip_norm, sigma
+        self._views: dict[int, Counter[str]] = {}
+        self.met = False
+        """Whether all shares of a gradient went to one operator: then nothing is private."""
+
+    def record_meeting(self) -> None:
+        """All shares of one gradient met at one operator."""
+        self.met = True
+
+    def record(self, operator: int, examples: Iterable[str]) -> None:
+        """One more view of each of these examples at this operator."""
+        self._views.setdefault(operator, Counter()).update(examples)
+
+    def views(self) -> int:
+        """The largest number of views of one example at one operator."""
+        return max((max(counts.values(), default=0) for counts in self._views.values()), default=0)
+
+    def mu(self) -> float:
+        """μ of the run so far, for the example and the operator where it is largest."""
+        return math.inf if self.met else gaussian_mu(self.clip_norm, self.sigma, self.views())
+
+    def state(self) -> Tensor:
+        """The counts as bytes (JSON), for a checkpoint."""
+        counts = {str(operator): dict(views) for operator, views in self._views.items()}
+        return torch.frombuffer(bytearray(json.dumps(counts).encode()), dtype=torch.uint8)
+
+    def load_state(self, state: Tensor) -> None:
+        counts: dict[str, dict[str, int]] = json.loads(bytes(state.numpy()))
+        self._views = {int(operator): Counter(views) for operator, views in counts.items()}
+
+
+def gaussian_mu(clip_norm: float, sigma: float, views: int) -> float:
+    """μ = 2 C √views / σ."""
+    return 2.0 * clip_norm * math.sqrt(views) / sigma
+
+
+def epsilon(mu: float, delta: float) -> float:
+    """The ε that goes with δ under μ-GDP: δ(ε) = Φ(−ε/μ + μ/2) − e^ε Φ(−ε/μ − μ/2).
+
+    Raises:
+        ValueError: μ < 0 or δ outside (0, 1).
+    """
+    if mu < 0 or not 0 < delta < 1:
+        raise ValueError(f"mu = {mu} and delta = {delta}: need mu of at least 0 and delta between 0 and 1.")
+    if mu == 0 or _delta(0.0, mu) <= delta:
+        return 0.0
+    high = 1.0
+    while _delta(high, mu) > delta:
+        high *= 2
+
+    def excess(value: float) -> float:
+        return _delta(value, mu) - delta
+
+    return float(cast(float, brentq(excess, 0.0, high)))
+
+
+def advantage(mu: float) -> float:
+    """The best AUC that any test of one label can reach under μ-GDP: Φ(μ / √2)."""
+    return float(norm.cdf(mu / math.sqrt(2.0)))
+
+
+def _delta(eps: float, mu: float) -> float:
+    upper = float(norm.cdf(-eps / mu + mu / 2))
+    return upper - math.exp(eps + float(norm.logcdf(-eps / mu - mu / 2)))

@@ -1,0 +1,116 @@
+"""The adversary that the adapters are trained against (P3EFT, section 3.3, after Ganin and Lempitsky 2015).
+
+For every channel that an operator can look at (an adapter's activations h_i, its shift h_i − h(x, 0)), a linear
+classifier is fitted to the labels, then held fixed while the channel is moved so that the classifier fails.
+
+With d ≫ B a classifier fitted on one batch is always perfect and says nothing, so it is fitted on a buffer of
+recent batches. All channels are fitted in one L-BFGS run, warm-started from the last step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Form = Literal["flip", "reversal", "confusion"]
+
+
+@dataclass
+class Adversary:
+    """Linear label classifiers on c channels.
+
+    Args:
+        channels: c.
+        dim: d, of each channel.
+        classes: K.
+        form: what the channels are moved towards: the wrong labels (flip: the authors'; cross entropy to the other
+            classes), higher loss (reversal), or logits of zero (confusion).
+        buffer: recent batches that the classifiers are fitted on.
+        iterations: of L-BFGS in each step.
+        l2: strength of the penalty on the classifiers' weights, in units of one example.
+    """
+
+    channels: int
+    dim: int
+    classes: int
+    form: Form = "confusion"
+    buffer: int = 20
+    iterations: int = 10
+    l2: float = 1.0
+    weights: Tensor = field(init=False)
+    """`(c, d + 1, K)`: the last row is the bias."""
+    _recent: list[tuple[Tensor, Tensor]] = field(init=False, default_factory=list[tuple[Tensor, Tensor]])
+
+    def __post_init__(self) -> None:
+        self.weights = torch.zeros(self.channels, self.dim + 1, self.classes)
+
+    def penalty(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Fits on the buffer with this batch, then scores the channels `(c, B, d)` against labels `(B,)`.
+
+        Returns:
+            `(c,)`, differentiable in `hidden`: one penalty for each channel.
+        """
+        self._recent = [*self._recent, (hidden.detach(), labels)][-self.buffer :]  # a new list: old states stay whole
+        past = torch.cat([batch for batch, _ in self._recent], dim=1)  # (c, N, d)
+        past_labels = torch.cat([batch_labels for _, batch_labels in self._recent])
+        mean = past.mean(1, keepdim=True)
+        scale = (past - mean).pow(2).mean((1, 2), keepdim=True).sqrt().clamp_min(1e-6)
+        self.weights = _fit((past - mean) / scale, past_labels, self.weights, self.iterations, self.l2)
+        return _loss(self.form, _logits((hidden - mean) / scale, self.weights), labels)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that a resumed run needs; tensors are replaced, never changed in place."""
+        state = {"weights": self.weights}
+        for index, (hidden, labels) in enumerate(self._recent):
+            state[f"hidden.{index}"], state[f"labels.{index}"] = hidden, labels
+        return state
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.weights = state["weights"]
+        count = sum(name.startswith("hidden.") for name in state)
+        self._recent = [(state[f"hidden.{index}"], state[f"labels.{index}"]) for index in range(count)]
+
+
+def _logits(hidden: Tensor, weights: Tensor) -> Tensor:
+    """`(c, B, K)`."""
+    return torch.baddbmm(weights[:, -1:], hidden, weights[:, :-1])
+
+
+def _fit(hidden: Tensor, labels: Tensor, start: Tensor, iterations: int, l2: float) -> Tensor:
+    """Multinomial logistic regression on each channel of `(c, N, d)`: weights `(c, d + 1, K)`."""
+    weights = start.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([weights], max_iter=iterations, history_size=8, line_search_fn="strong_wolfe")
+    targets = labels.repeat(len(hidden))
+
+    def objective() -> Tensor:
+        optimizer.zero_grad()
+        logits = _logits(hidden, weights)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets) * len(hidden)
+        loss = loss + l2 / (2 * len(labels)) * weights[:, :-1].pow(2).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(objective)  # pyright: ignore[reportArgumentType]
+    return weights.detach()
+
+
+def _loss(form: Form, logits: Tensor, labels: Tensor) -> Tensor:
+    """`(c,)` from logits `(c, B, K)`."""
+    log_p = F.log_softmax(logits, dim=-1)
+    true = F.one_hot(labels, logits.shape[-1]).to(logits.dtype)  # (B, K)
+    if form == "confusion":
+        return (logits - logits.mean(-1, keepdim=True)).pow(2).sum(-1).mean(-1)
+    if form == "reversal":
+        return (log_p * true).sum(-1).mean(-1)
+    others = (1 - true) / (logits.shape[-1] - 1)
+    return -(log_p * others).sum(-1).mean(-1)
+
+
+def stack_channels(channels: Sequence[Tensor]) -> Tensor:
+    """Channels `(n, B, d)` under each other: `(c, B, d)`."""
+    return torch.cat(list(channels))

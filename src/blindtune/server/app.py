@@ -1,0 +1,394 @@
+"""The provider's HTTP API, version 1 (see `blindtune.wire.schema` for the messages).
+
+body bytes ──▶ limits ──▶ decode ──▶ engine (its own thread) ──▶ encode ──▶ body bytes
+                             └──▶ recorder (if asked for)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from uuid import uuid4
+
+import structlog
+import torch
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from torch import Tensor
+
+from blindtune.errors import (
+    PROBLEM_PREFIX,
+    AdapterMismatch,
+    BodyTooLarge,
+    EmptyBatch,
+    InvalidTensor,
+    MalformedMessage,
+    RequestError,
+    SequenceTooLong,
+    ServerFault,
+    TooBusy,
+    UnknownModel,
+)
+from blindtune.models import FrozenBackbone, Tokens
+from blindtune.server.auth import TokenStore
+from blindtune.server.cache import ByteLRU
+from blindtune.server.engine import Call, Engine, RetainedGraph, StoredAdapter
+from blindtune.server.metrics import Metrics
+from blindtune.server.recorder import Recorder
+from blindtune.wire import (
+    MEDIA_TYPE,
+    AdapterReceipt,
+    AdapterUpload,
+    BackwardRequest,
+    BackwardResponse,
+    ForwardRequest,
+    ForwardResponse,
+    Limits,
+    ModelInfo,
+    ModelList,
+    TokenizerFile,
+    check_finite,
+    check_tensor,
+    decode,
+    encode,
+)
+
+log = structlog.get_logger("blindtune.server")
+UNSEEN_PATH = "other"
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """How a server behaves, apart from what it hosts."""
+
+    tokens: TokenStore = field(default_factory=TokenStore.open_to_all)
+    limits: Limits = field(default_factory=Limits)
+    graph_bytes: int = 2 * 2**30
+    adapter_bytes: int = 2**30
+    max_queue: int = 64
+    record: Path | None = None
+
+
+class Host:
+    """Everything behind the routes: engines and their threads, caches, metrics, the recorder."""
+
+    def __init__(self, models: dict[str, FrozenBackbone], settings: ServerSettings) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.operator_id = uuid4().hex
+        self.adapters = ByteLRU[tuple[str, str], StoredAdapter](settings.adapter_bytes, self.metrics.adapter_bytes.set)
+        self.graphs = ByteLRU[tuple[str, str], RetainedGraph](settings.graph_bytes, self.metrics.graph_bytes.set)
+        self.engines = {name: Engine(name, model, self.adapters, self.graphs) for name, model in models.items()}
+        self.infos = {name: model.info(name, settings.limits) for name, model in models.items()}
+        self.recorder = Recorder(settings.record, self.operator_id, models) if settings.record else None
+        self._threads = {name: ThreadPoolExecutor(1, f"engine-{name}") for name in models}
+        self._waiting = 0
+
+    def engine(self, model: str) -> Engine:
+        if model not in self.engines:
+            raise UnknownModel(
+                f"This server doesn't host {model!r}.", remedy=f"It hosts: {', '.join(self.engines) or 'nothing'}."
+            )
+        return self.engines[model]
+
+    @contextmanager
+    def place(self) -> Generator[None]:
+        """A place in the queue, taken before the body is read; raises `TooBusy` instead of queueing without end."""
+        if self._waiting >= self.settings.max_queue:
+            raise TooBusy(f"{self._waiting} requests are waiting.", remedy="Try again in a few seconds.")
+        self._waiting += 1
+        self.metrics.queue.set(self._waiting)
+        try:
+            yield
+        finally:
+            self._waiting -= 1
+            self.metrics.queue.set(self._waiting)
+
+    async def on_engine(self, model: str, work: Callable[[], bytes]) -> bytes:
+        """Runs `work` on the model's thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads[model], work)
+
+    def close(self) -> None:
+        for thread in self._threads.values():
+            thread.shutdown(wait=True)
+        if self.recorder is not None:
+            self.recorder.close()
+
+    # What the three POST and PUT routes do, on the engine's thread.
+
+    def put_adapter(self, tenant: str, sha256: str, body: bytes) -> AdapterReceipt:
+        upload, tensors = decode(body, AdapterUpload, self.settings.limits)
+        engine = self.engine(upload.model)
+        if hashlib.sha256(body).hexdigest() != sha256:
+            raise MalformedMessage("The body's SHA-256 isn't the one in the path.", remedy="Send the bytes unchanged.")
+        if upload.spec.rank > self.settings.limits.max_rank:
+            raise AdapterMismatch(
+                f"Rank {upload.spec.rank} is over the limit of {self.settings.limits.max_rank}.",
+                remedy="Lower the rank.",
+            )
+        layout = engine.layout(upload.spec)
+        weights = check_tensor(tensors, "weights", (None,), torch.float32)
+        layout.split(weights)  # raises if they don't fit
+        stored = StoredAdapter(upload.model, layout, weights.clone())
+        if not self.adapters.put((tenant, sha256), stored, weights.nbytes):
+            raise BodyTooLarge(
+                f"An adapter of {weights.nbytes} bytes is larger than the adapter cache.", remedy="Lower the rank."
+            )
+        if self.recorder is not None:
+            self.recorder.adapter(tenant, sha256, upload, weights)
+        return AdapterReceipt(sha256=sha256, parameters=layout.size)
+
+    def forward(self, tenant: str, model: str, body: bytes) -> bytes:
+        engine = self.engine(model)
+        request, tensors = decode(body, ForwardRequest, self.settings.limits)
+        call = Call(
+            tenant, request.adapters, request.pooling, request.seed, self._tokens(model, request.adapters, tensors)
+        )
+        hidden = engine.forward(call, retain=request.retain)
+        check_finite("hidden", hidden)
+        self.metrics.tokens.labels("forward").inc(call.tokens.input_ids.numel() * max(1, len(call.adapters)))
+        sent = hidden if request.return_hidden else None
+        if self.recorder is not None:
+            self.recorder.forward(model, call, sent)
+        return encode(
+            ForwardResponse(fingerprint=engine.backbone.fingerprint), {} if sent is None else {"hidden": sent}
+        )
+
+    def backward(self, tenant: str, model: str, body: bytes) -> bytes:
+        engine = self.engine(model)
+        request, tensors = decode(body, BackwardRequest, self.settings.limits)
+        tokens = self._tokens(model, request.adapters, tensors)
+        call = Call(tenant, request.adapters, request.pooling, request.seed, tokens)
+        positions = (None, engine.backbone.hidden_size) if request.pooling == "none" else (engine.backbone.hidden_size,)
+        shape = (None, len(request.adapters), len(tokens), *positions)
+        cotangents = check_tensor(tensors, "cotangents", shape, torch.float32)
+        if not 1 <= len(cotangents) <= self.settings.limits.max_cotangents:
+            raise InvalidTensor(
+                f"The call has {len(cotangents)} cotangents; 1 to {self.settings.limits.max_cotangents} are accepted.",
+                remedy="Spread them over several calls.",
+            )
+        self._check_answer(engine.answer_bytes(call, len(cotangents)))
+        if self.recorder is not None:
+            self.recorder.backward(model, call, cotangents)
+        gradients, retained = engine.backward(call, cotangents)
+        check_finite("gradients", gradients)
+        self.metrics.graphs.labels("retained" if retained else "recomputed").inc()
+        self.metrics.tokens.labels("backward").inc(tokens.input_ids.numel() * len(request.adapters) * len(cotangents))
+        return encode(
+            BackwardResponse(fingerprint=engine.backbone.fingerprint, retained=retained), {"gradients": gradients}
+        )
+
+    def _check_answer(self, size: int) -> None:
+        """Raises `BodyTooLarge` before gradients of that many bytes are computed."""
+        limit = self.settings.limits.max_answer_bytes
+        if size > limit:
+            raise BodyTooLarge(
+                f"The gradients would have {size} bytes; the limit is {limit}.",
+                remedy="Send fewer cotangents or adapters in one request, or lower the rank.",
+            )
+
+    def _tokens(self, model: str, adapters: list[str], tensors: dict[str, Tensor]) -> Tokens:
+        limits = self.infos[model].limits
+        ids = check_tensor(tensors, "input_ids", (None, None), torch.int32)
+        batch, length = ids.shape
+        if batch == 0 or length == 0:
+            raise EmptyBatch(f"The batch has shape {(batch, length)}.", remedy="Send at least one example.")
+        if len(adapters) > limits.max_adapters:
+            raise AdapterMismatch(
+                f"The request names {len(adapters)} adapters; the limit is {limits.max_adapters}.",
+                remedy="Spread them over several requests.",
+            )
+        if length > limits.max_length:
+            raise SequenceTooLong(
+                f"The batch is {length} tokens long; the limit is {limits.max_length}.",
+                remedy=f"Truncate to {limits.max_length} tokens (--max-length).",
+            )
+        total = batch * length * max(1, len(adapters))
+        if total > limits.max_tokens:
+            raise SequenceTooLong(
+                f"{batch} examples of {length} tokens under {len(adapters)} adapters make {total} tokens; "
+                f"the limit is {limits.max_tokens}.",
+                remedy="Send a smaller batch.",
+            )
+        check_tensor(tensors, "lengths", (batch,), torch.int32)
+        if "token_type_ids" in tensors:
+            check_tensor(tensors, "token_type_ids", (batch, length), torch.uint8)
+        tokens = Tokens.from_tensors(tensors)
+        self.engines[model].backbone.check_tokens(tokens)
+        return tokens
+
+
+def create_app(models: dict[str, FrozenBackbone], settings: ServerSettings | None = None) -> FastAPI:
+    """The ASGI application that hosts `models` (name -> backbone)."""
+    host = Host(models, settings or ServerSettings())
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
+        yield
+        host.close()
+
+    app = FastAPI(title="blindtune", version="1", lifespan=lifespan)
+    app.state.host = host
+    app.middleware("http")(_observe(host.metrics))
+    app.exception_handler(RequestError)(_problem)
+    app.exception_handler(HTTPException)(_http_problem)
+    app.exception_handler(RequestValidationError)(_validation_problem)
+    _add_routes(app, host)
+    return app
+
+
+def _add_routes(app: FastAPI, host: Host) -> None:
+    def tenant(request: Request) -> str:
+        return host.settings.tokens.tenant(request.headers.get("authorization"))
+
+    @app.get("/v1/models")
+    async def list_models(request: Request) -> ModelList:
+        """What is hosted here."""
+        tenant(request)
+        return ModelList(operator_id=host.operator_id, models=list(host.engines))
+
+    @app.get("/v1/models/{model:path}/tokenizer")
+    async def send_tokenizer(model: str, request: Request) -> TokenizerFile:
+        """The tokenizer as JSON."""
+        tenant(request)
+        text = host.engine(model).backbone.tokenizer
+        return TokenizerFile(tokenizer=text, sha256=hashlib.sha256(text.encode()).hexdigest())
+
+    @app.get("/v1/models/{model:path}")
+    async def describe_model(model: str, request: Request) -> ModelInfo:
+        """Shapes, names and limits of one model."""
+        tenant(request)
+        host.engine(model)
+        return host.infos[model]
+
+    @app.put("/v1/adapters/{sha256}")
+    async def upload_adapter(sha256: str, request: Request) -> AdapterReceipt:
+        """Stores adapter weights under the SHA-256 of the body, for this tenant."""
+        owner = tenant(request)
+        with host.place():
+            body = await _read(request, host.settings.limits)
+            return await asyncio.to_thread(host.put_adapter, owner, sha256, body)
+
+    @app.post("/v1/models/{model:path}/forward")
+    async def forward(model: str, request: Request) -> Response:
+        """Hidden states of a batch under n adapters."""
+        owner = tenant(request)
+        host.engine(model)
+        with host.place():
+            body = await _read(request, host.settings.limits)
+            answer = await host.on_engine(model, lambda: host.forward(owner, model, body))
+        return Response(answer, media_type=MEDIA_TYPE)
+
+    @app.post("/v1/models/{model:path}/backward")
+    async def backward(model: str, request: Request) -> Response:
+        """Gradients of every adapter for every cotangent."""
+        owner = tenant(request)
+        host.engine(model)
+        with host.place():
+            body = await _read(request, host.settings.limits)
+            answer = await host.on_engine(model, lambda: host.backward(owner, model, body))
+        return Response(answer, media_type=MEDIA_TYPE)
+
+    @app.get("/healthz")
+    @app.get("/readyz")
+    async def healthy() -> dict[str, str]:
+        """Alive; models are loaded before the socket opens, so alive is ready."""
+        return {"status": "ok"}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Prometheus metrics."""
+        return Response(generate_latest(host.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+async def _read(request: Request, limits: Limits) -> bytes:
+    """The body; refused as soon as its declared or real size passes the limit."""
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > limits.max_body_bytes:
+        raise _too_large(int(declared), limits)
+    chunks: list[bytes] = []
+    size = 0
+    try:
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > limits.max_body_bytes:
+                raise _too_large(size, limits)
+            chunks.append(chunk)
+    except ClientDisconnect:
+        raise MalformedMessage(f"The client went away after {size} bytes.", remedy="Send the request again.") from None
+    return b"".join(chunks)
+
+
+def _too_large(size: int, limits: Limits) -> BodyTooLarge:
+    return BodyTooLarge(
+        f"The body has {size} bytes or more; the limit is {limits.max_body_bytes}.", remedy="Send a smaller batch."
+    )
+
+
+def _observe(metrics: Metrics) -> Callable[[Request, Callable[[Request], Awaitable[Response]]], Awaitable[Response]]:
+    async def observe(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        """Counts and logs a request by its route, size and status; never by its content."""
+        start = time.perf_counter()
+        try:
+            response = await call_next(request)
+        except Exception as error:  # a bug: the client gets a problem document, the log gets the trace
+            log.exception("request failed", path=request.url.path)
+            response = await _problem(
+                request, ServerFault(f"{type(error).__name__} on the server.", remedy="Tell the provider.")
+            )
+        route = getattr(request.scope.get("route"), "path", UNSEEN_PATH).replace(":path", "")
+        seconds = time.perf_counter() - start
+        received = int(request.headers.get("content-length") or 0)
+        sent = int(response.headers.get("content-length") or 0)
+        metrics.requests.labels(route, str(response.status_code)).inc()
+        metrics.seconds.labels(route).observe(seconds)
+        metrics.bytes_in.labels(route).inc(received)
+        metrics.bytes_out.labels(route).inc(sent)
+        log.info(
+            "request",
+            method=request.method,
+            route=route,
+            status=response.status_code,
+            ms=round(seconds * 1000, 1),
+            bytes_in=received,
+            bytes_out=sent,
+        )
+        return response
+
+    return observe
+
+
+async def _problem(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)  # noqa: S101 - registered for this class only
+    headers = {"Retry-After": "1"} if isinstance(error, TooBusy) else {}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error.to_problem(), error.status, headers, media_type="application/problem+json")
+
+
+async def _http_problem(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)  # noqa: S101 - registered for this class only
+    body = {
+        "type": f"{PROBLEM_PREFIX}http-{error.status_code}",
+        "title": str(error.detail),
+        "status": error.status_code,
+        "detail": f"{error.detail}: no such route or method.",
+        "remedy": "See the API's routes at /docs.",
+    }
+    return JSONResponse(body, error.status_code, media_type="application/problem+json")
+
+
+async def _validation_problem(request: Request, error: Exception) -> Response:
+    return await _problem(
+        request, MalformedMessage(f"The request doesn't fit the route: {error}.", remedy="See /docs.")
+    )

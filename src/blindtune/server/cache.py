@@ -1,0 +1,66 @@
+"""Least-recently-used storage with a cap in bytes. Whatever it forgets can be had again, at the cost of time."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from threading import Lock
+from typing import Generic, TypeVar
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+
+class ByteLRU(Generic[K, V]):
+    """Maps keys to values whose sizes (bytes) add up to at most `capacity`. Safe to use from several threads."""
+
+    def __init__(self, capacity: int, on_change: Callable[[int], None] | None = None) -> None:
+        self._capacity, self._on_change = capacity, on_change
+        self._items: OrderedDict[K, tuple[V, int]] = OrderedDict()
+        self._bytes = 0
+        self._lock = Lock()
+
+    @property
+    def nbytes(self) -> int:
+        return self._bytes
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def put(self, key: K, value: V, nbytes: int) -> bool:
+        """Stores the value and drops the oldest ones until all fit. False if it is larger than the whole cache."""
+        with self._lock:
+            self._remove(key)
+            fits = nbytes <= self._capacity
+            if fits:
+                self._items[key] = (value, nbytes)
+                self._bytes += nbytes
+                while self._bytes > self._capacity:
+                    self._remove(next(iter(self._items)))
+            self._report()
+            return fits
+
+    def get(self, key: K) -> V | None:
+        with self._lock:
+            item = self._items.get(key)
+            if item is None:
+                return None
+            self._items.move_to_end(key)
+            return item[0]
+
+    def pop(self, key: K) -> V | None:
+        """Takes the value out of the cache."""
+        with self._lock:
+            item = self._remove(key)
+            self._report()
+            return item[0] if item else None
+
+    def _remove(self, key: K) -> tuple[V, int] | None:
+        item = self._items.pop(key, None)
+        if item is not None:
+            self._bytes -= item[1]
+        return item
+
+    def _report(self) -> None:
+        if self._on_change is not None:
+            self._on_change(self._bytes)

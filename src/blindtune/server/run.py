@@ -1,0 +1,115 @@
+"""Starts a server process: sockets, TLS, threads, logs, and a shutdown that finishes what it began."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+import torch
+import uvicorn
+
+from blindtune.errors import ConfigError
+from blindtune.models import FrozenBackbone
+from blindtune.server.app import ServerSettings, create_app
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where to listen, and with which certificate. Port 0 takes a free one."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+
+    def url(self, port: int) -> str:
+        """As a client writes it."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'https' if self.tls_cert else 'http'}://{host}:{port}"
+
+
+def check_exposure(address: Address, *, no_auth: bool, insecure: bool = False) -> None:
+    """Raises `ConfigError` for a server without tokens or TLS outside loopback, or half of a TLS pair."""
+    if no_auth and address.host not in LOOPBACK:
+        raise ConfigError(
+            f"--no-auth on {address.host} would serve everybody.",
+            remedy="Use --token-file, or listen on 127.0.0.1 only.",
+        )
+    if (address.tls_cert is None) != (address.tls_key is None):
+        raise ConfigError("A certificate needs its key.", remedy="Give both --tls-cert and --tls-key.")
+    if address.tls_cert is None and address.host not in LOOPBACK and not insecure:
+        raise ConfigError(
+            f"Without TLS, {address.host} would get texts, tokens and shares in the clear.",
+            remedy="Give --tls-cert and --tls-key, or --insecure behind a proxy that adds TLS.",
+        )
+
+
+def serve(
+    models: dict[str, FrozenBackbone],
+    settings: ServerSettings,
+    address: Address,
+    *,
+    threads: int | None = None,
+    on_listen: Callable[[str], None] = print,
+) -> None:
+    """Serves until SIGINT or SIGTERM; requests that are under way get their answers.
+
+    Raises:
+        ConfigError: the address is in use or not ours.
+    """
+    listener = _listen(address)
+    _configure_logs()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    port = listener.getsockname()[1]
+    config = uvicorn.Config(
+        create_app(models, settings),
+        log_config=None,
+        access_log=False,
+        ssl_certfile=address.tls_cert,
+        ssl_keyfile=address.tls_key,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=30,
+    )
+    on_listen(address.url(port))
+    try:
+        uvicorn.Server(config).run(sockets=[listener])
+    finally:
+        listener.close()
+
+
+def _listen(address: Address) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((address.host, address.port))
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"Can't listen on {address.host}:{address.port}: {error.strerror}.", remedy="Choose another --port."
+        ) from None
+    return listener
+
+
+def _configure_logs() -> None:
+    """JSON lines on stderr, one for each request; uvicorn's own lines at warning and above."""
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s %(message)s")
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(),
+        ],
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=True,
+    )

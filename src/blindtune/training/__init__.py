@@ -1,0 +1,21 @@
+"""The loop around a private model: data, batches, steps, metrics, resume."""
+
+from blindtune.training.batches import BatchPlan
+from blindtune.training.data import Columns, Examples, load_examples, split_examples
+from blindtune.training.loop import Step, TrainConfig, Trainer, evaluate, predict, steps_for
+from blindtune.training.metrics import scores
+
+__all__ = [
+    "BatchPlan",
+    "Columns",
+    "Examples",
+    "Step",
+    "TrainConfig",
+    "Trainer",
+    "evaluate",
+    "load_examples",
+    "predict",
+    "scores",
+    "split_examples",
+    "steps_for",
+]

@@ -1,0 +1,251 @@
+"""Labelled texts from CSV, TSV, JSON lines or Parquet files, or from a hub data set, checked before a run starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet
+
+from blindtune.errors import BadEncoding, BadLabels, ConfigError, DataError, EmptyRows, MissingColumn
+
+Text = str | tuple[str, str]
+Table = Any
+"""A `pyarrow.Table`; pyarrow has no types."""
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_MOST_CLASSES = 1000
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns hold what. `text_pair` for tasks on two texts; no `label` for prediction."""
+
+    text: str
+    label: str | None = None
+    text_pair: str | None = None
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Texts (or pairs) with class indices into `classes`; no labels for prediction."""
+
+    texts: list[Text]
+    labels: list[int] | None
+    classes: list[str]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, indices: Sequence[int]) -> Examples:
+        """The examples at these positions."""
+        labels = None if self.labels is None else [self.labels[i] for i in indices]
+        return Examples([self.texts[i] for i in indices], labels, self.classes)
+
+
+def load_examples(
+    source: str, columns: Columns, *, classes: Sequence[str] | None = None, split: str = "train"
+) -> Examples:
+    """Reads a file (`.csv`, `.tsv`, `.jsonl`, `.json`, `.parquet`, the text ones also `.gz`) or a hub data set.
+
+    Args:
+        source: a path, or a hub name such as `glue/sst2` (with the extra `hub` and a network).
+        classes: class names in the order of their indices. Found in the data, and sorted, if left out.
+        split: of a hub data set.
+    Raises:
+        DataError: one of its subclasses says what is wrong, in which rows, and what to do.
+    """
+    path = Path(source).expanduser()
+    table = _read_file(path) if path.is_file() or _kind(path) else _read_hub(source, split)
+    if table.num_rows == 0:
+        raise EmptyRows(f"{source} has no rows.", remedy="Give a file with at least one example for each class.")
+    texts = _texts(table, source, columns)
+    if columns.label is None:
+        return Examples(texts, None, list(classes or []))
+    labels, names = _labels(_column(table, source, columns.label), source, columns.label, classes)
+    return Examples(texts, labels, names)
+
+
+def split_examples(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:
+    """A random (1 − fraction, fraction) split; both parts keep the class names.
+
+    Raises:
+        ConfigError: a fraction that leaves one part empty.
+    """
+    count = round(len(examples) * fraction)
+    if not 0 < count < len(examples):
+        raise ConfigError(
+            f"A validation fraction of {fraction} leaves {count} of {len(examples)} examples.",
+            remedy="Choose a fraction between 0 and 1 that leaves examples on both sides.",
+        )
+    order = np.random.default_rng(seed).permutation(len(examples)).tolist()
+    return examples.take(sorted(order[count:])), examples.take(sorted(order[:count]))
+
+
+def _kind(path: Path) -> str:
+    """The file format by its name; empty if it isn't one of ours."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] == ".gz":
+        suffixes.pop()
+    last = suffixes[-1] if suffixes else ""
+    return last if last in (*_DELIMITERS, ".jsonl", ".json", ".ndjson", ".parquet") else ""
+
+
+def _read_file(path: Path) -> Table:
+    if not path.is_file():
+        raise DataError(f"There is no file {path}.", remedy="Check the path.")
+    kind = _kind(path)
+    if not kind:
+        raise DataError(
+            f"{path} is of no known format.", remedy="Use .csv, .tsv, .jsonl or .parquet (text files also with .gz)."
+        )
+    try:
+        if kind == ".parquet":
+            return pyarrow.parquet.read_table(path)
+        with pa.input_stream(str(path), compression="detect") as stream:
+            content = stream.read()
+        try:
+            content.decode()
+        except UnicodeDecodeError as error:
+            line = content.count(b"\n", 0, error.start) + 1
+            raise BadEncoding(
+                f"Line {line} of {path} isn't UTF-8 (byte {error.start}: 0x{content[error.start]:02x}).",
+                remedy="Convert the file: iconv -f LATIN1 -t UTF-8.",
+            ) from None
+        if kind in _DELIMITERS:
+            return _read_delimited(content, _DELIMITERS[kind])
+        return pyarrow.json.read_json(pa.BufferReader(content))
+    except pa.ArrowException as error:
+        raise BadEncoding(
+            f"{path} can't be read as {kind[1:]}: {str(error).splitlines()[0]}", remedy="Repair the rows it names."
+        ) from None
+
+
+def _read_delimited(content: bytes, delimiter: str) -> Table:
+    """All columns as text: labels such as 007 or NA mean what they say."""
+    parse = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+    names = pyarrow.csv.open_csv(pa.BufferReader(content), parse_options=parse).schema.names
+    convert = pyarrow.csv.ConvertOptions(
+        column_types={name: pa.string() for name in names}, strings_can_be_null=False, null_values=[]
+    )
+    return pyarrow.csv.read_csv(pa.BufferReader(content), parse_options=parse, convert_options=convert)
+
+
+def _read_hub(name: str, split: str) -> Table:
+    try:
+        import datasets  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise DataError(
+            f"{name!r} is no file, and hub data sets need the extra `hub`.",
+            remedy="Check the path, or run: pip install 'blindtune[hub]'",
+        ) from None
+    attempts: list[tuple[str, str | None]] = [(name, None)]
+    if "/" in name:  # `glue/sst2`, `nyu-mll/glue/sst2`: the last part may be a configuration
+        path, config = name.rsplit("/", 1)
+        attempts.append((path, config))
+    loaded: Any = None
+    failure: Exception | None = None
+    for path, config in attempts[::-1] if name.count("/") > 1 else attempts:
+        try:
+            loaded = datasets.load_dataset(path, config, split=split)
+            break
+        except Exception as error:  # the library raises many kinds
+            failure = error
+    if loaded is None:
+        raise DataError(
+            f"The hub data set {name!r} (split {split!r}) can't be loaded: {str(failure).splitlines()[0]}",
+            remedy="Check its name, its splits and your network.",
+        ) from failure
+    table: Table = loaded.with_format("arrow")[:]
+    for column, feature in loaded.features.items():
+        if isinstance(feature, datasets.ClassLabel):  # integers with names: keep the names
+            named = [None if v is None or v < 0 else feature.names[v] for v in table[column].to_pylist()]
+            table = table.set_column(table.schema.get_field_index(column), column, pa.array(named, pa.string()))
+    return table
+
+
+def _column(table: Table, source: str, name: str) -> list[Any]:
+    if name not in table.column_names:
+        raise MissingColumn(f"{source} has no column {name!r}.", remedy=f"It has: {', '.join(table.column_names)}.")
+    return cast("list[Any]", table[name].to_pylist())
+
+
+def _texts(table: Table, source: str, columns: Columns) -> list[Text]:
+    firsts = _strings(table, source, columns.text)
+    if columns.text_pair is None:
+        return list(firsts)
+    return list(zip(firsts, _strings(table, source, columns.text_pair), strict=True))
+
+
+def _strings(table: Table, source: str, name: str) -> list[str]:
+    values = _column(table, source, name)
+    empty = [row for row, value in enumerate(values, 1) if value is None or not str(value).strip()]
+    if empty:
+        raise EmptyRows(
+            f"{source} has {len(empty)} rows without {name!r}: row {_some(empty)}.", remedy="Fill or remove them."
+        )
+    if not all(isinstance(value, str) for value in values):
+        odd = next(value for value in values if not isinstance(value, str))
+        raise DataError(f"The column {name!r} of {source} holds {odd!r}, not text.", remedy="Name the column of texts.")
+    return values
+
+
+def _labels(values: list[Any], source: str, column: str, classes: Sequence[str] | None) -> tuple[list[int], list[str]]:
+    """Class indices and names. Integers, booleans and texts are names; numbers with fractions are no classes."""
+    missing = [row for row, value in enumerate(values, 1) if value is None or not str(value).strip()]
+    if missing:
+        raise BadLabels(
+            f"{source} has {len(missing)} rows without a label in {column!r}: row {_some(missing)}.",
+            remedy="Fill or remove them.",
+        )
+    names = [_class_name(value, source, column) for value in values]
+    found = sorted(set(names), key=_natural)
+    if len(found) < 2 and not classes:
+        raise BadLabels(
+            f"All labels in {column!r} of {source} are {found[0]!r}.", remedy="A task needs at least two classes."
+        )
+    if not classes and len(found) > min(_MOST_CLASSES, max(2, len(values) // 2)):
+        raise BadLabels(
+            f"{column!r} of {source} has {len(found)} different labels in {len(values)} rows, e.g. {found[0][:40]!r}.",
+            remedy="Name a column of classes, not of texts or numbers.",
+        )
+    wanted = list(classes or found)
+    if not set(found) & set(wanted) and all(name.isdigit() and int(name) < len(wanted) for name in found):
+        return [int(name) for name in names], wanted  # indices into the names that the user gave
+    unknown = sorted(set(found) - set(wanted))
+    if unknown:
+        raise BadLabels(
+            f"{column!r} of {source} has labels outside the classes: {_some(unknown)}.",
+            remedy=f"The classes are: {', '.join(wanted)}.",
+        )
+    index = {name: position for position, name in enumerate(wanted)}
+    return [index[name] for name in names], wanted
+
+
+def _class_name(value: Any, source: str, column: str) -> str:
+    if isinstance(value, float):
+        if not value.is_integer():
+            raise BadLabels(
+                f"{column!r} of {source} holds {value!r}, a number with a fraction.",
+                remedy="Only classes can be learned: bin the numbers first.",
+            )
+        value = int(value)
+    if not isinstance(value, (str, int)):
+        raise BadLabels(f"{column!r} of {source} holds {value!r}.", remedy="Labels are texts, integers or booleans.")
+    return str(value).strip()
+
+
+def _natural(name: str) -> tuple[bool, int, str]:
+    """Integers by value, before all other names."""
+    return (not name.isdigit(), int(name) if name.isdigit() else 0, name)
+
+
+def _some(values: Sequence[object]) -> str:
+    shown = ", ".join(str(value) for value in values[:_SHOWN])
+    return shown + (", …" if len(values) > _SHOWN else "")

@@ -1,0 +1,137 @@
+"""The messages of the API, version 1. The JSON part of each body; tensors ride beside it.
+
+| route | request | response |
+|---|---|---|
+| `GET /v1/models` | | `ModelList` (JSON) |
+| `GET /v1/models/{m}` | | `ModelInfo` (JSON) |
+| `GET /v1/models/{m}/tokenizer` | | `TokenizerFile` (JSON) |
+| `PUT /v1/adapters/{sha256}` | `AdapterUpload` + `weights [P]` | `AdapterReceipt` (JSON) |
+| `POST /v1/models/{m}/forward` | `ForwardRequest` + tokens | `ForwardResponse` + `hidden` |
+| `POST /v1/models/{m}/backward` | `BackwardRequest` + tokens + `cotangents` | `BackwardResponse` + `gradients` |
+
+Tokens are `input_ids [B, L]` int32, `lengths [B]` int32 (right padding) and, for models that use them,
+`token_type_ids [B, L]` uint8.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraints
+
+from blindtune.wire.limits import Limits
+
+API_VERSION = 1
+MEDIA_TYPE = "application/vnd.blindtune.v1+safetensors"
+
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+Pooling = Literal["cls", "mean", "last", "first", "none"]
+"""How `[B, L, d]` becomes what the head reads: the first token (cls), the mean over tokens, the last
+token, the decoder's first position (first), or every position (none)."""
+Architecture = Literal["encoder", "decoder", "encoder-decoder"]
+
+
+class Message(BaseModel):
+    """Base of all messages: unknown fields are refused, so that a typo can't be ignored silently."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LoraSpec(Message):
+    """Which linear layers an adapter changes, and how. Weights travel apart, as one vector `[P]`.
+
+    The vector holds, for each module in the order given, A `(rank, in)` and then B `(out, rank)`, row by row.
+    """
+
+    kind: Literal["lora"] = "lora"
+    modules: Annotated[list[Name], Field(min_length=1, max_length=4096)]
+    rank: PositiveInt
+    scaling: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    """The factor before B A x: alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapter's input; only in requests that carry a seed."""
+
+
+class AdapterUpload(Message):
+    model: Name
+    spec: LoraSpec
+
+
+class AdapterReceipt(Message):
+    sha256: Sha256
+    parameters: PositiveInt
+
+
+class ForwardRequest(Message):
+    """h(x, θ_i) for n adapters at once. No adapters means the frozen model, n = 1."""
+
+    adapters: Annotated[list[Sha256], Field(max_length=4096)] = []
+    pooling: Pooling
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    """Dropout is on only if the client gives its seed, so that a repeated call gives the same answer."""
+    retain: bool = False
+    """True: keep the autograd graph for a backward call that follows."""
+    return_hidden: bool = True
+    """False: compute and retain the graph for a backward call that follows, but send nothing back."""
+
+
+class ForwardResponse(Message):
+    """With `hidden`: `[n, B, d]`, or `[n, B, L, d]` for pooling `none`; float32."""
+
+    fingerprint: Sha256
+
+
+class BackwardRequest(Message):
+    """The forward request once more, plus `cotangents [m, n, B, d]` float32."""
+
+    adapters: Annotated[list[Sha256], Field(min_length=1, max_length=4096)]
+    pooling: Pooling
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+
+
+class BackwardResponse(Message):
+    """With `gradients`: `[m, n, P]`, float32 (float64 from servers in it), laid out as adapters' weight vectors."""
+
+    fingerprint: Sha256
+    retained: bool
+    """Whether the forward pass was still in memory."""
+
+
+class ModelInfo(Message):
+    """What is hosted, as far as a client may know it: shapes and names, never weights."""
+
+    name: Name
+    architecture: Architecture
+    model_type: str
+    """The family's name in transformers, e.g. `bert`: PEFT's default target modules depend on it."""
+    hidden_size: PositiveInt
+    layers: PositiveInt
+    dtype: str
+    modules: dict[str, tuple[PositiveInt, PositiveInt]]
+    """Linear layers that take adapters: name -> (out_features, in_features)."""
+    peft_kinds: list[Literal["lora"]] = ["lora"]
+    pooling: Pooling
+    """The default pooling."""
+    poolings: list[Pooling]
+    token_type_ids: bool
+    pad_token_id: int
+    fingerprint: Sha256
+    """SHA-256 over names, dtypes and values of all weights."""
+    base_model_name: str
+    """What PEFT writes into `base_model_name_or_path`."""
+    limits: Limits
+
+
+class ModelList(Message):
+    api_version: int = API_VERSION
+    operator_id: str
+    """Random at every start of a server; equal ids mean one server behind two addresses."""
+    models: list[str]
+
+
+class TokenizerFile(Message):
+    """The model's tokenizer as the JSON of the `tokenizers` library."""
+
+    tokenizer: str
+    sha256: Sha256

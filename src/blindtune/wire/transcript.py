@@ -1,0 +1,151 @@
+"""A transcript: what one server saw, message by message, as the audit's only input.
+
+A folder with `index.jsonl` (a first line that describes the recording, then a line for each event) and
+`shard-NNNNN.safetensors` files. The tensor `name` of event 17 is stored under the key `17/name`.
+
+| event kind | tensors |
+|---|---|
+| adapter | `weights [P]` |
+| forward | `input_ids [B, L]`, `lengths [B]`, (`token_type_ids [B, L]`,) `hidden` as sent (if it was sent) |
+| backward | `input_ids`, `lengths`, (`token_type_ids`,) `cotangents [m, n, B, d]` |
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from threading import Lock
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from blindtune.errors import TranscriptError
+from blindtune.wire.schema import LoraSpec
+
+INDEX = "index.jsonl"
+FORMAT = 1
+
+
+class RecordedModel(BaseModel):
+    """Where the audit finds the pretrained model again, and how to know that it is the same one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    source: str
+    dtype: str
+    fingerprint: str
+
+
+class Recording(BaseModel):
+    """First line of the index."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    format: int = FORMAT
+    operator_id: str
+    models: dict[str, RecordedModel]
+
+
+class Event(BaseModel):
+    """One message, as the server saw it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    event: int
+    time: float
+    tenant: str
+    kind: Literal["adapter", "forward", "backward"]
+    model: str
+    adapters: list[str] = []
+    """Content hashes; for kind `adapter` the one hash of what was uploaded."""
+    spec: LoraSpec | None = None
+    pooling: str | None = None
+    seed: int | None = None
+    tensors: list[str] = []
+    shard: str = ""
+
+
+class TranscriptWriter:
+    """Appends events to a folder; at most `flush_bytes` are lost if the process is killed."""
+
+    def __init__(self, folder: Path, recording: Recording, *, flush_bytes: int = 4 * 2**20) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._flush_bytes, self._lock = folder, flush_bytes, Lock()
+        self._pending: list[Event] = []
+        self._tensors: dict[str, Tensor] = {}
+        self._events = self._shards = self._bytes = 0
+        if (folder / INDEX).exists():  # a restarted server goes on where the last one stopped
+            earlier = Transcript(folder)
+            if earlier.recording.models != recording.models:
+                raise TranscriptError(f"{folder} records other models.", remedy="Record into an empty folder.")
+            self._events = len(earlier.events)
+            self._shards = len({event.shard for event in earlier.events})
+            os.truncate(folder / INDEX, len(_complete_lines(folder / INDEX)))
+        else:
+            partial = folder / (INDEX + ".part")
+            partial.write_text(recording.model_dump_json() + "\n", encoding="utf-8")
+            os.replace(partial, folder / INDEX)
+
+    def add(self, event: Event, tensors: Mapping[str, Tensor]) -> None:
+        """Takes the event; numbers, time and shard are filled in here."""
+        with self._lock:
+            numbered = event.model_copy(update={"event": self._events, "time": time.time(), "tensors": sorted(tensors)})
+            self._events += 1
+            self._pending.append(numbered)
+            for name, tensor in tensors.items():
+                self._tensors[f"{numbered.event}/{name}"] = tensor.detach().cpu().clone()
+                self._bytes += tensor.nbytes
+            if self._bytes >= self._flush_bytes:
+                self._flush()
+
+    def close(self) -> None:
+        with self._lock:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        shard = f"shard-{self._shards:05d}.safetensors"
+        partial = self._folder / (shard + ".part")
+        save_file(self._tensors, partial)
+        os.replace(partial, self._folder / shard)
+        with (self._folder / INDEX).open("a", encoding="utf-8") as index:
+            for event in self._pending:
+                index.write(event.model_copy(update={"shard": shard}).model_dump_json() + "\n")
+        self._pending, self._tensors, self._bytes = [], {}, 0
+        self._shards += 1
+
+
+class Transcript:
+    """A recorded folder, read lazily.
+
+    Raises:
+        TranscriptError: no index, or one that isn't a transcript's.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        index = folder / INDEX
+        if not index.is_file():
+            raise TranscriptError(
+                f"{folder} holds no {INDEX}.", remedy="Name the folder that `blindtune serve --record` wrote."
+            )
+        try:
+            lines = _complete_lines(index).decode().removesuffix("\n").split("\n")
+            self.recording = Recording.model_validate_json(lines[0])
+            self.events = [Event.model_validate_json(line) for line in lines[1:]]
+        except ValueError as error:
+            raise TranscriptError(f"{index} is not a transcript: {error}.", remedy="Record it again.") from None
+
+    def tensors(self, event: Event) -> dict[str, Tensor]:
+        """All tensors of one event."""
+        with safe_open(self.folder / event.shard, framework="pt") as shard:
+            return {name: shard.get_tensor(f"{event.event}/{name}") for name in event.tensors}
+
+
+def _complete_lines(index: Path) -> bytes:
+    """The index without a last line that a crash cut off."""
+    content = index.read_bytes()
+    return content[: content.rfind(b"\n") + 1]

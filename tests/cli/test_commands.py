@@ -1,0 +1,211 @@
+"""The commands as a user runs them: processes, files, exit codes, words."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+import blindtune
+from tests.conftest import Server
+
+SMALL = ["--steps", "6", "--batch-size", "12", "--max-length", "32", "--set", "decoys=1"]
+
+
+def run(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(
+        [sys.executable, "-m", "blindtune", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "160", "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert not check or result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def notes(film_examples, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "notes.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["note", "diagnosis"])
+        for text, label in zip(film_examples.texts[:120], film_examples.labels[:120], strict=True):
+            writer.writerow([text, ["sick", "healthy"][label]])
+    return path
+
+
+@pytest.fixture(scope="module")
+def recorded(start_server, tiny_models, tmp_path_factory):
+    """Two recording operators with a small BERT: `(servers, folders)`."""
+    folders = [tmp_path_factory.mktemp("seen") / name for name in "ab"]
+    with ExitStack() as stack:
+        yield [stack.enter_context(start_server(tiny_models["bert"], record=f)) for f in folders], folders
+
+
+def to(servers: list[Server]) -> list[str]:
+    return [part for server in servers for part in ("--server", server.url)]
+
+
+def columns(path: Path) -> list[object]:
+    return ["--data", path, "--text", "note", "--label", "diagnosis"]
+
+
+def test_train_predict_and_audit_follow_each_other(recorded, notes, tiny_models, tmp_path):
+    servers, folders = recorded
+    out, results = tmp_path / "out", tmp_path / "train.json"
+    trained = run("train", *to(servers), *columns(notes), *SMALL, "--output", out, "--json", results)
+    assert "sees texts, adapters, and one share of each gradient" in trained.stdout
+    numbers = json.loads(results.read_text())
+    assert numbers["steps"] == 6
+    assert numbers["validation"]["accuracy"] > 0
+    assert 0 < numbers["gradient_channel_mu"] < 0.2
+    assert json.loads((out / "blindtune.json").read_text())["classes"] == ["healthy", "sick"]
+    stock = PeftModel.from_pretrained(AutoModel.from_pretrained(tiny_models["bert"]), out / "adapter_0")
+    assert any("lora_B" in name and p.abs().sum() > 0 for name, p in stock.named_parameters())
+
+    predicted, scores = tmp_path / "predicted.csv", tmp_path / "predict.json"
+    run("predict", out, *to(servers[:1]), *columns(notes), "--output", predicted, "--json", scores)
+    with predicted.open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 120
+    assert set(rows[0]) == {"prediction", "p_healthy", "p_sick"}
+    assert all(abs(float(r["p_healthy"]) + float(r["p_sick"]) - 1) < 1e-4 for r in rows)
+    assert json.loads(scores.read_text())["accuracy"] > 0
+
+    for server in servers:  # so that transcripts are complete
+        server.stop()
+    report, found = tmp_path / "report.html", tmp_path / "audit.json"
+    audit = run(
+        "audit", *folders, "--labels", notes, "--text", "note", "--label", "diagnosis",
+        "--points", 2, "--report", report, "--json", found,
+    )  # fmt: skip
+    assert "The strongest attack without labels reaches AUC" in audit.stdout
+    assert report.read_text().startswith("<!doctype html>")
+    verdict = json.loads(found.read_text())
+    assert {f["operator"] for f in verdict["findings"]} == {str(folder) for folder in folders}
+    assert set(verdict["controls"]) >= {"unprotected", "frozen", "valid"}
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_resume_ends_with_the_same_weights(two_servers, notes, tmp_path):
+    common = [*to(two_servers), *columns(notes), *SMALL, "--steps", "12", "--method", "lora"]
+    common = [c for c in common if c not in ("--set", "decoys=1")]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run("train", *common, "--output", whole)
+
+    command = [
+        sys.executable,
+        "-m",
+        "blindtune",
+        "train",
+        *map(str, common),
+        "--output",
+        str(broken),
+        "--save-every",
+        "1",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not (broken / "resume.safetensors").exists():  # the first step is done
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    assert "Go on with --resume" in said.replace("\n", " ")
+    done = int(load_file(broken / "resume.safetensors")["done"])
+    assert 1 <= done < 12
+
+    run("train", *common, "--output", broken, "--resume")
+    for name in ("adapter_model.safetensors", "head.safetensors"):
+        left, right = load_file(whole / name), load_file(broken / name)
+        assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--text", "nota"], "has no column 'nota'. Remedy: It has: note, diagnosis"),
+        (["--method", "p4eft"], "There is no method 'p4eft'"),
+        (["--set", "n=1"], "P3EFT mixes at least two adapters"),
+        (["--target-modules", "qkv"], "No layer is called ['qkv']"),
+        (["--layers", "7-9"], "No layer is left with --layers 7-9"),
+        (["--pooling", "last"], "offers no pooling 'last'"),
+        (["--max-length", "100000"], "max_length is 100000"),
+    ],
+)
+def test_wrong_options_are_answered_with_the_value_and_the_remedy(tiny_server, notes, tmp_path, arguments, words):
+    from typer.testing import CliRunner
+
+    from blindtune.cli import app
+
+    command = ["train", "--server", tiny_server.url, "--model", "bert", *map(str, columns(notes)), *arguments]
+    result = CliRunner().invoke(app, [*command, "--output", str(tmp_path / "out")], env={"COLUMNS": "300"})
+    assert result.exit_code == 1
+    assert words in result.output.replace("\n", " ")
+    assert "Remedy:" in result.output
+    assert "Traceback" not in result.output
+
+
+def test_one_server_is_not_enough_for_p3eft(tiny_server, notes, tmp_path):
+    from typer.testing import CliRunner
+
+    from blindtune.cli import app
+
+    command = ["train", "--server", tiny_server.url, "--model", "bert", *map(str, columns(notes))]
+    result = CliRunner().invoke(app, [*command, "--output", str(tmp_path / "out")], env={"COLUMNS": "300"})
+    assert result.exit_code == 1
+    assert "2 shares of one gradient need 2 operators that don't collude" in result.output
+
+
+def test_serve_refuses_to_be_open_to_the_world():
+    from typer.testing import CliRunner
+
+    from blindtune.cli import app
+
+    for arguments, words in (
+        (["--host", "0.0.0.0", "--no-auth"], "would serve everybody"),
+        ([], "needs to know its tenants"),
+        (["--no-auth", "--tls-cert", "x.pem"], "A certificate needs its key"),
+    ):
+        result = CliRunner().invoke(app, ["serve", "--model", "minilm", *arguments], env={"COLUMNS": "300"})
+        assert result.exit_code == 1
+        assert words in result.output
+
+
+def test_every_command_has_a_manual():
+    from typer.testing import CliRunner
+
+    from blindtune.cli import app
+
+    for name in ("train", "predict", "audit", "demo", "serve", "token"):
+        result = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"})
+        assert result.exit_code == 0
+        assert len(result.output.splitlines()) > 8
+    assert "--json" in CliRunner().invoke(app, ["demo", "--help"], env={"COLUMNS": "200"}).output
+
+
+def test_help_does_not_load_torch():
+    """`blindtune --help` answers at once."""
+    code = "import sys, blindtune.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_public_names_are_sorted_documented_and_importable():
+    names = blindtune.__all__
+    assert len(names) <= 20
+    for name in names:
+        assert getattr(blindtune, name).__doc__, name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = blindtune.nothing

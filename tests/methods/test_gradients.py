@@ -1,0 +1,234 @@
+"""Private backpropagation through two real operators."""
+
+import pytest
+import torch
+
+from blindtune.client import Patience
+from blindtune.errors import ConfigError, SingleOperator
+from blindtune.methods import P3EFT, LinearHead, PrivateModel, SharedGradients
+from blindtune.privacy.randomness import SecureGenerator
+
+KEY = bytes(range(32))
+
+
+def channel(**options):
+    return SharedGradients(
+        **{"m": 2, "clip_norm": 1.0, "noise_ratio": 1000.0, "generator": SecureGenerator(KEY)} | options
+    )
+
+
+def gradients(backbone, texts, scale=1.0):
+    """Adapter gradients for a fixed cotangent whose examples have norm `scale` once multiplied by B."""
+    hidden = backbone.all_adapters(texts)
+    cotangent = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
+    cotangent *= scale / len(texts) / cotangent.permute(1, 0, 2).flatten(1).norm(dim=1).view(1, -1, 1)
+    for parameter in backbone.parameters():
+        parameter.grad = None
+    hidden.backward(cotangent)
+    return torch.cat([p.grad.flatten() for p in backbone.parameters()])
+
+
+def perturb(backbone):
+    with torch.no_grad():
+        for adapter in backbone.lora_adapters():
+            for _, b in adapter.named_matrices().values():
+                b.normal_(std=0.05, generator=torch.Generator().manual_seed(1))
+
+
+def test_shares_at_two_operators_give_the_true_gradient(connect, film_sentences):
+    backbone = connect(num_adapters=2)
+    perturb(backbone)
+    expected = gradients(backbone, film_sentences[:8])
+    for noise_ratio, tolerance in ((10.0, 1e-4), (100.0, 1e-3), (1000.0, 1e-2)):
+        backbone.channel = channel(noise_ratio=noise_ratio)
+        found = gradients(backbone, film_sentences[:8])
+        assert (found - expected).norm() / expected.norm() < tolerance, noise_ratio
+
+
+def test_servers_in_double_precision_keep_gradients_exact_under_large_noise(start_server, tiny_models, film_sentences):
+    from blindtune.client import Backbone
+
+    with (
+        start_server(tiny_models["bert"], dtype="float64") as a,
+        start_server(tiny_models["bert"], dtype="float64") as b,
+    ):
+        backbone = Backbone([a.url, b.url], max_length=32, num_adapters=2)
+        perturb(backbone)
+        expected = gradients(backbone, film_sentences[:8])
+        backbone.channel = channel(noise_ratio=1000.0)
+        found = gradients(backbone, film_sentences[:8])
+        backbone.close()
+    assert (found - expected).norm() / expected.norm() < 1e-3
+
+
+def test_gradients_above_the_clipping_norm_are_scaled_down_to_it(connect, film_sentences):
+    backbone = connect(num_adapters=2)
+    perturb(backbone)
+    expected = gradients(backbone, film_sentences[:8], scale=1.0)
+    backbone.channel = channel(noise_ratio=10.0)
+    found = gradients(backbone, film_sentences[:8], scale=50.0)
+    assert (found - expected).norm() / expected.norm() < 1e-3
+
+
+def test_each_operator_gets_one_share_and_sees_noise(
+    connect, operators, film_sentences, start_server, tiny_models, tmp_path
+):
+    from blindtune.client import Backbone
+    from blindtune.wire import Transcript
+
+    folders = [tmp_path / name for name in "ab"]
+    with (
+        start_server(tiny_models["bert"], record=folders[0]) as a,
+        start_server(tiny_models["bert"], record=folders[1]) as b,
+    ):
+        backbone = Backbone([a.url, b.url], max_length=32, num_adapters=2, channel=channel())
+        gradients(backbone, film_sentences[:8])
+        backbone.close()
+    seen = []
+    for folder in folders:
+        transcript = Transcript(folder)
+        events = [event for event in transcript.events if event.kind == "backward"]
+        assert len(events) == 1
+        seen.append(transcript.tensors(events[0])["cotangents"])
+    for share in seen:
+        assert share.shape[:3] == (1, 2, 8)
+        assert 900 < float(share.std()) < 1300
+    alpha = float((seen[0] * seen[1]).sum() / (seen[0] * seen[0]).sum())
+    assert (seen[1] - alpha * seen[0]).norm() < 0.01 * seen[1].norm()  # together they would reveal the gradient
+
+
+def test_one_operator_is_refused_for_two_shares(connect, film_sentences):
+    backbone = connect(count=1)
+    with pytest.raises(SingleOperator, match=r"2 shares .* need 2 operators.*allow_single_operator=True"):
+        PrivateModel(backbone, LinearHead(backbone.hidden_size, 2), P3EFT())
+
+
+def test_one_operator_works_if_the_caller_gives_up_gradient_privacy(connect, film_sentences):
+    backbone = connect(count=1)
+    method = P3EFT(allow_single_operator=True, decoys=0, task_delay=0)
+    model = PrivateModel(backbone, LinearHead(backbone.hidden_size, 2), method)
+    output = model(film_sentences[:4], [0, 1, 0, 1])
+    output.loss.backward()
+    assert all(p.grad is not None for p in backbone.parameters())
+    assert method.report() == {}  # no μ is claimed
+
+
+def test_operators_in_low_precision_are_refused(start_server, tiny_models):
+    from blindtune.client import Backbone
+
+    with (
+        start_server(tiny_models["bert"], dtype="bfloat16") as a,
+        start_server(tiny_models["bert"], dtype="bfloat16") as b,
+    ):
+        backbone = Backbone([a.url, b.url], patience=Patience(total=5))
+        with pytest.raises(ConfigError, match=r"bfloat16, which destroys gradients.*float32"):
+            PrivateModel(backbone, LinearHead(backbone.hidden_size, 2), P3EFT())
+        backbone.close()
+
+
+def test_the_same_gradient_is_split_the_same_way_and_another_one_differently(connect, film_sentences):
+    """A repeated step resends the same shares; fresh noise for the same gradient would be a second view."""
+    sent = []
+    backbone = connect(num_adapters=2, channel=channel())
+    operator = backbone.pool.operators[0]
+    original = operator.backward
+    operator.backward = lambda *args: sent.append(args[-1].clone()) or original(*args)
+    gradients(backbone, film_sentences[:4])
+    gradients(backbone, film_sentences[:4])
+    gradients(backbone, film_sentences[:4], scale=0.5)
+    assert torch.equal(sent[0], sent[1])
+    assert not torch.equal(sent[0], sent[2])
+    assert float((sent[0] - sent[2]).std()) > 1000  # independent noise, not the same noise twice
+
+
+def test_the_accountant_counts_the_share_that_depends_on_the_gradient(connect, film_sentences):
+    shared = channel()
+    backbone = connect(num_adapters=2, channel=shared)
+    for _ in range(20):
+        perturb_more(backbone)
+        gradients(backbone, film_sentences[:4])
+    views = shared.accountant.views()
+    assert 10 <= views < 20  # the carrier's place is random: neither operator sees it every time
+    assert shared.accountant.mu() == pytest.approx(2 * views**0.5 / 1000)
+
+
+def perturb_more(backbone):
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter += 1e-3
+
+
+def test_a_gradient_that_is_not_finite_is_never_sent(connect, film_sentences):
+    from blindtune.errors import NonFiniteTensor
+
+    backbone = connect(num_adapters=2, channel=channel())
+    hidden = backbone.all_adapters(film_sentences[:4])
+    before = backbone.traffic.requests
+    with pytest.raises(NonFiniteTensor, match="nothing was sent"):
+        (hidden * float("inf")).sum().backward()
+    assert backbone.traffic.requests == before
+
+
+def residual_leak(first: torch.Tensor, second: torch.Tensor, gradient: torch.Tensor) -> float:
+    """|cosine| of the best guess of an operator that got both tensors for one gradient: its quietest combination."""
+    shares = torch.stack([first.flatten(), second.flatten()]).double()
+    _, vectors = torch.linalg.eigh(shares @ shares.T)
+    guess = vectors[:, 0] @ shares
+    return abs(float(torch.nn.functional.cosine_similarity(guess, gradient.flatten().double(), dim=0)))
+
+
+def test_operators_in_another_order_never_collect_two_shares_of_one_split(connect, operators, film_sentences):
+    """A run that is resumed with --server in another order, or a step that is repeated over other operators."""
+    from blindtune.client import Backbone
+
+    received = {url: [] for url in operators.urls}
+    sent = {}
+    for urls in (operators.urls, operators.urls[::-1]):
+        backbone = Backbone(urls, max_length=32, num_adapters=2, channel=channel())
+        for operator in backbone.pool.operators:
+            original, url = operator.backward, operator.transport.url
+            operator.backward = lambda *args, f=original, u=url: received[u].append(args[-1][0].clone()) or f(*args)
+        torch.manual_seed(0)
+        perturb(backbone)
+        with torch.no_grad():
+            for parameter in backbone.parameters():
+                parameter.copy_(torch.full_like(parameter, 0.01))
+        gradients(backbone, film_sentences[:4])
+        backbone.close()
+    hidden_shape = received[operators.urls[0]][0].shape
+    sent = torch.randn(hidden_shape, generator=torch.Generator().manual_seed(0))
+    sent /= sent.permute(1, 0, 2).flatten(1).norm(dim=1).view(1, -1, 1)
+    for shares in received.values():
+        assert len(shares) == 2
+        assert residual_leak(*shares, sent) < 0.2
+    (one, other), (third, fourth) = received.values()
+    assert residual_leak(one, third, sent) > 0.95  # what colluding operators would have
+    assert residual_leak(other, fourth, sent) > 0.95
+
+
+def test_a_channel_with_too_few_operators_refuses_by_itself(connect, film_sentences):
+    """Also where nobody called check_operators: predict_only models, channels of one's own."""
+    backbone = connect(count=1, channel=channel())
+    with pytest.raises(SingleOperator):
+        gradients(backbone, film_sentences[:2])
+
+
+def test_shares_that_met_leave_no_guarantee(connect, film_sentences):
+    shared = channel(allow_single_operator=True)
+    backbone = connect(count=1, channel=shared)
+    gradients(backbone, film_sentences[:2])
+    assert shared.accountant.mu() == float("inf")
+
+
+def test_a_share_counts_even_if_the_other_operator_fails(connect, film_sentences):
+    shared = channel()
+    backbone = connect(num_adapters=2, channel=shared)
+    for operator in backbone.pool.operators:
+        operator.backward = _pulled
+    with pytest.raises(ConnectionError):
+        gradients(backbone, film_sentences[:2])
+    assert shared.accountant.views() == 1
+
+
+def _pulled(*_):
+    raise ConnectionError("the cable was pulled")

@@ -1,0 +1,28 @@
+"""The linear head."""
+
+import torch
+from sklearn.linear_model import LogisticRegression
+
+from blindtune.methods import LinearHead
+
+
+def test_the_fit_agrees_with_scikit_learn():
+    random = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (300,), generator=random)
+    features = 5 + 2 * torch.randn(300, 12, generator=random) + 3 * torch.nn.functional.one_hot(labels, 12)
+    head = LinearHead(12, 3)
+    head.fit(features, labels, l2=1.0, iterations=500)
+    standard = ((features - head.mean) / head.scale).numpy()
+    stock = LogisticRegression(C=1.0, max_iter=2000, tol=1e-8).fit(standard, labels.numpy())
+    found = head(features).softmax(-1).detach()
+    assert torch.allclose(found, torch.tensor(stock.predict_proba(standard), dtype=torch.float32), atol=5e-3)
+
+
+def test_a_dead_dimension_does_not_explode():
+    features = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+    features[:, 2] = 1e-30 * features[:, 2]
+    head = LinearHead(6, 2)
+    head.fit(features, torch.arange(50) % 2)
+    moved = features.clone()
+    moved[:, 2] += 0.01
+    assert (head(moved) - head(features)).abs().max() < 1

@@ -1,0 +1,158 @@
+"""`PrivateModel` in a plain torch loop."""
+
+import pytest
+import torch
+
+from blindtune.errors import BadLabels, ConfigError
+from blindtune.methods import P3EFT, HeadOnly, LinearHead, LoRA, PrivateModel, make_method
+from blindtune.privacy.randomness import SecureGenerator
+
+METHODS = {"lora": LoRA, "head_only": HeadOnly, "p3eft": lambda: P3EFT(decoys=1, task_delay=0, task_rise=0)}
+
+
+def texts_and_labels(film_examples, count):
+    return [str(t) for t in film_examples.texts[:count]], film_examples.labels[:count]
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_a_plain_loop_lowers_the_loss(connect, film_examples, name):
+    texts, labels = texts_and_labels(film_examples, 32)
+    backbone = connect()
+    model = PrivateModel(backbone, LinearHead(backbone.hidden_size, 2), METHODS[name]())
+    model.prepare(texts, labels)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    losses = []
+    for _ in range(8):
+        output = model(texts, labels)
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+        losses.append(output.parts["task"])
+    assert losses[-1] < losses[0] - 0.02
+
+
+def test_any_head_and_loss(connect, film_examples):
+    texts, labels = texts_and_labels(film_examples, 8)
+    backbone = connect()
+    head = torch.nn.Sequential(torch.nn.Linear(backbone.hidden_size, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
+    model = PrivateModel(backbone, head, LoRA(), loss=torch.nn.MultiMarginLoss())
+    output = model(texts, labels)
+    output.loss.backward()
+    assert output.logits.shape == (8, 3)
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_adapters_start_alike_in_what_they_compute_and_different_in_what_they_are(connect, film_sentences):
+    backbone = connect()
+    PrivateModel(backbone, LinearHead(backbone.hidden_size, 2), P3EFT(n=3))
+    hidden = backbone.all_adapters(film_sentences[:4])
+    assert torch.equal(hidden[0], hidden[1])
+    assert torch.equal(hidden[0], hidden[2])
+    first, second = (adapter.vector() for adapter in backbone.lora_adapters()[:2])
+    assert not torch.equal(first, second)
+
+
+def test_mixing_weights_are_secret_and_fresh(connect):
+    weights = []
+    for _ in range(2):
+        backbone = connect()
+        method = P3EFT()
+        PrivateModel(backbone, LinearHead(backbone.hidden_size, 2), method)
+        weights.append(method.mixing)
+    assert not torch.allclose(weights[0], weights[1])
+
+
+def test_p3eft_asks_for_preparation_where_it_needs_it(connect, film_examples):
+    texts, labels = texts_and_labels(film_examples, 8)
+    backbone = connect()
+    model = PrivateModel(backbone, LinearHead(backbone.hidden_size, 2), P3EFT())
+    with pytest.raises(ConfigError, match=r"frozen features.*model\.prepare"):
+        model(texts, labels)
+
+
+def test_the_adversary_acts_on_activations_and_shifts(connect, film_examples):
+    texts, labels = texts_and_labels(film_examples, 16)
+    backbone = connect()
+    method = P3EFT(decoys=0, activation_weight=0.5, shift_weight=0.5, task_delay=0)
+    model = PrivateModel(backbone, LinearHead(backbone.hidden_size, 2), method, generator=SecureGenerator(bytes(32)))
+    model.prepare(texts, labels)
+    parts = [model(texts, labels).parts for _ in range(2)]
+    assert parts[0]["adversary"] > 0
+    assert method.state()["adversary.weights"].shape[0] == 4  # two adapters, activations and shifts
+
+
+def test_the_task_waits_for_the_decoys(connect, film_examples):
+    texts, labels = texts_and_labels(film_examples, 16)
+    backbone = connect()
+    method = P3EFT(decoys=1, steps=10, task_delay=0.2, task_rise=0.2)
+    model = PrivateModel(backbone, LinearHead(backbone.hidden_size, 2), method)
+    model.prepare(texts, labels)
+    weights = []
+    for _ in range(5):
+        weights.append(method.task_weight())
+        output = model(texts, labels)
+        assert output.loss.item() == pytest.approx(
+            weights[-1] * output.parts["task"] + output.parts["decoys"] + output.parts.get("anchor", 0.0), rel=1e-4
+        )
+    assert weights == [0.0, 0.0, 0.5, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [([0.5, 1.0], "dtype torch.float32"), ([0, 5], "from 0 to 5; the head has 2"), ([-1, 0], "from -1 to 0")],
+)
+def test_labels_that_do_not_fit_the_head_are_refused_before_anything_is_sent(connect, film_sentences, labels, words):
+    backbone = connect()
+    model = PrivateModel(backbone, LinearHead(backbone.hidden_size, 2), LoRA())
+    before = backbone.traffic.requests
+    with pytest.raises(BadLabels, match=words):
+        model(film_sentences[:2], labels)
+    assert backbone.traffic.requests == before
+
+
+def test_unknown_methods_and_options_are_named():
+    with pytest.raises(ConfigError, match=r"no method 'p4eft'.*lora, head_only, p3eft"):
+        make_method("p4eft")
+    with pytest.raises(ConfigError, match=r"no option \['adapters'\]"):
+        make_method("p3eft", {"adapters": 2})
+    with pytest.raises(ConfigError, match="at least two adapters"):
+        make_method("p3eft", {"n": 1})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"regularizer": "foo"}, "no regularizer 'foo'"),
+        ({"n": "two"}, "n = 'two' is no count"),
+        ({"decoys": 1.5}, "decoys = 1.5 is no count"),
+        ({"buffer": 0}, "buffer = 0 is no count"),
+        ({"mixing_scale": -1.0}, "mixes nothing"),
+    ],
+)
+def test_options_that_make_no_sense_are_named(options, words):
+    with pytest.raises(ConfigError, match=words):
+        P3EFT(**options)
+
+
+def test_a_short_run_still_learns_its_task():
+    """Schedules are parts of the run, whatever its length."""
+    for steps in (5, 12, 1000):
+        method = P3EFT(steps=steps)
+        method._step = steps - 1
+        assert method.task_weight() == 1.0
+
+
+def test_many_classes_get_decoys(connect, film_sentences):
+    backbone = connect()
+    model = PrivateModel(backbone, LinearHead(backbone.hidden_size, 7), P3EFT())
+    labels = [i % 7 for i in range(56)]
+    model.prepare(film_sentences[:56], labels)
+    assert model(film_sentences[:8], labels[:8]).parts["decoys"] >= 0
+
+
+def test_save_pretrained_is_what_peft_users_expect(connect, film_examples, tmp_path):
+    backbone = connect()
+    model = PrivateModel(backbone, LinearHead(backbone.hidden_size, 2), LoRA())
+    model.save_pretrained(tmp_path / "out", classes=["bad", "good"])
+    assert (tmp_path / "out" / "adapter_config.json").is_file()
+    assert (tmp_path / "out" / "blindtune.json").is_file()

@@ -1,0 +1,266 @@
+"""n adapters in one pass give what stock PEFT gives for each of them alone: hidden states and gradients.
+
+In float64, where a mistake of any size stands out from rounding.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from torch import Tensor, nn
+from transformers import AutoModel
+
+from blindtune.errors import AdapterMismatch, UnknownTargetModule
+from blindtune.models import FrozenBackbone, LoraAdapter, LoraLayout, Tokens
+from blindtune.models.lora import find_blocks
+from blindtune.wire import Limits, LoraSpec, ModelInfo
+from tests.tiny import HEADS, HIDDEN, LAYERS, NAMES, PAD, VOCABULARY
+
+LoadTiny = Callable[..., FrozenBackbone]
+EXACT = 1e-11
+"""Relative error that rounding in float64 explains."""
+
+PLACES = {
+    "all layers": r".*",
+    "upper layer": rf".*\.{LAYERS - 1}\..*",
+    "middle layer": r".*(layer|layers)\.1\..*",
+}
+T5_PLACES = {
+    "both sides": r".*",
+    "encoder": r"encoder\..*",
+    "decoder": r"decoder\..*",
+    "encoder, middle layer": r"encoder\.block\.1\..*",
+    "decoder, upper layer": rf"decoder\.block\.{LAYERS - 1}\..*",
+    "encoder and decoder, upper layers": rf".*\.{LAYERS - 1}\..*",
+}
+CASES = [(name, place) for name in NAMES for place in (T5_PLACES if name == "t5" else PLACES)]
+
+BATCHES = [
+    (1, 6),  # one row, like the tensors that all rows share
+    (5, 5),  # as many rows as positions
+    (HEADS, 7),  # as many rows as heads
+    (16, 3),  # as many rows as relative positions (DeBERTa)
+    (3, 9),  # as many rows as adapters
+    (2, 1),  # one position
+]
+
+
+def batch(rows: int, length: int, seed: int = 0) -> Tokens:
+    """Random words, the first row full, the others of different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(4, VOCABULARY, (rows, length), generator=generator, dtype=torch.int32)
+    lengths = torch.randint(1, length + 1, (rows,), generator=generator, dtype=torch.int32)
+    lengths[0] = length
+    ids[torch.arange(length) >= lengths[:, None]] = PAD
+    return Tokens(ids, lengths)
+
+
+def inputs(tokens: Tokens, architecture: str) -> dict[str, Tensor]:
+    """The same batch as stock transformers take it."""
+    mask = torch.arange(tokens.input_ids.shape[1]) < tokens.lengths[:, None]
+    arguments = {"input_ids": tokens.input_ids.long(), "attention_mask": mask.long()}
+    if architecture == "encoder-decoder":
+        arguments["decoder_input_ids"] = torch.full((len(tokens), 1), PAD)
+    return arguments
+
+
+def random_adapters(backbone: FrozenBackbone, config: LoraConfig, count: int) -> tuple[ModelInfo, list[LoraAdapter]]:
+    """Adapters as they are in the middle of a training run: A and B both away from their start."""
+    info = backbone.info("m", Limits())
+    generator = torch.Generator().manual_seed(1)
+    adapters = [LoraAdapter(config, info, generator=generator) for _ in range(count)]
+    for adapter in adapters:
+        for _, b in adapter.named_matrices().values():
+            nn.init.normal_(b, std=0.2, generator=generator)
+    return info, adapters
+
+
+def stock(adapter: LoraAdapter, folder: Path, source: str) -> PeftModel:
+    """Our checkpoint on the original model, by PEFT alone."""
+    adapter.save_pretrained(folder)
+    model = AutoModel.from_pretrained(source, dtype=torch.float64)
+    return PeftModel.from_pretrained(model, str(folder), is_trainable=True).double().eval()
+
+
+def stock_gradient(model: PeftModel, adapter: LoraAdapter) -> Tensor:
+    parameters = dict(model.named_parameters())
+
+    def gradient(name: str, part: str) -> Tensor:
+        found = parameters[f"base_model.model.{name}.{part}.default.weight"].grad
+        assert found is not None
+        return found
+
+    modules = adapter.named_matrices()
+    return adapter.layout.join({n: (gradient(n, "lora_A"), gradient(n, "lora_B")) for n in modules})
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).detach().norm() / expected.detach().norm())
+
+
+@pytest.mark.parametrize(("name", "place"), CASES)
+def test_hidden_states_and_gradients_equal_stock_peft(name: str, place: str, tiny_backbone: LoadTiny, tmp_path: Path):
+    backbone = tiny_backbone(name, "float64")
+    pattern = (T5_PLACES if name == "t5" else PLACES)[place]
+    targets = [module for module in backbone.lora.shapes if re.fullmatch(pattern, module)]
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=targets)
+    _, adapters = random_adapters(backbone, config, 3)
+    peft = [stock(a, tmp_path / str(i), backbone.source.location) for i, a in enumerate(adapters)]
+    layout = adapters[0].layout
+    for rows, length in BATCHES:
+        tokens = batch(rows, length)
+        arguments = inputs(tokens, backbone.architecture)
+        cotangents: list[Tensor] = []
+        expected: list[tuple[Tensor, Tensor]] = []
+        for index, (model, adapter) in enumerate(zip(peft, adapters, strict=True)):
+            hidden = model(**arguments).last_hidden_state
+            torch.manual_seed(index)
+            cotangents.append(torch.randn_like(hidden))
+            model.zero_grad()
+            hidden.backward(cotangents[-1])
+            expected.append((hidden.detach(), stock_gradient(model, adapter)))
+        for n in (1, 2, 3):
+            weights = torch.stack([a.vector().detach().double() for a in adapters[:n]]).requires_grad_()
+            hidden = backbone.forward(tokens, "none", layout, weights)
+            (gradients,) = torch.autograd.grad(hidden, weights, torch.stack(cotangents[:n]))
+            for i in range(n):
+                where = f"n={n}, adapter {i}, batch {(rows, length)}"
+                assert error(hidden[i], expected[i][0]) <= EXACT, where
+                assert error(gradients[i], expected[i][1]) <= EXACT, where
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_adapter_neither_sees_nor_changes_the_others(name: str, tiny_backbone: LoadTiny):
+    backbone = tiny_backbone(name)
+    _, adapters = random_adapters(backbone, LoraConfig(r=4, target_modules="all-linear"), 3)
+    weights = torch.stack([adapter.vector().detach() for adapter in adapters])
+    tokens, layout = batch(3, 5), adapters[0].layout
+    leaf = weights.clone().requires_grad_()
+    hidden = backbone.forward(tokens, "none", layout, leaf)
+    (gradients,) = torch.autograd.grad(hidden[1].sum(), leaf)
+    assert torch.count_nonzero(gradients[0]) == torch.count_nonzero(gradients[2]) == 0
+    assert torch.count_nonzero(gradients[1]) > 0
+    changed = weights.clone()
+    changed[1] *= -2
+    after = backbone.forward(tokens, "none", layout, changed)
+    assert torch.equal(after[0], hidden[0])
+    assert torch.equal(after[2], hidden[2])
+    assert error(after[1], hidden[1]) > 1e-2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_adapted_layer_matters(name: str, tiny_backbone: LoadTiny):
+    """Otherwise the comparisons here would prove little."""
+    backbone = tiny_backbone(name)
+    _, adapters = random_adapters(backbone, LoraConfig(r=2, target_modules="all-linear"), 1)
+    layout = adapters[0].layout
+    leaf = adapters[0].vector().detach().unsqueeze(0).requires_grad_()
+    torch.manual_seed(0)
+    hidden = backbone.forward(batch(4, 6), "none", layout, leaf)
+    (gradient,) = torch.autograd.grad(hidden, leaf, torch.randn_like(hidden))
+    single_position = name == "t5"  # attention over one position gives the same whatever query and key say
+    for module, parts in layout.split(gradient[0]).items():
+        if single_position and re.search(r"decoder.*SelfAttention\.[qk]$", module):
+            continue
+        assert all(float(part.norm()) > 0 for part in parts), module
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_with_b_at_zero_every_adapter_gives_the_frozen_model(name: str, tiny_backbone: LoadTiny):
+    backbone = tiny_backbone(name)
+    info = backbone.info("m", Limits())
+    adapters = [LoraAdapter(LoraConfig(r=4, target_modules="all-linear"), info) for _ in range(2)]
+    tokens = batch(4, 5)
+    frozen = backbone.forward(tokens, "none")
+    hidden = backbone.forward(
+        tokens, "none", adapters[0].layout, torch.stack([adapter.vector().detach() for adapter in adapters])
+    )
+    assert frozen.shape[0] == 1
+    for i in range(2):
+        assert error(hidden[i], frozen[0]) <= 1e-6
+
+
+def test_adapters_of_one_request_leave_nothing_behind(tiny_backbone: LoadTiny):
+    backbone = tiny_backbone("bert")
+    tokens = batch(2, 4)
+    before = backbone.forward(tokens, "none")
+    _, adapters = random_adapters(backbone, LoraConfig(r=4, target_modules="all-linear"), 1)
+    weights = adapters[0].vector().detach().unsqueeze(0)
+    backbone.forward(tokens, "none", adapters[0].layout, weights)
+    with pytest.raises(RuntimeError), backbone.lora.adapters(adapters[0].layout, weights, 2, train=False):
+        raise RuntimeError("as if the pass had failed")
+    assert torch.equal(backbone.forward(tokens, "none"), before)
+
+
+class TestLayout:
+    SHAPES: ClassVar = {"a": (3, 5), "b": (4, 2)}
+
+    def test_join_is_the_inverse_of_split(self):
+        layout = LoraLayout(LoraSpec(modules=["b", "a"], rank=2, scaling=1.0), self.SHAPES)
+        vectors = torch.randn(3, layout.size)
+        matrices = layout.split(vectors)
+        assert [(k, a.shape, b.shape) for k, (a, b) in matrices.items()] == [
+            ("b", (3, 2, 2), (3, 4, 2)),
+            ("a", (3, 2, 5), (3, 3, 2)),
+        ]
+        assert torch.equal(layout.join(matrices), vectors)
+
+    def test_the_vector_holds_a_then_b_row_by_row_in_the_order_of_the_modules(self):
+        layout = LoraLayout(LoraSpec(modules=["b", "a"], rank=1, scaling=1.0), self.SHAPES)
+        matrices = layout.split(torch.arange(14.0))
+        assert matrices["b"][0].tolist() == [[0, 1]]
+        assert matrices["b"][1].tolist() == [[2], [3], [4], [5]]
+        assert matrices["a"][0].tolist() == [[6, 7, 8, 9, 10]]
+        assert matrices["a"][1].tolist() == [[11], [12], [13]]
+
+    @pytest.mark.parametrize("size", [0, 13, 15])
+    def test_a_vector_of_another_length_is_refused_with_both_lengths(self, size: int):
+        layout = LoraLayout(LoraSpec(modules=["b", "a"], rank=1, scaling=1.0), self.SHAPES)
+        with pytest.raises(AdapterMismatch, match=f"{size} weights.*needs 14"):
+            layout.split(torch.zeros(size))
+
+    def test_an_unknown_module_is_refused_by_name_with_what_there_is(self):
+        with pytest.raises(UnknownTargetModule, match="'c'") as caught:
+            LoraLayout(LoraSpec(modules=["a", "c"], rank=1, scaling=1.0), self.SHAPES)
+        assert "a, b" in caught.value.remedy
+
+    def test_a_module_named_twice_is_refused(self):
+        with pytest.raises(UnknownTargetModule, match="'a', twice"):
+            LoraLayout(LoraSpec(modules=["a", "b", "a"], rank=1, scaling=1.0), self.SHAPES)
+
+    def test_a_rank_above_a_modules_side_is_refused_with_both(self):
+        with pytest.raises(AdapterMismatch, match=r"Rank 3 .*'b': 4 and 2"):
+            LoraLayout(LoraSpec(modules=["a", "b"], rank=3, scaling=1.0), self.SHAPES)
+
+
+class TestBlocks:
+    @pytest.mark.parametrize("name", NAMES)
+    def test_the_blocks_are_the_models_layers_in_order(self, name: str, tiny_backbone: LoadTiny):
+        backbone = tiny_backbone(name)
+        assert len(backbone.lora.blocks) == (2 * LAYERS if name == "t5" else LAYERS)
+        numbers = [int(re.findall(r"\.(\d+)\.", f".{module}")[0]) for module in backbone.lora.shapes]
+        per_layer = {"bert": 6, "roberta": 6, "llama": 7, "opt": 6, "deberta": 6, "deberta-conv": 6}
+        if name == "t5":
+            assert numbers == [i for i in range(LAYERS) for _ in range(7)] + [
+                i for i in range(LAYERS) for _ in range(11)
+            ]
+        else:
+            assert numbers == [i for i in range(LAYERS) for _ in range(per_layer[name])]
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_every_linear_layer_of_a_block_takes_adapters(self, name: str, tiny_backbone: LoadTiny):
+        backbone = tiny_backbone(name)
+        linear = {n: (m.out_features, m.in_features) for n, m in backbone.model.named_modules() if type(m) is nn.Linear}
+        outside = {n for n in linear if not re.search(r"\.\d+\.", f".{n}")}
+        assert outside <= {"pooler.dense", "decoder.project_in", "decoder.project_out"}
+        assert backbone.lora.shapes == {n: linear[n] for n in linear if n not in outside}
+
+    def test_a_model_without_blocks_is_refused(self):
+        with pytest.raises(UnknownTargetModule, match="no list of transformer blocks"):
+            find_blocks(nn.Sequential(nn.Linear(HIDDEN, HIDDEN)))

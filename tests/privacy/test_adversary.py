@@ -1,0 +1,85 @@
+"""The adversary: finds labels that are there, and its penalty moves features until it doesn't."""
+
+import pytest
+import torch
+
+from blindtune.privacy.adversary import Adversary
+
+
+def labelled(rows: int = 32, dim: int = 48, seed: int = 0, signal: float = 2.0) -> tuple[torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    labels = torch.randint(2, (rows,), generator=random)
+    features = torch.randn(1, rows, dim, generator=random)
+    features[0, :, 0] += signal * (2.0 * labels - 1)
+    return features, labels
+
+
+def accuracy(adversary: Adversary, features: torch.Tensor, labels: torch.Tensor) -> float:
+    """Of the fitted classifier on data that it hasn't seen."""
+    standard = (features - features.mean(1, keepdim=True)) / features.std()
+    logits = standard @ adversary.weights[:, :-1] + adversary.weights[:, -1:]
+    return float((logits[0].argmax(-1) == labels).float().mean())
+
+
+def test_a_buffer_of_batches_generalises_where_one_batch_does_not():
+    unseen = labelled(2000, seed=99, signal=1.0)
+    scores = {}
+    for buffer in (1, 30):
+        adversary = Adversary(1, 48, 2, buffer=buffer, iterations=30)
+        for step in range(30):
+            adversary.penalty(*labelled(seed=step, signal=1.0))
+        scores[buffer] = accuracy(adversary, *unseen)
+    assert scores[30] > 0.8
+    assert scores[30] > scores[1] + 0.03
+
+
+@pytest.mark.parametrize("form", ["confusion", "flip", "reversal"])
+def test_following_the_penalty_takes_the_label_out_of_the_features(form):
+    adversary = Adversary(1, 48, 2, form=form, buffer=5)
+    features, labels = labelled(256)
+    before = class_distance(features, labels)
+    for _ in range(150):
+        moving = features.clone().requires_grad_()
+        adversary.penalty(moving, labels).sum().backward()
+        assert moving.grad is not None
+        features = features - 40.0 * moving.grad
+    assert before > 3
+    assert class_distance(features, labels) < before / 2
+
+
+def class_distance(features: torch.Tensor, labels: torch.Tensor) -> float:
+    """Signed distance of the class means along the direction that carries the label."""
+    carrier = features[0, :, 0]
+    return float(carrier[labels == 1].mean() - carrier[labels == 0].mean())
+
+
+def test_channels_are_fitted_independently():
+    features, labels = labelled(128)
+    noise = torch.randn(1, 128, 48, generator=torch.Generator().manual_seed(5))
+    adversary = Adversary(2, 48, 2, buffer=10, iterations=30)
+    for seed in range(10):
+        features, labels = labelled(128, seed=seed)
+        losses = adversary.penalty(torch.cat([features, noise]), labels)
+    assert losses.shape == (2,)
+    assert losses[0] > 2 * losses[1]
+
+
+def test_three_classes():
+    random = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (300,), generator=random)
+    features = torch.randn(1, 300, 8, generator=random) + 3 * torch.nn.functional.one_hot(labels, 8)
+    adversary = Adversary(1, 8, 3, iterations=30)
+    adversary.penalty(features, labels)
+    assert accuracy(adversary, features, labels) > 0.9
+
+
+def test_state_restores_fit_and_buffer_and_is_not_changed_by_later_steps():
+    adversary = Adversary(1, 48, 2, buffer=3)
+    adversary.penalty(*labelled(seed=1))
+    state = adversary.state()
+    kept = {name: tensor.clone() for name, tensor in state.items()}
+    first = adversary.penalty(*labelled(seed=2))
+    assert all(torch.equal(state[name], kept[name]) for name in kept)
+    again = Adversary(1, 48, 2, buffer=3)
+    again.load_state(state)
+    assert torch.equal(again.penalty(*labelled(seed=2)), first)

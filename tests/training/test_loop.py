@@ -1,0 +1,104 @@
+"""Resume: an interrupted run ends with the weights of an uninterrupted one, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from blindtune.errors import CheckpointError
+from blindtune.methods import P3EFT, LinearHead, LoRA, PrivateModel, adapter_config, load_model, read_resume
+from blindtune.privacy.randomness import SecureGenerator
+from blindtune.training import TrainConfig, Trainer, evaluate, predict, steps_for
+from tests.methods.conftest import connect, operators  # noqa: F401 - fixtures
+
+CONFIG = TrainConfig(steps=8, batch_size=8, learning_rate=5e-3)
+
+
+def method():
+    return P3EFT(decoys=1, steps=8, activation_weight=0.1, shift_weight=0.1, buffer=3)
+
+
+def start(backbone, examples, folder, algorithm) -> Trainer:
+    head = LinearHead(backbone.hidden_size, 2)
+    model = PrivateModel(backbone, head, algorithm, generator=SecureGenerator(bytes(32)))
+    trainer = Trainer(model, examples, CONFIG, checkpoint=folder, save_every=3)
+    trainer.prepare()
+    return trainer
+
+
+def weights(trainer: Trainer) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+@pytest.mark.parametrize("algorithm", [LoRA, method], ids=["lora", "p3eft"])
+def test_resume_continues_to_the_same_weights(connect, film_examples, tmp_path, algorithm):  # noqa: F811
+    examples = film_examples.take(range(40))
+    whole = start(connect(), examples, None, algorithm())
+    assert [step.step for step in whole.steps()] == list(range(1, 9))
+
+    broken = start(connect(), examples, tmp_path, algorithm())
+    for step in broken.steps():
+        if step.step == 5:  # the last checkpoint is that of step 3
+            break
+    model = load_model(tmp_path, connect(adapter=adapter_config(tmp_path)))
+    resumed = Trainer(model, examples, CONFIG, checkpoint=tmp_path)
+    resumed.load(*read_resume(tmp_path))
+    assert [step.step for step in resumed.steps()] == [4, 5, 6, 7, 8]
+    assert torch.equal(weights(resumed), weights(whole))
+    assert resumed.model.method.report() == whole.model.method.report()
+
+
+def test_a_step_that_fails_leaves_no_trace(connect, film_examples):  # noqa: F811
+    examples = film_examples.take(range(40))
+    whole = start(connect(), examples, None, method())
+    list(whole.steps())
+
+    flaky = start(connect(), examples, None, method())
+    steps = flaky.steps()
+    next(steps)
+    send, flaky.model.backbone.channel.send = flaky.model.backbone.channel.send, _fail
+    with pytest.raises(ConnectionError):
+        next(steps)
+    flaky.model.backbone.channel.send = send
+    list(flaky.steps())
+    assert torch.equal(weights(flaky), weights(whole))
+
+
+def _fail(*_):
+    raise ConnectionError("the cable was pulled")
+
+
+def test_resume_refuses_other_data(connect, film_examples, tmp_path):  # noqa: F811
+    trainer = start(connect(), film_examples.take(range(40)), tmp_path, LoRA())
+    list(trainer.steps())
+    model = load_model(tmp_path, connect(adapter=adapter_config(tmp_path)))
+    other = Trainer(model, film_examples.take(range(1, 41)), CONFIG)
+    with pytest.raises(CheckpointError, match="other data, seed"):
+        other.load(*read_resume(tmp_path))
+
+
+def test_predictions_are_in_the_order_of_the_texts(connect, film_examples):  # noqa: F811
+    trainer = start(connect(), film_examples.take(range(40)), None, LoRA())
+    list(trainer.steps())
+    texts = [str(t) for t in film_examples.texts[:23]]
+    together = predict(trainer.model, texts)
+    one_by_one = torch.cat([predict(trainer.model, [text]) for text in texts])
+    assert torch.allclose(together, one_by_one, atol=1e-4)
+    assert torch.allclose(together.sum(-1), torch.ones(23), atol=1e-5)
+    scores = evaluate(trainer.model, film_examples.take(range(23)))
+    expected = (together.argmax(-1) == torch.tensor(film_examples.labels[:23])).float().mean()
+    assert scores["accuracy"] == pytest.approx(float(expected))
+
+
+def test_steps_for_epochs():
+    assert steps_for(100, 32, 1.0) == 4
+    assert steps_for(100, 32, 0.5) == 2
+    assert steps_for(3, 32, 0.1) == 1
+
+
+def test_the_learning_rate_rises_and_falls():
+    config = TrainConfig(steps=100, warmup=10, floor=0.05)
+    rates = [config.rate(step) for step in range(100)]
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert min(rates[10:]) == pytest.approx(0.05)
