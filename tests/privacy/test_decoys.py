@@ -26,8 +26,9 @@ def drawn() -> tuple[Decoys, torch.Tensor, torch.Tensor]:
     return draw_decoys(frozen, labels, N, K, components=32, generator=SecureGenerator(bytes(32))), frozen, labels
 
 
-def unsupervised(features: torch.Tensor, labels: torch.Tensor) -> float:
-    found = [a.run(features.numpy(), labels.numpy()) for a in ATTACKS.values() if a.unsupervised]
+def largest_direction(features: torch.Tensor, labels: torch.Tensor) -> float:
+    """The best of the attacks that decoys are made against: those on the largest direction of variance."""
+    found = [ATTACKS[name].run(features.numpy(), labels.numpy()) for name in ("spectral", "norm", "k-means")]
     return max(best_auc(scores, labels.numpy(), symmetric=True)[0] for scores in found)
 
 
@@ -41,9 +42,9 @@ def test_a_label_direction_is_found_without_decoys_and_hidden_by_them():
     decoys, frozen, labels = drawn()
     direction = torch.nn.functional.normalize(torch.randn(DIM, generator=torch.Generator().manual_seed(1)), dim=0)
     label_shift = 0.1 * decoys.spread * (2.0 * labels - 1).unsqueeze(1) * direction
-    assert unsupervised(label_shift + 0.1 * torch.randn(ROWS, DIM), labels) > 0.95
+    assert largest_direction(label_shift + 0.1 * torch.randn(ROWS, DIM), labels) > 0.95
     for adapter in perfect_shifts(decoys, frozen, 0.5):
-        assert unsupervised(label_shift + adapter, labels) < 0.65
+        assert largest_direction(label_shift + adapter, labels) < 0.65
 
 
 def test_decoys_themselves_do_not_tell_labels_apart():
