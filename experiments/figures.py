@@ -43,7 +43,7 @@ def demo_table() -> str:
     lines.append("")
     lines.append(
         f"Mean (range) over {len(summary['seeds'])} seeds; accuracy lost to LoRA: {span(lost, 3)}. "
-        "The best attack is that of spectral, norm and k-means at its best moment of the run, on either "
+        "The best attack is the strongest of all that know no label, at its best moment of the run, on either "
         "operator; 0.5 is guessing. "
         "`python -m experiments.demo_seeds` makes these numbers."
     )

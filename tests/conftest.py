@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")  # before transformers is imported
-os.environ["COLUMNS"] = "400"  # what commands print is not wrapped inside the words that tests look for
 
 import httpx2
 import pytest

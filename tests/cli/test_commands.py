@@ -123,10 +123,13 @@ def test_ctrl_c_leaves_a_checkpoint_and_resume_ends_with_the_same_weights(two_se
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 130, said
-    assert "Go on with --resume" in said.replace("\n", " ")
+    assert "Go on with --resume" in said
     done = int(load_file(broken / "resume.safetensors")["done"])
     assert 1 <= done < 12
 
+    refused = run("train", *common[:-1], "p3eft", "--output", broken, "--resume", check=False)
+    assert refused.returncode == 1
+    assert "was trained with method = 'lora', not 'p3eft'" in refused.stdout + refused.stderr
     run("train", *common, "--output", broken, "--resume")
     for name in ("adapter_model.safetensors", "head.safetensors"):
         left, right = load_file(whole / name), load_file(broken / name)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from blindtune.privacy.accountant import Accountant, advantage, epsilon, gaussian_mu
+from blindtune.privacy.accountant import Accountant, auc_bound, epsilon, gaussian_mu
 
 
 def test_mu_grows_with_the_square_root_of_the_views_of_one_example():
@@ -47,11 +47,11 @@ def test_epsilon_is_zero_for_nothing_and_grows_with_mu():
     assert values[-1] > 10
 
 
-def test_advantage_is_the_auc_of_the_best_test():
+def test_the_bound_is_the_auc_of_the_best_test():
     rng = np.random.default_rng(0)
     mu = 0.7
     scores = np.concatenate([rng.normal(0, 1, 20_000), rng.normal(mu, 1, 20_000)])
-    assert advantage(mu) == pytest.approx(roc_auc_score(np.repeat([0, 1], 20_000), scores), abs=0.01)
+    assert auc_bound(mu) == pytest.approx(roc_auc_score(np.repeat([0, 1], 20_000), scores), abs=0.01)
 
 
 def test_no_view_gives_no_mu():

@@ -165,10 +165,6 @@ class Recomputation:
         known = self._known[checkpoint]
         return np.stack([known[row] for row in rows], axis=1)
 
-    def missing(self, checkpoints: Sequence[tuple[str, ...]], rows: Sequence[Row]) -> int:
-        """Texts that `ensure` would have to run."""
-        return sum(any(row not in self._known.get(c, {}) for c in checkpoints) for row in rows)
-
     def ensure(self, view: View, checkpoints: Sequence[tuple[str, ...]], rows: Sequence[Row]) -> None:
         """Runs all texts through all checkpoints in shared passes: the layers below the adapters run once."""
         groups: dict[int, list[tuple[str, ...]]] = {}

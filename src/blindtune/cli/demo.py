@@ -227,10 +227,11 @@ def _print(result: dict[str, Any]) -> None:
     console.print()
     console.print(table)
     console.print(
-        "Best attack: AUC of the best of spectral, norm and k-means on activations, shifts and received gradients of "
-        "either operator, at its best moment; 0.5 is guessing. Of 10 components: the best of ten principal components, "
-        "if somebody told the attacker which one it is: P3EFT does not protect against that. μ bounds what the "
-        "shares of a gradient can reveal."
+        "Best attack: AUC of the strongest attack that knows no label (spectral, norm, k-means, the most two-humped "
+        "component, what adapters share) on activations, shifts and received gradients of either operator, at its best "
+        "moment of the run; 0.5 is guessing. Of 10 components: the best of ten principal components, if somebody told "
+        "the attacker which one it is: P3EFT does not protect against that. μ bounds what the shares of a gradient can "
+        "reveal."
     )
     console.print(f"{result['seconds']:.0f} s in all.")
 

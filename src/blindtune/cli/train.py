@@ -35,10 +35,13 @@ def train(
     validation: Annotated[str | None, typer.Option(help="File (or hub data set) to validate on.")] = None,
     validation_fraction: Annotated[float, typer.Option(help="Otherwise this part of the data; 0 for none.")] = 0.1,
     split: Annotated[str, typer.Option(help="Split of a hub data set to train on.")] = "train",
-    validation_split: Annotated[str, typer.Option(help="Split of a hub data set to validate on.")] = "validation",
+    validation_split: Annotated[
+        str | None, typer.Option(help="Split of a hub data set to validate on, of --validation or else of --data.")
+    ] = None,
     method: Annotated[
-        str, typer.Option(help="p3eft (labels stay private), lora (they don't), or head_only.")
-    ] = "p3eft",
+        str | None,
+        typer.Option(help="p3eft (labels stay private; the default), lora (they don't), or head_only."),
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="An option of the method, e.g. --set n=3; repeat.")
     ] = None,
@@ -86,8 +89,10 @@ def train(
         names = [name.strip() for name in classes.split(",")] if classes else None
         examples = load_examples(data, columns, classes=names, split=split)
         held_out: Examples | None = None
-        if validation:
-            held_out = load_examples(validation, columns, classes=examples.classes, split=validation_split)
+        if validation or validation_split:
+            held_out = load_examples(
+                validation or data, columns, classes=examples.classes, split=validation_split or "validation"
+            )
         elif validation_fraction > 0:
             examples, held_out = split_examples(examples, validation_fraction, seed)
         count = steps if steps is not None else steps_for(len(examples), batch_size, epochs)
@@ -104,12 +109,13 @@ def train(
         lora = {"rank": rank, "alpha": alpha, "targets": targets, "layers": layers}
         connection = {"token": token, "tls_ca": tls_ca, "wait": wait, "insecure": insecure, "model": model}
         chosen = options.parse_settings(set_)
-        if method == "p3eft":
-            chosen.setdefault("steps", count)
         settings = {"max_length": max_length, "pooling": pooling}
         if resume:
-            private = _resume_model(server, output, connection)
+            private = _resume_model(server, output, connection, {"method": method, **chosen})
         else:
+            method = method or "p3eft"
+            if method == "p3eft":
+                chosen.setdefault("steps", count)
             private = _new_model(server, method, chosen, len(examples.classes), lora, settings, connection, seed)
         result = _run(private, examples, held_out, config, output, save_every, resume)
         _print_result(result)
@@ -137,10 +143,20 @@ def _new_model(
     return PrivateModel(backbone, head, make_method(method, chosen), seed=seed)
 
 
-def _resume_model(servers: list[str], folder: Path, connection: dict[str, Any]) -> "PrivateModel":
+def _resume_model(
+    servers: list[str], folder: Path, connection: dict[str, Any], chosen: dict[str, Any]
+) -> "PrivateModel":
+    """The model of the checkpoint; method and options that are given again must be the same."""
     from blindtune.methods import adapter_config, load_model, read_summary
 
     summary = read_summary(folder)
+    trained = {"method": summary["method"], **summary["options"]}
+    for name, value in chosen.items():
+        if value is not None and value != trained.get(name):
+            raise CheckpointError(
+                f"{folder} was trained with {name} = {trained.get(name)!r}, not {value!r}.",
+                remedy="Resume with the same options, or start anew without --resume.",
+            )
     backbone = options.connect(
         servers,
         adapter=adapter_config(folder),
@@ -185,11 +201,13 @@ def _run(
         run_steps(trainer, console, method.name)
     except (Interrupted, KeyboardInterrupt):
         trainer.save()
-        console.print(f"Stopped after step {trainer.done}. Checkpoint: {output}. Go on with --resume.")
+        console.print(f"Stopped after step {trainer.done}. Checkpoint: {output}. Go on with --resume.", soft_wrap=True)
         raise typer.Exit(130) from None
     except BlindtuneError:  # an operator is gone, or a loss exploded: the last complete step is safe
         trainer.save()
-        console.print(f"[red]Stopped after step {trainer.done}.[/] Checkpoint: {output}. Go on with --resume.")
+        console.print(
+            f"[red]Stopped after step {trainer.done}.[/] Checkpoint: {output}. Go on with --resume.", soft_wrap=True
+        )
         raise
     trainer.save()
     result: dict[str, Any] = {"method": method.name, "steps": trainer.done, "train_examples": len(examples)}
@@ -199,7 +217,10 @@ def _run(
     if held_out is not None:
         with inference_progress(backbone, console, "validation", len(held_out)):
             result["validation"] = evaluate(private, held_out)
-    console.print(f"Checkpoint: {output}  ({human_bytes(traffic.sent)} sent, {human_bytes(traffic.received)} received)")
+    console.print(
+        f"Checkpoint: {output}  ({human_bytes(traffic.sent)} sent, {human_bytes(traffic.received)} received)",
+        soft_wrap=True,
+    )
     return result
 
 

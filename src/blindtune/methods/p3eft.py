@@ -20,9 +20,9 @@ from torch import Tensor
 from blindtune.client import Backbone
 from blindtune.errors import ConfigError
 from blindtune.methods.gradients import SharedGradients
-from blindtune.privacy.accountant import epsilon
+from blindtune.privacy.accountant import auc_bound, epsilon
 from blindtune.privacy.adversary import Adversary, Form, stack_channels
-from blindtune.privacy.decoys import Decoys, draw_decoys
+from blindtune.privacy.decoys import Decoys, decoy_functions, draw_decoys
 from blindtune.privacy.mixing import mix, mixing_weights
 from blindtune.privacy.randomness import SecureGenerator
 
@@ -43,6 +43,9 @@ class P3EFT:
         activation_weight, shift_weight: the adversary's weights in the loss.
         buffer: recent batches that the adversary is fitted on.
         decoys: label-independent functions for each adapter; 0 for the paper's method alone.
+        shared_decoys: how many of them are the same functions for all adapters, so that the label is not the only
+            thing that adapters have in common.
+        decoy_saturation: how two-humped they are (factor inside a tanh); 0 for linear functions.
         decoy_weight: their weight in the loss.
         decoy_components: principal components of the frozen features that decoys are functions of.
         decoy_start, decoy_end: their amplitude grows from start to end over the run (with the power 0.8 of the
@@ -63,9 +66,11 @@ class P3EFT:
     activation_weight: float = 0.0
     shift_weight: float = 0.0
     buffer: int = 20
-    decoys: int = 2
+    decoys: int = 3
+    shared_decoys: int = 2
+    decoy_saturation: float = 1.5
     decoy_weight: float = 20.0
-    decoy_components: int = 8
+    decoy_components: int = 10
     decoy_start: float = 0.12
     decoy_end: float = 0.5
     steps: int = 150
@@ -79,9 +84,10 @@ class P3EFT:
     mixing: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        counts = {"n": self.n, "m": self.m, "buffer": self.buffer, "decoys": self.decoys, "steps": self.steps}
-        for name, value in counts.items():
-            if type(value) is not int or value < (0 if name == "decoys" else 1):  # from a command line, say
+        counts = {"n": self.n, "m": self.m, "buffer": self.buffer, "steps": self.steps}
+        may_be_none = {"decoys": self.decoys, "shared_decoys": self.shared_decoys}
+        for name, value in (counts | may_be_none).items():
+            if type(value) is not int or value < (0 if name in may_be_none else 1):  # from a command line, say
                 raise ConfigError(f"{name} = {value!r} is no count.", remedy="Use a whole number.")
         if self.n < 2:
             raise ConfigError(
@@ -95,6 +101,7 @@ class P3EFT:
             raise ConfigError(f"mixing_scale = {self.mixing_scale} mixes nothing.", remedy="Use a positive number.")
         if min(self.activation_weight, self.shift_weight, self.decoy_weight, self.decoys) < 0:
             raise ConfigError("A weight of the regularizer is negative.", remedy="Use 0 to switch a part off.")
+        self.shared_decoys = min(self.shared_decoys, self.decoys)
         self._decoys: Decoys | None = None
         self._adversary: Adversary | None = None
         self._step = 0
@@ -130,7 +137,11 @@ class P3EFT:
                     labels,
                     self.n,
                     self.decoys,
-                    components=max(self.decoy_components, self.n * self.decoys + classes - 1),
+                    shared=self.shared_decoys,
+                    saturation=self.decoy_saturation,
+                    components=max(
+                        self.decoy_components, decoy_functions(self.n, self.decoys, self.shared_decoys) + classes - 1
+                    ),
                     generator=generator,
                 )
             except ValueError as error:
@@ -173,7 +184,11 @@ class P3EFT:
         if self.allow_single_operator:
             return {}
         mu = self.channel.accountant.mu()
-        return {"gradient_channel_mu": mu, "gradient_channel_epsilon": epsilon(mu, REPORT_DELTA)}
+        return {
+            "gradient_channel_mu": mu,
+            "gradient_channel_epsilon": epsilon(mu, REPORT_DELTA),
+            "gradient_channel_auc_bound": auc_bound(mu),
+        }
 
     def state(self) -> dict[str, Tensor]:
         return {**self.snapshot(), "accountant": self.channel.accountant.state()}

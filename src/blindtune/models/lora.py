@@ -14,13 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
 from blindtune.errors import AdapterMismatch, UnknownTargetModule
 from blindtune.wire import LoraSpec
@@ -104,7 +103,6 @@ class _Running:
     """Index of the first block that gets `n * batch` rows."""
     only: int | None = None
     """The adapter whose rows are in the model while they pass alone."""
-    handles: list[RemovableHandle] = field(default_factory=list[RemovableHandle])
 
 
 class LoraPass:

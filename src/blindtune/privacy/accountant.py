@@ -82,7 +82,7 @@ def epsilon(mu: float, delta: float) -> float:
     return float(cast(float, brentq(excess, 0.0, high)))
 
 
-def advantage(mu: float) -> float:
+def auc_bound(mu: float) -> float:
     """The best AUC that any test of one label can reach under μ-GDP: Φ(μ / √2)."""
     return float(norm.cdf(mu / math.sqrt(2.0)))
 

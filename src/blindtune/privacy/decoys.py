@@ -7,8 +7,15 @@ the leading principal components of the frozen features, orthogonal to the diffe
 the run, so that the shift between any two checkpoints is dominated by them too. The client knows the directions and
 removes them from the mixed output before its head reads it.
 
+The functions are pushed through a tanh, so that their distributions are more two-humped than the label direction's:
+an attacker who looks for the direction that separates the texts into two groups finds a decoy.
+
+Some decoys are shared: all adapters write the same function, each in a direction of its own. Otherwise the label would
+be the only thing that the adapters have in common, and canonical correlation of two shifts would find it.
+
 This is ours, not the paper's. It hides the label from attacks on the largest direction of variance (spectral, k-means,
-norm). It does not remove the label from smaller directions.
+norm), on the most two-humped one, and on what adapters have in common. It does not remove the label from smaller
+directions.
 """
 
 from __future__ import annotations
@@ -29,7 +36,10 @@ class Decoys:
     Attributes:
         directions: secret orthonormal directions, `(n, d, k)`.
         mean, scale: of the frozen features, `(d,)`; what `remove` and `distance` standardise with.
-        readout: `(n, d, k)`: the functions are F_i(x) = (h(x, 0) − mean) readout_i, of unit variance.
+        readout: `(n, d, k)`: the functions are F_i(x) = gain_i tanh(saturation · (h(x, 0) − mean) readout_i), of unit
+            variance; without the tanh where saturation is 0.
+        saturation: a scalar.
+        gain: `(n, k)`.
         spread: total standard deviation of the frozen features, the unit of amplitudes.
     """
 
@@ -37,11 +47,15 @@ class Decoys:
     mean: Tensor
     scale: Tensor
     readout: Tensor
+    saturation: Tensor
+    gain: Tensor
     spread: Tensor
 
     def targets(self, frozen: Tensor) -> Tensor:
         """F_i(x) for frozen features `(B, d)`: `(n, B, k)`."""
-        return torch.einsum("bd,ndk->nbk", frozen - self.mean, self.readout)
+        return self.gain.unsqueeze(1) * _saturate(
+            torch.einsum("bd,ndk->nbk", frozen - self.mean, self.readout), self.saturation
+        )
 
     def penalty(self, shifts: Tensor, frozen: Tensor, amplitude: float) -> Tensor:
         """Mean squared distance of the shifts' decoy coordinates from amplitude · F_i(x).
@@ -73,15 +87,35 @@ class Decoys:
             "mean": self.mean,
             "scale": self.scale,
             "readout": self.readout,
+            "saturation": self.saturation,
+            "gain": self.gain,
             "spread": self.spread,
         }
 
 
+def decoy_functions(n: int, k: int, shared: int) -> int:
+    """Different functions among k decoys of each of n adapters."""
+    return shared + n * (k - shared)
+
+
 def draw_decoys(
-    frozen: Tensor, labels: Tensor, n: int, k: int, *, components: int = 8, generator: SecureGenerator
+    frozen: Tensor,
+    labels: Tensor,
+    n: int,
+    k: int,
+    *,
+    shared: int = 2,
+    saturation: float = 1.5,
+    components: int = 10,
+    generator: SecureGenerator,
 ) -> Decoys:
     """Random decoys for features `(N, d)` with class indices `(N,)`.
 
+    Args:
+        n, k: adapters, and decoys for each of them.
+        shared: how many of the k functions are the same for all adapters.
+        saturation: factor inside the tanh, for a function of unit variance; 0 for linear functions.
+        components: principal components of the features that decoys are functions of.
     Raises:
         ValueError: fewer principal components than decoys and classes need.
     """
@@ -94,14 +128,31 @@ def draw_decoys(
     white = centred @ whiten  # (N, c), unit variance
     means = torch.stack([white[labels == label].mean(0) for label in labels.unique()])
     between = (means - means.mean(0)).T  # (c, K), rank K - 1
-    if components < between.shape[1] - 1 + n * k:
-        raise ValueError(f"{n} x {k} decoys and {between.shape[1]} classes need more than {components} components.")
+    needed = decoy_functions(n, k, shared)
+    if components < between.shape[1] - 1 + needed:
+        raise ValueError(f"{needed} decoys and {between.shape[1]} classes need more than {components} components.")
     label_basis = torch.linalg.svd(between, full_matrices=False)[0][:, : between.shape[1] - 1]
-    random = generator.normal(components, n * k)
+    random = generator.normal(components, needed)
     combinations = torch.linalg.qr(torch.cat([label_basis, random], dim=1)).Q[:, label_basis.shape[1] :]
-    readout = (whiten @ combinations).reshape(-1, n, k).transpose(0, 1)  # (n, d, k)
+    functions = whiten @ combinations  # (d, needed): the shared ones, then each adapter's own
+    own = functions[:, shared:].reshape(len(functions), n, k - shared).transpose(0, 1)
+    readout = torch.cat([functions[:, :shared].expand(n, -1, -1), own], dim=2)  # (n, d, k)
     secret = torch.linalg.qr(generator.normal(n, frozen.shape[1], k)).Q
     spread = centred.pow(2).sum(1).mean().sqrt()
     deviation = centred.std(0)
     scale = deviation.clamp_min(0.2 * float(deviation.median())).float()  # a dead dimension must not explode
-    return Decoys(secret.float(), mean, scale, readout.float().contiguous(), spread.float())
+    within = torch.tensor(saturation)
+    values = _saturate(torch.einsum("bd,ndk->nbk", centred, readout), within)
+    return Decoys(
+        directions=secret.float(),
+        mean=mean,
+        scale=scale,
+        readout=readout.float().contiguous(),
+        saturation=within,
+        gain=(1 / values.std(1)).float(),
+        spread=spread.float(),
+    )
+
+
+def _saturate(values: Tensor, saturation: Tensor) -> Tensor:
+    return torch.tanh(saturation * values) if float(saturation) > 0 else values
