@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blindtune.audit.labels import ATTACKS, Attack
-from blindtune.audit.observe import Checkpoint, Features, Recomputation, Row, View
+from blindtune.audit.observe import Checkpoint, Features, Memory, Recomputation, Row, View
 from blindtune.audit.statistics import Labels, Scores, best_auc, bootstrap_auc
 from blindtune.errors import TranscriptError
 
@@ -60,6 +60,7 @@ class Attacked:
     operator: str
     checkpoints: int
     texts: int
+    memory: Memory = field(default_factory=Memory, repr=False)
     findings: list[Finding] = field(default_factory=list[Finding])
     pictures: dict[tuple[str, str], tuple[Features, Labels]] = field(
         default_factory=dict[tuple[str, str], tuple[Features, Labels]]
@@ -71,8 +72,11 @@ class Attacked:
     """`(channel, attack) -> its best finding, with the scores and the class that gave it`."""
 
     def add(self, attack: Attack, channel: str, step: int, features: Features, labels: Labels) -> None:
-        """Runs one attack on one channel."""
-        scores = attack.run(features, labels)
+        """Runs one attack on one channel, unless equal vectors were attacked before."""
+        key = (attack.name, _digest(features, labels))
+        if key not in self.memory:
+            self.memory[key] = attack.run(features, labels)
+        scores = self.memory[key]
         value, label, column = best_auc(scores, labels, symmetric=attack.symmetric)
         finding = Finding(self.operator, channel, attack.name, attack.knows, step, len(labels), value)
         self.findings.append(finding)
@@ -125,8 +129,8 @@ def attack_view(
     recompute.ensure(view, [()], rows)
     wanted = [view.checkpoints[0].adapters, *(c.adapters for c in checkpoints)] if checkpoints else []
     recompute.ensure(view, wanted, rows)
-    result = Attacked(view.operator, len(view.checkpoints), len(rows))
-    probed = {checkpoints[i].step for i in np.linspace(0, len(checkpoints) - 1, plan.probe_points).round().astype(int)}
+    result = Attacked(view.operator, len(view.checkpoints), len(rows), recompute.scores)
+    probed = {checkpoints[i].step for i in np.linspace(len(checkpoints) - 1, 0, plan.probe_points).round().astype(int)}
     previous: Checkpoint | None = None
     for checkpoint in checkpoints:
         seen = set(view.rows_until(checkpoint.step))
@@ -147,6 +151,12 @@ def attack_view(
     result.pictures[FROZEN, "late"] = (frozen, labels)
     result.finish()
     return result
+
+
+def _digest(features: Features, labels: Labels) -> bytes:
+    digest = hashlib.blake2b(np.ascontiguousarray(features).tobytes(), digest_size=16)
+    digest.update(labels.tobytes())
+    return digest.digest()
 
 
 def _shuffled(row: Row) -> bytes:

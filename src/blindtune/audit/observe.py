@@ -22,6 +22,9 @@ Row = tuple[int, ...]
 """Token ids of one text, without padding."""
 Features = NDArray[np.float32]
 
+Memory = dict[tuple[str, bytes], NDArray[np.float64]]
+"""`(attack, digest of features and labels) -> scores`: operators that see the same adapters see the same vectors."""
+
 TOKENS_IN_A_PASS = 16_384
 
 
@@ -153,10 +156,14 @@ def _literal_channels(tensors: dict[str, Tensor]) -> dict[str, Features]:
 
 
 class Recomputation:
-    """Hidden states of texts under checkpoints, each computed once and kept for all views that share it."""
+    """Hidden states of texts under checkpoints, each computed once and kept for all views that share it.
+
+    `scores` remembers in the same way what attacks made of them.
+    """
 
     def __init__(self, backbone: FrozenBackbone, on_texts: Callable[[int], None] | None = None) -> None:
         self.backbone, self.on_texts = backbone, on_texts
+        self.scores = Memory()
         self._known: dict[tuple[str, ...], dict[Row, Features]] = {}
 
     def hidden(self, view: View, checkpoint: tuple[str, ...], rows: Sequence[Row]) -> Features:

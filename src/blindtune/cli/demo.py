@@ -32,7 +32,7 @@ def demo(
     train: Annotated[int, typer.Option(help="Training sentences.")] = 4800,
     test: Annotated[int, typer.Option(help="Test sentences.")] = 1500,
     points: Annotated[int, typer.Option(help="Points in time to attack.")] = 6,
-    attacked: Annotated[int, typer.Option(help="Attack a random sample of so many training sentences.")] = 2000,
+    attacked: Annotated[int, typer.Option(help="Attack a random sample of so many training sentences.")] = 1200,
     model: Annotated[str, typer.Option(help="Model that the operators host.")] = "minilm",
     cache: Annotated[Path, typer.Option(help="Where downloads are kept.")] = CACHE,
     json: Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")] = None,
@@ -161,10 +161,11 @@ def _audit(plan: DemoPlan, train_set: "Examples", runs: dict[str, Run]) -> dict[
 
     console.rule("[bold]audit: what did the operators learn?")
     backbone = load_backbone(plan.model)
-    settings = AuditSettings(points=plan.points, probe_points=2, max_texts=plan.attacked)
     verdicts: dict[str, Verdict] = {}
     control = None
     for name in runs:
+        points = plan.points if name != "lora" else (plan.points + 1) // 2  # fewer looks only make the control weaker
+        settings = AuditSettings(points=points, probe_points=1, max_texts=plan.attacked)
         named = list(zip([f"{operator}, {name}" for operator in OPERATORS], plan.transcripts(name), strict=True))
         verdict = run_audit(named, train_set, settings, control_findings=control or [], backbone=backbone)
         control = control or verdict.findings
