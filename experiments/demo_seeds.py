@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "demo"
-SEEDS = (0, 1, 2)
+SEEDS = (1, 2, 3)
+"""Seed 0 was used for tuning."""
 
 
 def run(seed: int) -> dict[str, Any]:
