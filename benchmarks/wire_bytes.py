@@ -58,8 +58,9 @@ def measure(urls: list[str], texts: list[str], n: int) -> dict[str, float]:
     weights = sum(adapter.layout.size for adapter in backbone.lora_adapters()) * 4
     hidden = n * len(rows) * backbone.hidden_size * 4
     token_bytes = sum(tensor.nbytes for tensor in tokens.tensors().values())
-    # each operator gets tokens, adapters and one cotangent and returns gradients; one of them returns hidden states
-    raw = operators * (weights + token_bytes + hidden + weights) + hidden
+    # each operator gets tokens and adapters and returns gradients; one of them gets a cotangent (noise travels as a
+    # seed), and one returns hidden states
+    raw = operators * (weights + token_bytes + weights) + hidden + hidden
     backbone.close()
     return {"socket": sent, "raw tensors": raw, "ratio": sent / raw}
 

@@ -36,7 +36,7 @@ from blindtune.errors import (
     UnsupportedVersion,
 )
 from blindtune.models import FrozenBackbone, LoraAdapter
-from blindtune.wire import AdapterUpload, BackwardRequest, ForwardRequest, LoraSpec, encode
+from blindtune.wire import AdapterUpload, BackwardRequest, ForwardRequest, LoraSpec, NoiseShare, encode
 from tests.conftest import StrictServer
 from tests.models.test_lora import batch, random_adapters
 from tests.tiny import HIDDEN, VOCABULARY
@@ -215,6 +215,21 @@ class TestAdapterShapes:
         ):
             call = backward(transport, torch.ones(shape))
             refused(InvalidTensor, "'cotangents'", str(shape), remedy=f"(any, 1, 3, {HIDDEN})", call=call)
+
+    def test_a_cotangent_and_a_seed_for_one(self, transport: Transport):
+        noise = NoiseShare(seed="00" * 32, sigma=1.0)
+        request = BackwardRequest(adapters=[an_adapter(transport)], pooling="mean", noise=noise)
+        body = encode(request, {**batch(3, 5).tensors(), "cotangents": torch.ones(1, 1, 3, HIDDEN)})
+        call = lambda: transport.post("/v1/models/bert/backward", body)  # noqa: E731
+        refused(InvalidTensor, "both 'cotangents' and a seed", remedy="one of the two", call=call)
+
+    @pytest.mark.parametrize("wrong", [{"version": 2}, {"sigma": -1.0}, {"sigma": float("inf")}, {"seed": "short"}])
+    def test_noise_of_another_version_or_size(self, wrong: dict[str, Any], transport: Transport):
+        noise = NoiseShare.model_construct(**{"version": 1, "seed": "00" * 32, "sigma": 1.0, **wrong})
+        request = BackwardRequest.model_construct(adapters=[an_adapter(transport)], pooling="mean", noise=noise)
+        body = encode(request, batch(3, 5).tensors())
+        call = lambda: transport.post("/v1/models/bert/backward", body)  # noqa: E731
+        refused(MalformedMessage, "noise", remedy="", call=call)
 
     def test_no_cotangent_or_too_many(self, transport: Transport):
         refused(InvalidTensor, "'cotangents' is missing", remedy="shape", call=backward(transport, None))

@@ -84,7 +84,7 @@ def test_saturated_decoys_draw_the_search_for_two_humps_away_from_the_label():
         decoys = draw_decoys(
             frozen, labels, N, K, saturation=saturation, components=32, generator=SecureGenerator(bytes(32))
         )
-        noise = 0.07 * decoys.spread * torch.randn(ROWS, DIM, generator=random)
+        noise = 0.09 * decoys.spread * torch.randn(ROWS, DIM, generator=random)
         label_shift = 0.1 * decoys.spread * (2.0 * labels - 1).unsqueeze(1) * direction
         shift = label_shift + noise + perfect_shifts(decoys, frozen, 0.5)[0]
         scores = ATTACKS["bimodal component"].run(shift.numpy(), labels.numpy())

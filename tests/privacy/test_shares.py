@@ -7,6 +7,7 @@ from scipy.stats import chi2_contingency
 
 from blindtune.audit.labels import spectral
 from blindtune.audit.statistics import auc
+from blindtune.keystream import expand_noise
 from blindtune.privacy.randomness import SecureGenerator
 from blindtune.privacy.shares import clip_per_example, combine, split_gradient
 
@@ -130,3 +131,13 @@ def test_numbers_that_cannot_hide_anything_are_refused(m, sigma):
 def test_a_gradient_with_nan_is_refused_before_anything_is_drawn():
     with pytest.raises(ValueError, match="nothing was sent"):
         split_gradient(torch.tensor([float("nan")]), 2, 1.0, generator=generator())
+
+
+@pytest.mark.parametrize("m", [2, 4])
+def test_every_share_but_the_carrier_is_what_its_seed_expands_to(m):
+    split = split_gradient(torch.randn(2, 3, 8), m, 50.0, generator=generator())
+    for j, (share, seed) in enumerate(zip(split.shares, split.seeds, strict=True)):
+        assert (seed is None) == (j == split.carrier)
+        if seed is not None:
+            assert torch.equal(expand_noise(seed, (2, 3, 8), 50.0), share)
+    assert len({seed for seed in split.seeds if seed}) == m - 1

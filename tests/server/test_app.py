@@ -21,6 +21,7 @@ from torch import Tensor
 
 from blindtune.client import Upload
 from blindtune.errors import PROBLEM_PREFIX, TooBusy
+from blindtune.keystream import expand_noise
 from blindtune.models import FrozenBackbone, load_backbone
 from blindtune.server import ServerSettings, create_app
 from blindtune.server.app import Host
@@ -32,6 +33,8 @@ from blindtune.wire import (
     ForwardResponse,
     Limits,
     ModelInfo,
+    NoiseShare,
+    Pooling,
     decode,
     encode,
 )
@@ -122,6 +125,27 @@ class TestPasses:
             reply, tensors = decode(http.post("/v1/models/bert/backward", content=body).content, BackwardResponse)
             assert reply.retained is retained
             assert torch.equal(tensors["gradients"], torch.stack(expected_gradients))
+
+    @pytest.mark.parametrize("pooling", ["mean", "none"])
+    def test_a_seed_stands_for_the_noise_that_it_expands_to(
+        self, http: httpx2.Client, tiny_backbone: LoadTiny, pooling: Pooling
+    ):
+        bodies, _ = uploads(tiny_backbone("bert"), 2)
+        for upload in bodies:
+            http.put(f"/v1/adapters/{upload.sha256}", content=upload.body)
+        tokens, hashes = batch(4, 6), [upload.sha256 for upload in bodies]
+        shape = (1, 2, 4, HIDDEN) if pooling == "mean" else (1, 2, 4, 6, HIDDEN)
+        noise = NoiseShare(seed="ab" * 32, sigma=30.0)
+        as_seed = encode(BackwardRequest(adapters=hashes, pooling=pooling, noise=noise), tokens.tensors())
+        cotangents = expand_noise(bytes.fromhex(noise.seed), shape, noise.sigma)
+        whole = BackwardRequest(adapters=hashes, pooling=pooling)
+        as_tensor = encode(whole, {**tokens.tensors(), "cotangents": cotangents})
+        answers = [
+            decode(http.post("/v1/models/bert/backward", content=body).content, BackwardResponse)[1]["gradients"]
+            for body in (as_seed, as_tensor)
+        ]
+        assert torch.equal(*answers)
+        assert len(as_tensor) - len(as_seed) > cotangents.nbytes - 300
 
     def test_without_adapters_the_frozen_model_answers(self, http: httpx2.Client, tiny_backbone: LoadTiny):
         tokens = batch(3, 5)

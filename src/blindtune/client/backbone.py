@@ -24,7 +24,7 @@ from blindtune.client.transport import Patience, Traffic, Transport
 from blindtune.errors import ConfigError, SequenceTooLong, UnknownPooling
 from blindtune.models import LoraAdapter, Tokenizer, Tokens
 from blindtune.models.tokenizer import Text, TokenRow
-from blindtune.wire import Pooling
+from blindtune.wire import NoiseShare, Pooling
 
 DEFAULT_LENGTH = 128
 FROZEN_CACHE_ROWS = 200_000
@@ -43,8 +43,9 @@ class RemoteBatch:
     operators: tuple[int, ...]
 
 
-BackwardCall = Callable[[int, Tensor], Tensor]
-"""Sends cotangents `(m, n, B, d)` to one operator of the batch; returns gradients `(m, n, P)`."""
+BackwardCall = Callable[[int, Tensor | NoiseShare], Tensor]
+"""Sends cotangents `(m, n, B, d)`, or one that is noise alone, to one operator of the batch; returns gradients
+`(m, n, P)`."""
 
 
 class GradientChannel(Protocol):
@@ -281,7 +282,7 @@ class Backbone(nn.Module):
     def backward_batch(self, batch: RemoteBatch, cotangent: Tensor) -> list[Tensor | None]:
         """Gradients for every adapter parameter, in the order of `parameters()`, for a cotangent `(n, B, d)`."""
 
-        def backward(index: int, cotangents: Tensor) -> Tensor:
+        def backward(index: int, cotangents: Tensor | NoiseShare) -> Tensor:
             operator = self.pool.operators[index]
             return operator.backward(batch.tokens, batch.uploads, self.pooling, batch.seed, cotangents)
 

@@ -27,6 +27,7 @@ from blindtune.wire import (
     LoraSpec,
     ModelInfo,
     ModelList,
+    NoiseShare,
     Pooling,
     TokenizerFile,
     check_tensor,
@@ -108,15 +109,28 @@ class Operator:
         return check_tensor(tensors, "hidden", (max(1, len(uploads)), len(tokens), *positions), torch.float32)
 
     def backward(
-        self, tokens: Tokens, uploads: Sequence[Upload], pooling: Pooling, seed: int | None, cotangents: Tensor
+        self,
+        tokens: Tokens,
+        uploads: Sequence[Upload],
+        pooling: Pooling,
+        seed: int | None,
+        cotangents: Tensor | NoiseShare,
     ) -> Tensor:
-        """Gradients `(m, n, P)` float32 (float64 from servers in float64) for cotangents `(m, n, B, d)`."""
-        request = BackwardRequest(adapters=[upload.sha256 for upload in uploads], pooling=pooling, seed=seed)
-        body = encode(request, {**tokens.tensors(), "cotangents": cotangents})
+        """Gradients `(m, n, P)` float32 (float64 from servers in float64).
+
+        Args:
+            cotangents: `(m, n, B, d)`; or a share of noise, then m = 1.
+        """
+        noise = cotangents if isinstance(cotangents, NoiseShare) else None
+        tensors = {"cotangents": cotangents} if isinstance(cotangents, Tensor) else {}
+        names = [upload.sha256 for upload in uploads]
+        request = BackwardRequest(adapters=names, pooling=pooling, seed=seed, noise=noise)
+        body = encode(request, {**tokens.tensors(), **tensors})
         answer = self._with_adapters(uploads, f"{self._path}/backward", body)
         message, tensors = decode(answer, BackwardResponse, ANSWER_LIMITS)
         self._check_fingerprint(message.fingerprint)
-        return check_tensor(tensors, "gradients", (len(cotangents), len(uploads), None), self._precision)
+        m = len(cotangents) if isinstance(cotangents, Tensor) else 1
+        return check_tensor(tensors, "gradients", (m, len(uploads), None), self._precision)
 
     def _read(self, kind: type[D], path: str) -> D:
         try:

@@ -14,6 +14,7 @@ from blindtune.errors import ConfigError, NonFiniteTensor, SingleOperator
 from blindtune.privacy.accountant import Accountant
 from blindtune.privacy.randomness import SecureGenerator
 from blindtune.privacy.shares import clip_per_example, combine, split_gradient
+from blindtune.wire import NoiseShare
 
 
 @dataclass
@@ -24,8 +25,9 @@ class SharedGradients:
     are clipped to `clip_norm` and hidden under noise of standard deviation `noise_ratio * clip_norm`.
 
     Shares are drawn from a keyed stream that is bound to the gradient, the texts, the adapters and the operators in
-    their order. A step that is repeated after a crash sends each operator the same bytes again; another gradient, or
-    another order of operators, never meets the same noise, so no operator can collect two shares of one split.
+    their order. A share that is noise alone travels as the seed that it is made of. A step that is repeated after a
+    crash sends each operator the same bytes again; another gradient, or another order of operators, never meets the
+    same noise, so no operator can collect two shares of one split.
     """
 
     m: int
@@ -41,7 +43,12 @@ class SharedGradients:
                 f"m = {self.m}, clip_norm = {self.clip_norm}, noise_ratio = {self.noise_ratio} can't work.",
                 remedy="Use at least 2 shares and positive numbers.",
             )
-        self.accountant = Accountant(self.clip_norm, self.noise_ratio * self.clip_norm)
+        self.accountant = Accountant(self.clip_norm, self.sigma)
+
+    @property
+    def sigma(self) -> float:
+        """Standard deviation of the noise; public."""
+        return self.noise_ratio * self.clip_norm
 
     def check_operators(self, count: int, dtype: str) -> None:
         """Raises `SingleOperator` if shares would meet, `ConfigError` if the servers' precision would destroy them."""
@@ -70,7 +77,7 @@ class SharedGradients:
         gradient = clip_per_example(cotangent * size, self.clip_norm)
         receivers = [pool.operators[index].transport.url for index in batch.operators]
         generator = self.generator.derive(b"shares", *_identity(gradient, batch, receivers))
-        split = split_gradient(gradient, self.m, self.accountant.sigma, generator=generator)
+        split = split_gradient(gradient, self.m, self.sigma, generator=generator)
         examples = [_example(row.ids) for row in batch.rows]
         if len(batch.operators) < self.m:  # the caller accepted that all shares meet here
             self.accountant.record_meeting()
@@ -79,7 +86,9 @@ class SharedGradients:
             self.accountant.record(batch.operators[split.carrier], examples)  # also if an answer never comes
 
             def call(j: int) -> Callable[[], Tensor]:
-                return lambda: backward(batch.operators[j], split.shares[j : j + 1])
+                seed = split.seeds[j]
+                share = split.shares[j : j + 1] if seed is None else NoiseShare(seed=seed.hex(), sigma=self.sigma)
+                return lambda: backward(batch.operators[j], share)
 
             results = torch.cat(pool.parallel([call(j) for j in range(self.m)]))  # (m, n, P)
         return combine(results, split.coefficients) / size

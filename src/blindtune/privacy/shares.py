@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from blindtune.keystream import KEY_BYTES, expand_noise
 from blindtune.privacy.randomness import SecureGenerator
 
 
@@ -22,15 +23,17 @@ class Shares:
     coefficients: Tensor
     carrier: int
     """Index of the one share that depends on g; all others are noise alone."""
+    seeds: tuple[bytes | None, ...]
+    """For every other share the 32 bytes that `expand_noise` makes it of."""
 
 
 def split_gradient(gradient: Tensor, m: int, sigma: float, *, generator: SecureGenerator) -> Shares:
     """Splits g into m shares, each of which is Gaussian noise of standard deviation ≥ σ around 0 or around g.
 
-    m − 1 shares are N(0, σ²). The last is g − Σ_j α_j ĝ_j with a secret direction α, |α| in [1, 1.25), so its noise
-    has standard deviation |α| σ ≥ σ. A secret order hides which one that is. Everything is drawn and added in
-    float64 and rounded once to float32; since α is irrational in effect, the rounded sum lies on no lattice that
-    would depend on g (Mironov 2012).
+    m − 1 shares are N(0, σ²), each expanded from a seed that can travel in its place. The last is g − Σ_j α_j ĝ_j
+    with a secret direction α, |α| in [1, 1.25), so its noise has standard deviation |α| σ ≥ σ. A secret order decides
+    which one that is. Everything is drawn and added in float64 and rounded once to float32; since α is irrational in
+    effect, the rounded sum lies on no lattice that would depend on g (Mironov 2012).
 
     Args:
         gradient: `(...)`, finite.
@@ -46,12 +49,14 @@ def split_gradient(gradient: Tensor, m: int, sigma: float, *, generator: SecureG
     direction = generator.normal(m - 1)
     length = 1.0 + 0.25 * (1.0 - generator.uniform(1))
     alpha = length * direction / direction.norm()  # (m - 1,)
-    noise = (sigma * generator.normal(m - 1, *gradient.shape)).float()
+    seeds = [generator.bytes(KEY_BYTES) for _ in range(m - 1)]
+    noise = torch.stack([expand_noise(seed, gradient.shape, sigma) for seed in seeds])
     carrier = gradient.double() - torch.tensordot(alpha, noise.double(), dims=1)
     order = generator.permutation(m)
     shares = torch.cat([carrier.float().unsqueeze(0), noise])[order]
     coefficients = torch.cat([torch.ones(1, dtype=torch.float64), alpha])[order]
-    return Shares(shares, coefficients, order.index(0))
+    placed: list[bytes | None] = [None, *seeds]
+    return Shares(shares, coefficients, order.index(0), tuple(placed[index] for index in order))
 
 
 def combine(results: Tensor, coefficients: Tensor) -> Tensor:

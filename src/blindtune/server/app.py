@@ -39,6 +39,7 @@ from blindtune.errors import (
     TooBusy,
     UnknownModel,
 )
+from blindtune.keystream import expand_noise
 from blindtune.models import FrozenBackbone, Tokens
 from blindtune.server.auth import TokenStore
 from blindtune.server.cache import ByteLRU
@@ -171,6 +172,14 @@ class Host:
         call = Call(tenant, request.adapters, request.pooling, request.seed, tokens)
         positions = (None, engine.backbone.hidden_size) if request.pooling == "none" else (engine.backbone.hidden_size,)
         shape = (None, len(request.adapters), len(tokens), *positions)
+        if request.noise is not None:
+            if "cotangents" in tensors:
+                raise InvalidTensor(
+                    "The request holds both 'cotangents' and a seed for one.", remedy="Send one of the two."
+                )
+            expanded = [len(tokens), *([tokens.input_ids.shape[1]] if len(positions) > 1 else []), positions[-1]]
+            seed, sigma = bytes.fromhex(request.noise.seed), request.noise.sigma
+            tensors["cotangents"] = expand_noise(seed, (1, len(request.adapters), *expanded), sigma)
         cotangents = check_tensor(tensors, "cotangents", shape, torch.float32)
         if not 1 <= len(cotangents) <= self.settings.limits.max_cotangents:
             raise InvalidTensor(

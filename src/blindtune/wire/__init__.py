@@ -15,6 +15,7 @@ from blindtune.wire.schema import (
     LoraSpec,
     ModelInfo,
     ModelList,
+    NoiseShare,
     Pooling,
     TokenizerFile,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "LoraSpec",
     "ModelInfo",
     "ModelList",
+    "NoiseShare",
     "Pooling",
     "RecordedModel",
     "Recording",

@@ -7,7 +7,7 @@
 | `GET /v1/models/{m}/tokenizer` | | `TokenizerFile` (JSON) |
 | `PUT /v1/adapters/{sha256}` | `AdapterUpload` + `weights [P]` | `AdapterReceipt` (JSON) |
 | `POST /v1/models/{m}/forward` | `ForwardRequest` + tokens | `ForwardResponse` + `hidden` |
-| `POST /v1/models/{m}/backward` | `BackwardRequest` + tokens + `cotangents` | `BackwardResponse` + `gradients` |
+| `POST /v1/models/{m}/backward` | `BackwardRequest` + tokens (+ `cotangents`) | `BackwardResponse` + `gradients` |
 
 Tokens are `input_ids [B, L]` int32, `lengths [B]` int32 (right padding) and, for models that use them,
 `token_type_ids [B, L]` uint8.
@@ -82,12 +82,22 @@ class ForwardResponse(Message):
     fingerprint: Sha256
 
 
+class NoiseShare(Message):
+    """A cotangent of pure noise, N(0, sigma²), as the seed that the server expands (`blindtune.keystream`)."""
+
+    version: Literal[1] = 1
+    seed: Sha256
+    """32 bytes in hexadecimal."""
+    sigma: Annotated[float, Field(gt=0, le=1e30)]
+
+
 class BackwardRequest(Message):
-    """The forward request once more, plus `cotangents [m, n, B, d]` float32."""
+    """The forward request once more, plus `cotangents [m, n, B, d]` float32 or, in their place, one share of noise."""
 
     adapters: Annotated[list[Sha256], Field(min_length=1, max_length=4096)]
     pooling: Pooling
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    noise: NoiseShare | None = None
 
 
 class BackwardResponse(Message):

@@ -1,0 +1,62 @@
+"""A ChaCha20 keystream and the random numbers that are made of it; both ends of the wire expand noise with it.
+
+Torch's generators are for statistics: their state can be reconstructed from output, so no secret may depend on them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
+from torch import Tensor
+
+KEY_BYTES = 32
+NOISE_VERSION = 1
+"""Of `expand_noise`: another way to make noise of a seed gets another number."""
+
+
+class Keystream:
+    """The numbers that follow from a key of 32 bytes.
+
+    Raises:
+        ValueError: a key of another length.
+    """
+
+    def __init__(self, key: bytes) -> None:
+        if len(key) != KEY_BYTES:
+            raise ValueError(f"The key has {len(key)} bytes; it needs {KEY_BYTES}.")
+        self._stream = Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor()
+
+    def bytes(self, count: int) -> bytes:
+        """The next bytes of the keystream."""
+        return self._stream.update(bytes(count))
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Uniform on (0, 1], float64, 53 bits each."""
+        bits = np.frombuffer(self.bytes(8 * math.prod(shape)), dtype="<u8") >> 11
+        return torch.from_numpy((bits.astype(np.float64) + 1.0) * 2.0**-53).reshape(shape)
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal, float64 (Box-Muller)."""
+        count = math.prod(shape)
+        half = (count + 1) // 2
+        radius = torch.sqrt(-2.0 * torch.log(self.uniform(half)))
+        angle = 2.0 * math.pi * self.uniform(half)
+        both = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)])
+        return both[:count].reshape(shape)
+
+
+def expand_noise(seed: bytes, shape: Sequence[int], sigma: float) -> Tensor:
+    """N(0, sigma²) of this shape, float32: what a share that is noise alone stands for.
+
+    Logarithm and cosine come from the platform, so two machines may round a value's last bit differently; a share
+    recombined with the other machine's rounding is wrong by that bit and no more.
+
+    Args:
+        seed: 32 bytes, used for nothing else.
+    """
+    return (sigma * Keystream(seed).normal(*shape)).float()
