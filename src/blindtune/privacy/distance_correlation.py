@@ -1,8 +1,9 @@
 """Distance correlation: how much distances between features say about distances between labels.
 
-The plain estimator (Székely, Rizzo and Bakirov 2007) reads above 0.9 on independent data when features have many more
-dimensions than a batch has rows, so as a loss it sees next to nothing but its own bias. Here is the bias-corrected one
-(Székely and Rizzo 2014, section 3): distances are U-centred, and independent data read about zero.
+The plain estimator (Székely, Rizzo and Bakirov 2007) is biased when features have many more dimensions than a batch has
+rows. On independent data its dCor² is about 1/√B against two classes (0.18 at B = 32, so dCor = 0.42), and above 0.9 if
+labels have about as many classes as the batch has rows. Here is the bias-corrected one (Székely and Rizzo 2014, section
+3): distances are U-centred, and independent data read about zero.
 """
 
 from __future__ import annotations
