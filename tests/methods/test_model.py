@@ -101,7 +101,7 @@ def test_the_adversary_acts_on_activations_and_shifts(connect, film_examples):
 def test_the_joint_adversary_acts_on_the_shifts_of_all_adapters_side_by_side(connect, film_examples):
     texts, labels = texts_and_labels(film_examples, 16)
     backbone = connect()
-    method = P3EFT(decoys=0, joint_weight=0.5, task_delay=0)
+    method = P3EFT(decoys=0, joint_weight=0.5, task_delay=0, task_rise=0)
     model = PrivateModel(backbone, LinearHead(backbone.hidden_size, 2), method, generator=SecureGenerator(bytes(32)))
     model.prepare(texts, labels)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
@@ -119,6 +119,34 @@ def test_the_joint_adversary_acts_on_the_shifts_of_all_adapters_side_by_side(con
         shifts = backbone.all_adapters(texts) - backbone.frozen(texts)
     recent = method.state()["joint_adversary.hidden.3"]
     assert torch.allclose(recent[0], torch.cat([shifts[0], shifts[1]], dim=-1), atol=1e-6)
+
+
+@pytest.mark.parametrize(("option", "found"), [("shift_weight", True), ("joint_weight", False)])
+def test_only_the_joint_adversary_finds_a_label_that_two_adapters_hide_together(connect, option, found):
+    """One adapter has the label under a pad, the other the pad: each tells little, their difference everything."""
+    backbone = connect()
+    method = P3EFT(decoys=0, buffer=3, **{option: 1.0})
+    PrivateModel(backbone, LinearHead(backbone.hidden_size, 2), method)
+    random = torch.Generator().manual_seed(0)
+    labels = torch.randint(2, (256,), generator=random)
+    shifts = torch.randn(2, 256, backbone.hidden_size, generator=random)
+    pad = 8 * torch.randn(256, generator=random)
+    shifts[0, :, 0] = pad + 2 * (2.0 * labels - 1)
+    shifts[1, :, 0] = pad
+
+    def gap(values: torch.Tensor) -> float:
+        difference = values[0, :, 0] - values[1, :, 0]
+        return float(difference[labels == 1].mean() - difference[labels == 0].mean())
+
+    frozen = torch.zeros(256, backbone.hidden_size)
+    moving = shifts.clone().requires_grad_()
+    optimizer = torch.optim.Adam([moving], lr=0.02)
+    for _ in range(160):
+        optimizer.zero_grad()
+        sum(method.penalties(moving, frozen, labels).values()).backward()
+        optimizer.step()
+    left = abs(gap(moving.detach())) / gap(shifts)
+    assert left > 0.6 if found else left < 0.3
 
 
 def test_without_a_weight_there_is_no_joint_adversary(connect, film_examples):
