@@ -39,7 +39,7 @@ class DistanceCorrelation(LoRA):
         ConfigError: a weight that is negative or no number.
     """
 
-    activation_weight: float = 1.0
+    activation_weight: float = 0.1
     shift_weight: float = 0.0
 
     name: ClassVar[str] = "dc"
@@ -48,7 +48,7 @@ class DistanceCorrelation(LoRA):
         for name, value in {"activation_weight": self.activation_weight, "shift_weight": self.shift_weight}.items():
             if not is_number(value) or value < 0:
                 raise ConfigError(
-                    f"{name} = {value!r} is no weight.", remedy="Use a number such as 0.3, or 0 to switch it off."
+                    f"{name} = {value!r} is no weight.", remedy="Use a number such as 0.1, or 0 to switch it off."
                 )
 
     @property
