@@ -142,6 +142,10 @@ def test_ctrl_c_leaves_a_checkpoint_and_resume_ends_with_the_same_weights(two_se
         (["--text", "nota"], "has no column 'nota'. Remedy: It has: note, diagnosis"),
         (["--method", "p4eft"], "There is no method 'p4eft'"),
         (["--set", "n=1"], "P3EFT mixes at least two adapters"),
+        (["--method", "dc", "--set", "shift_weight=-1"], "shift_weight = -1 is no weight"),
+        (["--method", "dc", "--set", "epsilon=1"], "dc has no option ['epsilon']. Remedy: It has: activation_weight"),
+        (["--method", "pslf", "--set", "epsilon=0"], "epsilon = 0 can't randomise labels"),
+        (["--method", "randomized_response", "--set", "epsilon=low"], "epsilon = 'low' can't randomise labels"),
         (["--target-modules", "qkv"], "No layer is called ['qkv']"),
         (["--layers", "7-9"], "No layer is left with --layers 7-9"),
         (["--pooling", "last"], "offers no pooling 'last'"),
@@ -159,6 +163,40 @@ def test_wrong_options_are_answered_with_the_value_and_the_remedy(tiny_server, n
     assert words in result.output.replace("\n", " ")
     assert "Remedy:" in result.output
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("method", "setting", "sees", "report"),
+    [
+        ("dc", "shift_weight=0.1", "gradients: it can learn the labels, if not from activations", {}),
+        ("pslf", "epsilon=0.5", "gradients of labels that were randomised with epsilon 0.5", {"label_epsilon": 0.5}),
+        ("randomized_response", "epsilon=2", "of labels that were randomised with epsilon 2", {"label_epsilon": 2.0}),
+    ],
+)
+def test_the_baselines_train_and_predict(tiny_server, notes, tmp_path, method, setting, sees, report):
+    from typer.testing import CliRunner
+
+    from blindtune.cli import app
+
+    out, results, scores = tmp_path / "out", tmp_path / "train.json", tmp_path / "predict.json"
+    arguments = [
+        "train", "--server", tiny_server.url, "--model", "bert", *map(str, columns(notes)), *SMALL[:-2],
+        "--method", method, "--set", setting, "--output", str(out), "--json", str(results),
+    ]  # fmt: skip
+    trained = CliRunner().invoke(app, arguments, env={"COLUMNS": "300"})
+    assert trained.exit_code == 0, trained.output
+    assert sees in " ".join(trained.output.split())
+    numbers = json.loads(results.read_text())
+    assert {name: numbers.get(name) for name in report} == report
+    name, value = setting.split("=")
+    assert json.loads((out / "blindtune.json").read_text())["options"][name] == float(value)
+    again = CliRunner().invoke(app, [*arguments, "--resume"], env={"COLUMNS": "300"})
+    assert "Resumed after step 6" in again.output
+    arguments = ["predict", out, "--server", tiny_server.url, *columns(notes)]
+    arguments += ["--output", tmp_path / "predicted.csv", "--json", scores]
+    predicted = CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "300"})
+    assert predicted.exit_code == 0, predicted.output
+    assert json.loads(scores.read_text())["accuracy"] > 0
 
 
 def test_one_server_is_not_enough_for_p3eft(tiny_server, notes, tmp_path):

@@ -4,10 +4,27 @@ import pytest
 import torch
 
 from blindtune.errors import BadLabels, ConfigError
-from blindtune.methods import P3EFT, HeadOnly, LinearHead, LoRA, PrivateModel, make_method
+from blindtune.methods import (
+    P3EFT,
+    PSLF,
+    DistanceCorrelation,
+    HeadOnly,
+    LinearHead,
+    LoRA,
+    PrivateModel,
+    RandomizedResponse,
+    make_method,
+)
 from blindtune.privacy.randomness import SecureGenerator
 
-METHODS = {"lora": LoRA, "head_only": HeadOnly, "p3eft": lambda: P3EFT(decoys=1, task_delay=0, task_rise=0)}
+METHODS = {
+    "lora": LoRA,
+    "head_only": HeadOnly,
+    "p3eft": lambda: P3EFT(decoys=1, task_delay=0, task_rise=0),
+    "dc": lambda: DistanceCorrelation(activation_weight=0.01),
+    "pslf": PSLF,
+    "randomized_response": RandomizedResponse,
+}
 
 
 def texts_and_labels(film_examples, count):
@@ -81,6 +98,67 @@ def test_the_adversary_acts_on_activations_and_shifts(connect, film_examples):
     assert method.state()["adversary.weights"].shape[0] == 4  # two adapters, activations and shifts
 
 
+def test_the_joint_adversary_acts_on_the_shifts_of_all_adapters_side_by_side(connect, film_examples):
+    texts, labels = texts_and_labels(film_examples, 16)
+    backbone = connect()
+    method = P3EFT(decoys=0, joint_weight=0.5, task_delay=0, task_rise=0)
+    model = PrivateModel(backbone, LinearHead(backbone.hidden_size, 2), method, generator=SecureGenerator(bytes(32)))
+    model.prepare(texts, labels)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(3):
+        output = model(texts, labels)
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+    assert output.parts["joint"] > 0
+    assert output.loss.item() == pytest.approx(output.parts["task"] + output.parts["joint"], rel=1e-4)
+    state = method.state()
+    assert state["joint_adversary.weights"].shape == (1, 2 * backbone.hidden_size + 1, 2)
+    with torch.no_grad():
+        model(texts, labels)
+        shifts = backbone.all_adapters(texts) - backbone.frozen(texts)
+    recent = method.state()["joint_adversary.hidden.3"]
+    assert torch.allclose(recent[0], torch.cat([shifts[0], shifts[1]], dim=-1), atol=1e-6)
+
+
+@pytest.mark.parametrize(("option", "found"), [("shift_weight", True), ("joint_weight", False)])
+def test_only_the_joint_adversary_finds_a_label_that_two_adapters_hide_together(connect, option, found):
+    """One adapter has the label under a pad, the other the pad: each tells little, their difference everything."""
+    backbone = connect()
+    method = P3EFT(decoys=0, buffer=3, **{option: 1.0})
+    PrivateModel(backbone, LinearHead(backbone.hidden_size, 2), method)
+    random = torch.Generator().manual_seed(0)
+    labels = torch.randint(2, (256,), generator=random)
+    shifts = torch.randn(2, 256, backbone.hidden_size, generator=random)
+    pad = 8 * torch.randn(256, generator=random)
+    shifts[0, :, 0] = pad + 2 * (2.0 * labels - 1)
+    shifts[1, :, 0] = pad
+
+    def gap(values: torch.Tensor) -> float:
+        difference = values[0, :, 0] - values[1, :, 0]
+        return float(difference[labels == 1].mean() - difference[labels == 0].mean())
+
+    frozen = torch.zeros(256, backbone.hidden_size)
+    moving = shifts.clone().requires_grad_()
+    optimizer = torch.optim.Adam([moving], lr=0.02)
+    for _ in range(160):
+        optimizer.zero_grad()
+        sum(method.penalties(moving, frozen, labels).values()).backward()
+        optimizer.step()
+    left = abs(gap(moving.detach())) / gap(shifts)
+    assert left > 0.6 if found else left < 0.3
+
+
+def test_without_a_weight_there_is_no_joint_adversary(connect, film_examples):
+    texts, labels = texts_and_labels(film_examples, 16)
+    backbone = connect()
+    method = P3EFT(decoys=0, activation_weight=0.5, task_delay=0)
+    model = PrivateModel(backbone, LinearHead(backbone.hidden_size, 2), method)
+    assert not method.needs_frozen
+    assert set(model(texts, labels).parts) == {"task", "adversary"}
+    assert not any(name.startswith("joint") for name in method.state())
+
+
 def test_the_task_waits_for_the_decoys(connect, film_examples):
     texts, labels = texts_and_labels(film_examples, 16)
     backbone = connect()
@@ -127,6 +205,8 @@ def test_unknown_methods_and_options_are_named():
         ({"decoys": 1.5}, "decoys = 1.5 is no count"),
         ({"buffer": 0}, "buffer = 0 is no count"),
         ({"mixing_scale": -1.0}, "mixes nothing"),
+        ({"joint_weight": -0.5}, r"Weights of the regularizer are \[0.0, 0.0, -0.5, 20.0\].*0 switches a part off"),
+        ({"shift_weight": "much"}, "Weights of the regularizer are .*'much'"),
     ],
 )
 def test_options_that_make_no_sense_are_named(options, words):

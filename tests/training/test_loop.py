@@ -6,7 +6,18 @@ import pytest
 import torch
 
 from blindtune.errors import CheckpointError
-from blindtune.methods import P3EFT, LinearHead, LoRA, PrivateModel, adapter_config, load_model, read_resume
+from blindtune.methods import (
+    P3EFT,
+    PSLF,
+    DistanceCorrelation,
+    LinearHead,
+    LoRA,
+    PrivateModel,
+    RandomizedResponse,
+    adapter_config,
+    load_model,
+    read_resume,
+)
 from blindtune.privacy.randomness import SecureGenerator
 from blindtune.training import TrainConfig, Trainer, evaluate, predict, steps_for
 from tests.methods.conftest import connect, operators  # noqa: F401 - fixtures
@@ -15,7 +26,14 @@ CONFIG = TrainConfig(steps=8, batch_size=8, learning_rate=5e-3)
 
 
 def method():
-    return P3EFT(decoys=1, steps=8, activation_weight=0.1, shift_weight=0.1, buffer=3)
+    return P3EFT(decoys=1, steps=8, activation_weight=0.1, shift_weight=0.1, joint_weight=0.1, buffer=3)
+
+
+def correlation():
+    return DistanceCorrelation(activation_weight=0.3, shift_weight=0.1)
+
+
+METHODS = [LoRA, method, correlation, PSLF, RandomizedResponse]
 
 
 def start(backbone, examples, folder, algorithm) -> Trainer:
@@ -30,7 +48,7 @@ def weights(trainer: Trainer) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
 
 
-@pytest.mark.parametrize("algorithm", [LoRA, method], ids=["lora", "p3eft"])
+@pytest.mark.parametrize("algorithm", METHODS, ids=["lora", "p3eft", "dc", "pslf", "randomized_response"])
 def test_resume_continues_to_the_same_weights(connect, film_examples, tmp_path, algorithm):  # noqa: F811
     examples = film_examples.take(range(40))
     whole = start(connect(), examples, None, algorithm())

@@ -40,7 +40,10 @@ def train(
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="p3eft (labels stay private; the default), lora (they don't), or head_only."),
+        typer.Option(
+            help="p3eft (labels stay private; the default), lora (they don't), head_only, or a baseline: dc (distance "
+            "correlation), pslf, randomized_response."
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="An option of the method, e.g. --set n=3; repeat.")
@@ -227,10 +230,15 @@ def _run(
 def _sees(method: "Method") -> str:
     if getattr(method, "allow_single_operator", False):
         return "sees texts, adapters, and every share: there is no gradient privacy"
+    clear = "sees texts, adapters, and gradients"
+    randomized = f"of labels that were randomised with epsilon {getattr(method, 'epsilon', 0):g}"
     return {
         "p3eft": "sees texts, adapters, and one share of each gradient",
-        "lora": "sees texts, adapters, and gradients: it can learn the labels",
+        "lora": f"{clear}: it can learn the labels",
         "head_only": "sees texts",
+        "dc": f"{clear}: it can learn the labels, if not from activations",
+        "pslf": f"{clear} {randomized}",
+        "randomized_response": f"{clear} {randomized}",
     }[method.name]
 
 

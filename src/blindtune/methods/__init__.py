@@ -9,22 +9,28 @@ from blindtune.methods.checkpoint import (
     read_summary,
     save_model,
 )
+from blindtune.methods.distance_correlation import DistanceCorrelation
 from blindtune.methods.gradients import SharedGradients
 from blindtune.methods.head import LinearHead
 from blindtune.methods.head_only import HeadOnly
 from blindtune.methods.lora import LoRA
 from blindtune.methods.model import Method, Output, PrivateModel
 from blindtune.methods.p3eft import P3EFT
+from blindtune.methods.pslf import PSLF
+from blindtune.methods.randomized_response import RandomizedResponse
 
 __all__ = [
     "METHODS",
     "P3EFT",
+    "PSLF",
+    "DistanceCorrelation",
     "HeadOnly",
     "LinearHead",
     "LoRA",
     "Method",
     "Output",
     "PrivateModel",
+    "RandomizedResponse",
     "SharedGradients",
     "adapter_config",
     "load_model",

@@ -5,7 +5,7 @@ out/
   adapter_config.json         PEFT's files: here for one adapter,
   adapter_model.safetensors   in adapter_0/, adapter_1/, … for several
   head.safetensors            the client's head; with the adapters it tells labels (mode 600)
-  secret.safetensors          mixing weights, decoys, key: as secret as the labels (mode 600)
+  secret.safetensors          mixing weights, decoys, randomised labels, key: as secret as the labels (mode 600)
   resume.safetensors          optimizer and adversary, for --resume (mode 600)
 """
 
@@ -24,17 +24,22 @@ from torch import Tensor
 
 from blindtune.client import Backbone
 from blindtune.errors import CheckpointError, ConfigError
+from blindtune.methods.distance_correlation import DistanceCorrelation
 from blindtune.methods.head import LinearHead
 from blindtune.methods.head_only import HeadOnly
 from blindtune.methods.lora import LoRA
 from blindtune.methods.model import Method, PrivateModel
 from blindtune.methods.p3eft import P3EFT
+from blindtune.methods.pslf import PSLF
+from blindtune.methods.randomized_response import RandomizedResponse
 from blindtune.models.adapters import read_lora_config
 from blindtune.privacy.randomness import SecureGenerator
 
 SUMMARY, HEAD, SECRET, RESUME = "blindtune.json", "head.safetensors", "secret.safetensors", "resume.safetensors"
-METHODS: dict[str, type[LoRA] | type[HeadOnly] | type[P3EFT]] = {m.name: m for m in (LoRA, HeadOnly, P3EFT)}
-RESUME_ONLY = ("adversary.", "accountant")
+METHODS: dict[str, type[LoRA] | type[P3EFT]] = {
+    m.name: m for m in (LoRA, HeadOnly, P3EFT, DistanceCorrelation, PSLF, RandomizedResponse)
+}
+RESUME_ONLY = ("adversary.", "joint_adversary.", "accountant")
 """Method state under these prefixes is needed to go on training, not to predict."""
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from blindtune.client import Backbone, PlainChannel
+from blindtune.models.tokenizer import TokenRow
 from blindtune.privacy.randomness import SecureGenerator
 
 
@@ -39,6 +41,13 @@ class LoRA:
 
     def penalties(self, hidden: Tensor, frozen: Tensor | None, labels: Tensor) -> dict[str, Tensor]:
         return {}
+
+    def adapter_labels(self, rows: Sequence[TokenRow], labels: Tensor) -> Tensor:
+        return labels
+
+    @property
+    def auxiliary(self) -> nn.Module | None:
+        return None
 
     def task_weight(self) -> float:
         return 1.0

@@ -49,7 +49,22 @@ class Method(Protocol):
         ...
 
     def penalties(self, hidden: Tensor, frozen: Tensor | None, labels: Tensor) -> dict[str, Tensor]:
-        """Named terms for the loss, from hidden states `(n, B, d)` and frozen features `(B, d)`."""
+        """Named terms for the loss, from hidden states `(n, B, d)`, frozen features `(B, d)` and true labels `(B,)`."""
+        ...
+
+    def adapter_labels(self, rows: Sequence[TokenRow], labels: Tensor) -> Tensor:
+        """The labels `(B,)` that adapters learn, and every head that sends them gradients; true ones, if nothing else.
+
+        Called for every batch and for the whole training set: an example has the same label each time.
+        """
+        ...
+
+    @property
+    def auxiliary(self) -> nn.Module | None:
+        """A head of the adapters' own, from `(B, d)` to `(B, K)`.
+
+        With it, the head that predicts learns the true labels from detached features and sends adapters no gradient.
+        """
         ...
 
     def task_weight(self) -> float:
@@ -86,7 +101,7 @@ class PrivateModel(nn.Module):
     Args:
         backbone: the operators' model; its adapters are replaced by as many as the method wants.
         head: any module from `(B, d)` to `(B, K)`.
-        method: `LoRA()`, `HeadOnly()` or `P3EFT(...)`.
+        method: `P3EFT(...)`, or one to compare it with: any class of `blindtune.methods.METHODS`.
         loss: `(logits, labels) -> scalar`, a mean over the batch; cross entropy if left out.
         generator: secret randomness; from the operating system if left out.
         predict_only: skips the checks that only training needs: one operator is enough to predict.
@@ -114,23 +129,28 @@ class PrivateModel(nn.Module):
         method.attach(backbone, self.classes, self.generator)
         if not predict_only:
             method.check(backbone)
+        self.auxiliary = method.auxiliary  # a submodule: its parameters are the optimizer's too
         public = torch.Generator().manual_seed(seed)
         backbone.set_adapters(method.num_adapters, generator=public)
 
     def prepare(self, texts: Sequence[Text] | Sequence[TokenRow], labels: Sequence[int] | Tensor) -> None:
         """Fetches the frozen features of the training texts and starts the head and the method from them.
 
-        Each text goes to one operator once; labels stay here. `LinearHead` is fitted on the frozen features (linear
+        Each text goes to one operator once; labels stay here. A `LinearHead` is fitted on the frozen features (linear
         probing, then fine-tuning); other heads keep their initial weights.
         """
         target = self._labels(labels)
-        features = self.backbone.frozen(texts)
+        rows = self.backbone.rows(texts)
+        features = self.backbone.frozen(rows)
         self.method.prepare(features, target)
+        shown = self.method.adapter_labels(rows, target)
+        count = max(1, self.method.num_adapters)
+        with torch.no_grad():
+            mixed = self.method.mix(features.unsqueeze(0).expand(count, -1, -1))
+        if isinstance(self.auxiliary, LinearHead):
+            self.auxiliary.fit(mixed, shown)
         if isinstance(self.head, LinearHead):
-            count = max(1, self.method.num_adapters)
-            with torch.no_grad():
-                mixed = self.method.mix(features.unsqueeze(0).expand(count, -1, -1))
-            self.head.fit(mixed, target)
+            self.head.fit(mixed, shown if self.auxiliary is None else target)
 
     def forward(
         self, texts: Sequence[Text] | Sequence[TokenRow], labels: Sequence[int] | Tensor | None = None
@@ -141,13 +161,17 @@ class PrivateModel(nn.Module):
         dropout = self.backbone.adapter_config.lora_dropout > 0 and self.training and labels is not None
         seed = self.seed * 2**32 + self.backbone.steps if dropout else None
         hidden = self.backbone.all_adapters(rows, seed=seed)  # (n, B, d)
-        logits = self.head(self.method.mix(hidden))
+        mixed = self.method.mix(hidden)
+        logits = self.head(mixed if self.auxiliary is None else mixed.detach())
         if target is None:
             return Output(logits)
         frozen = self.backbone.frozen(rows) if self.method.needs_frozen else None
-        task = self.loss(logits, target)
+        shown = self.method.adapter_labels(rows, target)  # while evaluating too: that loss has a gradient as well
+        task = self.loss(logits, shown if self.auxiliary is None else target)
         weight = self.method.task_weight() if self.training else 1.0
         penalties = self.method.penalties(hidden, frozen, target) if self.training else {}
+        if self.auxiliary is not None and self.training:
+            penalties["auxiliary"] = self.loss(self.auxiliary(mixed), shown)
         total = torch.stack([weight * task, *penalties.values()]).sum()
         parts = {name: float(value.detach()) for name, value in {"task": task, **penalties}.items()}
         return Output(logits, total, parts)

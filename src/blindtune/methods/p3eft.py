@@ -11,15 +11,18 @@ The regularizer has two parts: the paper's adversary, here on activations and on
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from blindtune.client import Backbone
 from blindtune.errors import ConfigError
 from blindtune.methods.gradients import SharedGradients
+from blindtune.methods.options import is_number
+from blindtune.models.tokenizer import TokenRow
 from blindtune.privacy.accountant import auc_bound, epsilon
 from blindtune.privacy.adversary import Adversary, Form, stack_channels
 from blindtune.privacy.decoys import Decoys, decoy_functions, draw_decoys
@@ -41,6 +44,8 @@ class P3EFT:
         noise_ratio: σ / C. μ of the gradient channel is 2 √views / noise_ratio.
         regularizer: what the adversary drives the adapters towards: confusion, flip or reversal.
         activation_weight, shift_weight: the adversary's weights in the loss.
+        joint_weight: weight of one more adversary, on the shifts of all n adapters side by side, which is what one
+            operator sees. Adapters that each tell nothing may tell labels together.
         buffer: recent batches that the adversary is fitted on.
         decoys: label-independent functions for each adapter; 0 for the paper's method alone.
         shared_decoys: how many of them are the same functions for all adapters, so that the label is not the only
@@ -65,6 +70,7 @@ class P3EFT:
     regularizer: Form = "confusion"
     activation_weight: float = 0.0
     shift_weight: float = 0.0
+    joint_weight: float = 0.0
     buffer: int = 20
     decoys: int = 3
     shared_decoys: int = 2
@@ -99,11 +105,16 @@ class P3EFT:
             )
         if self.mixing_scale <= 0:
             raise ConfigError(f"mixing_scale = {self.mixing_scale} mixes nothing.", remedy="Use a positive number.")
-        if min(self.activation_weight, self.shift_weight, self.decoy_weight, self.decoys) < 0:
-            raise ConfigError("A weight of the regularizer is negative.", remedy="Use 0 to switch a part off.")
+        weights = [self.activation_weight, self.shift_weight, self.joint_weight, self.decoy_weight]
+        if not all(is_number(weight) and weight >= 0 for weight in weights):
+            raise ConfigError(
+                f"Weights of the regularizer are {weights}.",
+                remedy="Use numbers that aren't negative; 0 switches a part off.",
+            )
         self.shared_decoys = min(self.shared_decoys, self.decoys)
         self._decoys: Decoys | None = None
         self._adversary: Adversary | None = None
+        self._joint: Adversary | None = None
         self._step = 0
 
     @property
@@ -112,7 +123,7 @@ class P3EFT:
 
     @property
     def needs_frozen(self) -> bool:
-        return self.shift_weight > 0 or self.decoys > 0
+        return self.shift_weight > 0 or self.joint_weight > 0 or self.decoys > 0
 
     def attach(self, backbone: Backbone, classes: int, generator: SecureGenerator) -> None:
         self.channel = SharedGradients(self.m, self.clip_norm, self.noise_ratio, generator, self.allow_single_operator)
@@ -123,6 +134,8 @@ class P3EFT:
         weighted = [self.activation_weight > 0, self.shift_weight > 0]
         if any(weighted):
             self._adversary = Adversary(self.n * sum(weighted), dim, classes, form=self.regularizer, buffer=self.buffer)
+        if self.joint_weight > 0:
+            self._joint = Adversary(1, self.n * dim, classes, form=self.regularizer, buffer=self.buffer)
 
     def check(self, backbone: Backbone) -> None:
         self.channel.check_operators(len(backbone.pool), backbone.info.dtype)
@@ -173,8 +186,18 @@ class P3EFT:
             losses = self._adversary.penalty(stack_channels([channel for _, channel in channels]), labels)
             weights = losses.new_tensor([weight for weight, _ in channels for _ in range(self.n)])
             penalties["adversary"] = (weights * losses).sum()
+        if self._joint is not None:
+            together = shifts.transpose(0, 1).flatten(1).unsqueeze(0)  # (1, B, n · d)
+            penalties["joint"] = self.joint_weight * self._joint.penalty(together, labels).sum()
         self._step += 1
         return penalties
+
+    def adapter_labels(self, rows: Sequence[TokenRow], labels: Tensor) -> Tensor:
+        return labels
+
+    @property
+    def auxiliary(self) -> nn.Module | None:
+        return None
 
     def task_weight(self) -> float:
         begun = self._step + 1 - self.task_delay * self.steps
@@ -199,6 +222,8 @@ class P3EFT:
             state |= {f"decoys.{name}": tensor for name, tensor in self._decoys.state().items()}
         if self._adversary is not None:
             state |= {f"adversary.{name}": tensor for name, tensor in self._adversary.state().items()}
+        if self._joint is not None:
+            state |= {f"joint_adversary.{name}": tensor for name, tensor in self._joint.state().items()}
         return state
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -212,6 +237,9 @@ class P3EFT:
         adversary = _under("adversary.", state)
         if adversary and self._adversary is not None:
             self._adversary.load_state(adversary)
+        joint = _under("joint_adversary.", state)
+        if joint and self._joint is not None:
+            self._joint.load_state(joint)
 
 
 def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -82,9 +82,10 @@ class Trainer:
         self.rows = model.backbone.rows(train.texts)
         self.labels = torch.tensor(train.labels)
         self.plan = BatchPlan([len(row) for row in self.rows], config.batch_size, config.seed)
+        local = [p for name, p in model.named_parameters() if not name.startswith("backbone.")]  # the head, or two
         groups = [
             {"params": list(model.backbone.parameters()), "lr": config.learning_rate},
-            {"params": list(model.head.parameters()), "lr": config.head_learning_rate},
+            {"params": local, "lr": config.head_learning_rate},
         ]
         self._base = [config.learning_rate, config.head_learning_rate]
         self.optimizer = torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay)
