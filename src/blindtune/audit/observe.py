@@ -232,7 +232,8 @@ def _message(event: Event, tensors: dict[str, Tensor]) -> Message:
     name = "hidden" if event.kind == "forward" else "cotangents"
     vectors = tensors[name].float().numpy() if name in tensors else None
     kind = "forward" if event.kind == "forward" else "backward"
-    return Message(event.time, kind, tuple(event.adapters), tuple(r for r, _ in rows), tuple(t for _, t in rows), vectors)
+    ids, types = tuple(row for row, _ in rows), tuple(row_types for _, row_types in rows)
+    return Message(event.time, kind, tuple(event.adapters), ids, types, vectors)
 
 
 def _meetings(calls: Sequence[Message]) -> dict[tuple[tuple[str, ...], tuple[Row, ...]], Features]:

@@ -44,8 +44,13 @@ def best_auc(scores: Scores, labels: Labels, *, symmetric: bool) -> tuple[float,
 def mean_auc(draws: Scores, labels: Labels) -> tuple[float, float, float]:
     """The mean AUC over R draws `(R, N, S)` of its best class, and the 2.5% and 97.5% quantiles over draws.
 
-    Texts with NaN are left out: the attacker was given their labels.
+    Texts with NaN are left out: the attacker was given their labels. A single draw has a bootstrap interval over texts.
     """
+    if len(draws) == 1:
+        scored = np.isfinite(draws[0, :, 0])
+        value, label, column = best_auc(draws[0, scored], labels[scored], symmetric=False)
+        low, high = bootstrap_auc(draws[0, scored, column], labels[scored] == label, symmetric=False)
+        return value, low, high
     by_class: list[list[float]] = []
     for column, label in enumerate(np.unique(labels)):
         by_class.append([])
@@ -107,8 +112,8 @@ def chance_of_maximum(
 ) -> Chance:
     """Permutation test of the maximum over all attacks, channels and moments (Westfall and Young 1993).
 
-    Labels are permuted over the texts, the same permutation for all attacks, and only the scoring is repeated: scores of
-    attacks that use no labels stay what they are. Dependence between attacks is thereby kept.
+    Labels are permuted over the texts, the same permutation for all attacks, and only the scoring is repeated:
+    scores of attacks that use no labels stay what they are. Dependence between attacks is thereby kept.
 
     Raises:
         ValueError: nothing to score.

@@ -1,6 +1,7 @@
 """Attacks on labels: one file each. Importing this package fills the registry."""
 
 from blindtune.audit.labels.bimodal import bimodal
+from blindtune.audit.labels.boosting import boosted_trees
 from blindtune.audit.labels.components import components
 from blindtune.audit.labels.few import few_labels
 from blindtune.audit.labels.gram import recombine
@@ -20,6 +21,7 @@ __all__ = [
     "Channel",
     "attack",
     "bimodal",
+    "boosted_trees",
     "components",
     "few_labels",
     "invert_updates",

@@ -29,8 +29,9 @@ def few_labels(count: int, channel: Channel, labels: Labels) -> Scores | None:
     random = np.random.default_rng(count)
     scores = np.full((DRAWS, len(labels), len(classes)), np.nan)
     for draw in scores:
-        known = random.permutation(len(labels))[:count]
-        known[: len(classes)] = [random.choice(np.flatnonzero(labels == label)) for label in classes]
+        order = random.permutation(len(labels))
+        first = [order[labels[order] == label][0] for label in classes]  # a fit needs every class once
+        known = np.array([*first, *(index for index in order if index not in first)])[:count]
         probe = LogisticRegression(C=10.0, max_iter=100)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)

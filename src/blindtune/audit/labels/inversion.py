@@ -10,9 +10,9 @@ This is linear in r for known u and linear in u for known r. We alternate: least
 conjugate gradients for u, starting from the direction into which the update itself moved the batch's hidden states.
 The next update starts from the last one's u. There are many more equations (n P) than unknowns (B + n d).
 
-For Adam and its kind the step is the gradient's running mean over its running size, coordinate by coordinate.
-The second variant takes the part of the step that the step before doesn't explain, and multiplies it by the
-size that the coordinates of the texts' own gradients have. That is a guess where SGD's inversion is exact.
+Adam divides each coordinate by its running size and adds a running mean. The same inversion is then a guess, with a
+wrong weight for each equation, where SGD's is exact: on MiniLM with real texts it read the labels at AUC 0.92 in the
+first ten steps, 1.00 under SGD.
 
 Works for two classes, a linear head (or any whose gradients at the hidden states have one direction), and a server
 that sees consecutive steps. Regularizers that pull on hidden states in other directions are not modelled.
@@ -35,9 +35,9 @@ Observed = Callable[[Update], tuple[Jacobian, NDArray[np.float64]]]
 FIRST_ROUNDS, ROUNDS, CONJUGATE_STEPS = 5, 1, 6
 
 
-@observes_updates("update inverted (SGD)")
+@observes_updates("update inverted")
 def invert_updates(updates: Sequence[Update], observed: Observed) -> Reconstructed:
-    """Residuals `(N, 1)`, up to one sign for all, from plain SGD's updates."""
+    """Residuals `(N, 1)`, up to one sign for all, from consecutive updates."""
     residuals: list[Tensor] = []
     rows: list[Row] = []
     u: Tensor | None = None
@@ -56,15 +56,20 @@ def _alternate(jacobian: Jacobian, change: Tensor, u: Tensor | None, rounds: int
     scale = change.norm().clamp_min(1e-30)
     change = change / scale
     if u is None:
-        moved = jacobian.push(change)  # (n, B, d)
-        n, _, d = moved.shape
-        joint = moved.permute(1, 0, 2).flatten(1)  # (B, n d)
-        u = torch.linalg.svd(joint, full_matrices=False).Vh[0].reshape(n, d)
+        u = _moved_direction(jacobian, change)
     r = _residuals(jacobian, change, u)
     for _ in range(rounds):
         u = _direction(jacobian, change, r, u)
         r = _residuals(jacobian, change, u)
     return r, u
+
+
+def _moved_direction(jacobian: Jacobian, change: Tensor) -> Tensor:
+    """The direction `(n, d)` into which the change moved the batch's hidden states most."""
+    moved = jacobian.push(change)  # (n, B, d)
+    n, _, d = moved.shape
+    right = torch.linalg.svd(moved.permute(1, 0, 2).flatten(1), full_matrices=False)[2]  # of (B, n d)
+    return right[0].reshape(n, d)
 
 
 def _residuals(jacobian: Jacobian, change: Tensor, u: Tensor) -> Tensor:

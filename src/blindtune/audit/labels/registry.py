@@ -28,7 +28,8 @@ from blindtune.audit.statistics import Labels, Scores
 
 Knowledge = Literal["nothing", "which component", "16 labels", "64 labels", "256 labels", "all other labels"]
 When = Literal["every look", "some looks", "last look"]
-COMPONENTS = 10
+COMPONENTS, MANY_COMPONENTS = 10, 256
+"""Found at once: what cheap attacks want, and what probes want."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,9 @@ class Channel:
         return self.features.astype(np.float64) - self.features.mean(0, dtype=np.float64)
 
     def components(self, count: int) -> Scores:
-        """Coordinates on the leading principal directions, `(N, min(count, N, d))`, the largest first."""
+        """Coordinates on the leading principal directions, `(N, min(count, N, d, 256))`, the largest first."""
         size = self.centred.shape[1]
-        wanted = min(max(count, COMPONENTS), size, len(self.centred))
+        wanted = min(COMPONENTS if count <= COMPONENTS else MANY_COMPONENTS, size, len(self.centred))
         if wanted not in self._leading:
             _, vectors = eigh(self.centred.T @ self.centred, subset_by_index=(size - wanted, size - 1))
             self._leading[wanted] = self.centred @ vectors[:, ::-1]
