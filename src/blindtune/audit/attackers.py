@@ -9,7 +9,13 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from blindtune.audit.channels import MIN_TEXTS, computed_channels, inverted_channels, travelled_channels
+from blindtune.audit.channels import (
+    MIN_TEXTS,
+    beyond_text_channels,
+    computed_channels,
+    inverted_channels,
+    travelled_channels,
+)
 from blindtune.audit.labels import ATTACKS, Attack, Channel
 from blindtune.audit.observe import Checkpoint, Features, Row, View
 from blindtune.audit.recompute import Recomputation
@@ -47,14 +53,14 @@ class Plan:
     """What to attack: labels of known texts, how many points in time, at how many of them the costly probe.
 
     Attributes:
-        updates: how many optimizer steps to invert; each costs about as much as twenty training steps.
+        updates: how many optimizer steps to invert; each costs as much as twenty or more training steps.
     """
 
     labels: Mapping[Row, int]
     points: int = 8
     probe_points: int = 3
     max_texts: int | None = None
-    updates: int = 12
+    updates: int = 0
 
 
 @dataclass
@@ -166,6 +172,7 @@ def attack_view(
         attacks = [a for a in ATTACKS.values() if moments[a.when]]
         computed = computed_channels(view, recompute, checkpoint, previous, visible)
         gathered = travelled_channels(view, plan.labels, checkpoint.step)
+        gathered |= beyond_text_channels(view, recompute, gathered)
         if late:
             gathered |= inverted_channels(view, plan.labels, recompute, plan.updates)
         for channel, (features, channel_rows) in _all(computed, visible, gathered):

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from blindtune.audit.labels import SHARE_ATTACKS, UPDATE_ATTACKS
+from blindtune.audit.labels import SHARE_ATTACKS, UPDATE_ATTACKS, Channel
+from blindtune.audit.labels.registry import COMPONENTS
 from blindtune.audit.observe import Checkpoint, Features, Row, Update, View
 from blindtune.audit.recompute import Jacobian, Recomputation
 
@@ -85,6 +86,28 @@ def travelled_channels(view: View, labels: Mapping[Row, int], step: int) -> dict
         for channel, known in sums.items()
         if len(known) >= (MIN_TEXTS if final else MIN_TRAVELLED)
     }
+
+
+def beyond_text_channels(
+    view: View, recompute: Recomputation, travelled: Mapping[str, tuple[Features, list[Row]]]
+) -> dict[str, tuple[Features, list[Row]]]:
+    """Recombined gradients without what the texts explain: see `beyond_text`."""
+    return {
+        f"{name} beyond the text": (beyond_text(features, recompute.hidden(view, (), rows)[0]), rows)
+        for name, (features, rows) in travelled.items()
+        if name.startswith("gradient recombined") and len(rows) >= MIN_TEXTS
+    }
+
+
+def beyond_text(features: Features, frozen: Features) -> Features:
+    """Residuals `(N, d)` of a regression on the leading principal components of frozen features.
+
+    Decoys pull on hidden states along functions of the text; the task's residual r_b = p_b − y_b is what the text
+    does not tell, since the head fits as much of y as it can. So this leaves r_b.
+    """
+    leading = Channel(frozen).components(COMPONENTS)
+    known = np.concatenate([np.ones((len(leading), 1)), leading / leading.std(0)], axis=1)
+    return (features - known @ np.linalg.lstsq(known, features, rcond=None)[0]).astype(np.float32)
 
 
 def inverted_channels(

@@ -34,7 +34,7 @@ def classifier() -> Any:
         max_depth=DEPTH,
         max_bins=63,
         early_stopping=False,
-        random_state=0,  # pyright: ignore[reportArgumentType]
+        random_state=0,
     )
 
 
