@@ -1,7 +1,7 @@
 """How often the audit raises a false alarm, and how often it finds a weak leak. Writes results/audit_power.json.
 
-Synthetic runs go through the audit's own attacks and statistics: random features for the channels and looks of a run,
-random labels. In half of the runs one channel's leading direction tells the label with an AUC of 0.65 from some look on.
+Synthetic runs go through the audit's own attacks and statistics: random features for the channels and looks of a
+run, random labels. In half of the runs one channel's leading direction tells the label with an AUC of 0.65.
 An alarm is a permutation p-value of the headline (the maximum over everything) of at most 0.05.
 
 python -m experiments.audit_power [RUNS]

@@ -39,9 +39,7 @@ def audit(
     collude: Annotated[
         bool, typer.Option("--collude", help="Also attack what any two or more of these servers know together.")
     ] = False,
-    updates: Annotated[
-        int, typer.Option(help="Optimizer steps to invert, spread over the run, about a minute each; 0 for none.")
-    ] = 0,
+    updates: Annotated[int, typer.Option(help="Optimizer steps to invert, up to a minute each.")] = 0,
     report: Annotated[Path, typer.Option(help="Where to write the HTML report.")] = Path("audit.html"),
     json: Annotated[Path | None, typer.Option("--json", help="Also write all numbers to this file.")] = None,
 ) -> None:

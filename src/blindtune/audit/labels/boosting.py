@@ -29,13 +29,8 @@ def classifier() -> Any:
         import xgboost  # pyright: ignore[reportMissingImports]
 
         return xgboost.XGBClassifier(n_estimators=ROUNDS, max_depth=DEPTH, random_state=0, n_jobs=1)
-    return HistGradientBoostingClassifier(
-        max_iter=ROUNDS,
-        max_depth=DEPTH,
-        max_bins=63,
-        early_stopping=False,
-        random_state=0,
-    )
+    model: Any = HistGradientBoostingClassifier(max_iter=ROUNDS, max_depth=DEPTH, max_bins=63, random_state=0)
+    return model.set_params(early_stopping=False)
 
 
 @attack(NAME, knows="all other labels", channels=("gradient",), when="last look")
