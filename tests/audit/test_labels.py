@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from blindtune.audit.labels import ATTACKS
-from blindtune.audit.statistics import best_auc
+from blindtune.audit.labels import ATTACKS, Channel
+from blindtune.audit.labels.boosting import classifier
+from blindtune.audit.statistics import best_auc, mean_auc
 
 
 def noise(rows: int = 600, dim: int = 40, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -23,7 +24,8 @@ def planted(kind: str) -> tuple[np.ndarray, np.ndarray]:
 
 def score(name: str, features: np.ndarray, labels: np.ndarray) -> float:
     attack = ATTACKS[name]
-    return best_auc(attack.run(features, labels), labels, symmetric=attack.symmetric)[0]
+    scores = attack.run(Channel(features, len(np.unique(labels))), labels)
+    return mean_auc(scores, labels)[0] if scores.ndim == 3 else best_auc(scores, labels, symmetric=attack.symmetric)[0]
 
 
 @pytest.mark.parametrize("name", list(ATTACKS))
@@ -41,7 +43,8 @@ def test_attacks_that_know_nothing_do_not_use_labels(name):
     """Permuting labels must not change scores."""
     features, labels = planted(name)
     shuffled = np.random.default_rng(1).permutation(labels)
-    assert np.array_equal(ATTACKS[name].run(features, labels), ATTACKS[name].run(features, shuffled))
+    channel = Channel(features)
+    assert np.array_equal(ATTACKS[name].run(channel, labels), ATTACKS[name].run(channel, shuffled))
 
 
 @pytest.mark.parametrize("name", ["k-means", "logistic regression"])
@@ -56,3 +59,29 @@ def test_the_probe_is_scored_on_examples_that_it_was_not_fitted_on():
     """More dimensions than rows fit any labels perfectly; held-out folds must still be chance."""
     features, labels = noise(rows=120, dim=400)
     assert 0.3 < score("logistic regression", features, labels) < 0.7
+
+
+def test_probes_with_few_labels_are_scored_on_the_other_texts_only():
+    features, labels = planted("few")
+    for count in (16, 64, 256):
+        scores = ATTACKS[f"probe with {count} labels"].run(Channel(features), labels)
+        assert (np.isnan(scores[:, :, 0]).sum(1) == count).all()
+    assert ATTACKS["probe with 256 labels"].run(Channel(features[:300]), labels[:300]) is None
+
+
+def test_more_known_labels_tell_more():
+    features, labels = noise(dim=200)
+    features[:, :20] += 0.35 * labels[:, None]
+    found = [score(f"probe with {count} labels", features, labels) for count in (16, 64, 256)]
+    assert found[0] < found[1] < found[2]
+
+
+def test_boosted_trees_fit_noise_perfectly_and_learn_nothing_from_it():
+    """The paper's check of noisy gradients: at most 52% on a balanced test set, with a perfect fit on training."""
+    rng = np.random.default_rng(0)
+    labels = np.tile([0, 1], 3000)
+    gradients = rng.normal(0, 0.05, (6000, 1)) + np.where(labels, 0.01, -0.01)[:, None]
+    shares = (gradients @ rng.normal(0, 1, (1, 16)) + rng.normal(0, 10, (6000, 16))).astype(np.float32)
+    model = classifier().set_params(max_depth=12).fit(shares[:1000], labels[:1000])
+    assert (model.predict(shares[:1000]) == labels[:1000]).mean() == 1.0
+    assert (model.predict(shares[1000:]) == labels[1000:]).mean() <= 0.52

@@ -90,12 +90,15 @@ def test_train_predict_and_audit_follow_each_other(recorded, notes, tiny_models,
     report, found = tmp_path / "report.html", tmp_path / "audit.json"
     audit = run(
         "audit", *folders, "--labels", notes, "--text", "note", "--label", "diagnosis",
-        "--points", 2, "--report", report, "--json", found,
+        "--points", 2, "--collude", "--report", report, "--json", found,
     )  # fmt: skip
     assert "The strongest attack without labels reaches AUC" in audit.stdout
     assert report.read_text().startswith("<!doctype html>")
     verdict = json.loads(found.read_text())
-    assert {f["operator"] for f in verdict["findings"]} == {str(folder) for folder in folders}
+    names = [str(folder) for folder in folders]
+    assert {f["operator"] for f in verdict["findings"]} == {*names, " + ".join(names)}
+    assert 0.5 < verdict["chance"]["quantile"] < 1.0
+    assert set(verdict["few_labels"]["16 labels"]) == {"strongest", "frozen"}
     assert set(verdict["controls"]) >= {"unprotected", "frozen", "valid"}
 
 

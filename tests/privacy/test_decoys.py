@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from blindtune.audit.attackers import common_variates
-from blindtune.audit.labels import ATTACKS
+from blindtune.audit.channels import common_variates
+from blindtune.audit.labels import ATTACKS, Channel
 from blindtune.audit.statistics import best_auc
 from blindtune.privacy.decoys import Decoys, draw_decoys
 from blindtune.privacy.mixing import mix, mixing_weights
@@ -29,7 +29,7 @@ def drawn() -> tuple[Decoys, torch.Tensor, torch.Tensor]:
 
 def largest_direction(features: torch.Tensor, labels: torch.Tensor) -> float:
     """The best of the attacks that decoys are made against: those on the largest direction of variance."""
-    found = [ATTACKS[name].run(features.numpy(), labels.numpy()) for name in ("spectral", "norm", "k-means")]
+    found = [ATTACKS[name].run(Channel(features.numpy()), labels.numpy()) for name in ("spectral", "norm", "k-means")]
     return max(best_auc(scores, labels.numpy(), symmetric=True)[0] for scores in found)
 
 
@@ -87,7 +87,7 @@ def test_saturated_decoys_draw_the_search_for_two_humps_away_from_the_label():
         noise = 0.09 * decoys.spread * torch.randn(ROWS, DIM, generator=random)
         label_shift = 0.1 * decoys.spread * (2.0 * labels - 1).unsqueeze(1) * direction
         shift = label_shift + noise + perfect_shifts(decoys, frozen, 0.5)[0]
-        scores = ATTACKS["bimodal component"].run(shift.numpy(), labels.numpy())
+        scores = ATTACKS["bimodal component"].run(Channel(shift.numpy()), labels.numpy())
         found[saturation] = best_auc(scores, labels.numpy(), symmetric=True)[0]
     assert found[0.0] > 0.9
     assert found[2.0] < 0.65

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.stats import chi2_contingency
 
-from blindtune.audit.labels import spectral
+from blindtune.audit.labels import Channel, spectral
 from blindtune.audit.statistics import auc
 from blindtune.keystream import expand_noise
 from blindtune.privacy.randomness import SecureGenerator
@@ -56,10 +56,10 @@ def planted(rows: int = 512, dim: int = 64) -> tuple[torch.Tensor, np.ndarray]:
 
 def test_the_spectral_attack_reads_labels_from_plain_gradients_and_not_from_shares():
     gradients, labels = planted()
-    clear = spectral(gradients[0].numpy(), labels)[:, 0]
+    clear = spectral(Channel(gradients[0].numpy()), labels)[:, 0]
     assert max(auc(clear, labels == 1), 1 - auc(clear, labels == 1)) > 0.99
     for share in split_gradient(gradients, 2, 1000.0, generator=generator()).shares:
-        hidden = spectral(share[0].numpy(), labels)[:, 0]
+        hidden = spectral(Channel(share[0].numpy()), labels)[:, 0]
         assert abs(auc(hidden, labels == 1) - 0.5) < 0.1
 
 
@@ -70,7 +70,7 @@ def test_two_shares_that_meet_reveal_the_labels():
     flat = shares.reshape(2, -1)
     values, vectors = torch.linalg.eigh(flat @ flat.T)
     found = torch.tensordot(vectors[:, 0], shares, dims=1)  # the quietest combination
-    scores = spectral(found.numpy(), labels)[:, 0]
+    scores = spectral(Channel(found.numpy()), labels)[:, 0]
     assert max(auc(scores, labels == 1), 1 - auc(scores, labels == 1)) > 0.95
     assert values[0] < values[1]
 

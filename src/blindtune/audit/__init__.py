@@ -2,7 +2,8 @@
 
 from blindtune.audit.attackers import FROZEN, Attacked, Finding, Plan, attack_view, audited_checkpoints, cells
 from blindtune.audit.control import unprotected_control
-from blindtune.audit.observe import Recomputation, Row, View, read_view
+from blindtune.audit.observe import Row, View, join_views, read_view
+from blindtune.audit.recompute import Recomputation
 from blindtune.audit.report import write_report
 from blindtune.audit.verdict import Verdict
 
@@ -18,6 +19,7 @@ __all__ = [
     "attack_view",
     "audited_checkpoints",
     "cells",
+    "join_views",
     "read_view",
     "unprotected_control",
     "write_report",

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from blindtune.audit.labels import ATTACKS, Attack
-from blindtune.audit.observe import Checkpoint, Features, Memory, Recomputation, Row, View
-from blindtune.audit.statistics import Labels, Scores, best_auc, bootstrap_auc
+from blindtune.audit.channels import (
+    MIN_TEXTS,
+    beyond_text_channels,
+    computed_channels,
+    inverted_channels,
+    travelled_channels,
+)
+from blindtune.audit.labels import ATTACKS, Attack, Channel
+from blindtune.audit.observe import Checkpoint, Features, Row, View
+from blindtune.audit.recompute import Memory, Recomputation
+from blindtune.audit.statistics import CachedScores, Labels, Scores, best_auc, bootstrap_auc, mean_auc
 from blindtune.errors import TranscriptError
 
-MIN_TEXTS = 50
-CANONICAL_COMPONENTS = 10
-MIN_TRAVELLED = 1000
-"""Vectors that travelled are pooled over steps until there are so many (if there are): fewer say little."""
 FROZEN = "frozen model"
 
 
@@ -25,7 +29,8 @@ FROZEN = "frozen model"
 class Finding:
     """One attack on one channel at one step: AUC over `texts` examples.
 
-    The worst moment of each attack on each channel has a 95% bootstrap interval.
+    The worst moment of each attack on each channel has a 95% bootstrap interval. Probes with few labels have the mean
+    over draws of the known texts, and the interval over draws.
     """
 
     operator: str
@@ -45,12 +50,17 @@ class Finding:
 
 @dataclass
 class Plan:
-    """What to attack: labels of known texts, how many points in time, at how many of them the costly probe."""
+    """What to attack: labels of known texts, how many points in time, at how many of them the costly probe.
+
+    Attributes:
+        updates: how many optimizer steps to invert; each costs as much as twenty or more training steps.
+    """
 
     labels: Mapping[Row, int]
     points: int = 8
     probe_points: int = 3
     max_texts: int | None = None
+    updates: int = 0
 
 
 @dataclass
@@ -66,23 +76,52 @@ class Attacked:
         default_factory=dict[tuple[str, str], tuple[Features, Labels]]
     )
     """`(channel, "early" or "late") -> features and labels`."""
+    cached: list[CachedScores] = field(default_factory=list[CachedScores], repr=False)
+    """Scores of the attacks without labels, for the null distribution of their maximum."""
+    labels: dict[Hashable, int] = field(default_factory=dict[Hashable, int], repr=False)
     _worst: dict[tuple[str, str], tuple[Finding, Scores, NDArray[np.bool_]]] = field(
         default_factory=dict[tuple[str, str], tuple[Finding, Scores, NDArray[np.bool_]]], repr=False
     )
     """`(channel, attack) -> its best finding, with the scores and the class that gave it`."""
 
-    def add(self, attack: Attack, channel: str, step: int, features: Features, labels: Labels) -> None:
-        """Runs one attack on one channel, unless equal vectors were attacked before."""
-        key = (attack.name, _digest(features, labels))
-        if key not in self.memory:
-            self.memory[key] = attack.run(features, labels)
-        scores = self.memory[key]
-        value, label, column = best_auc(scores, labels, symmetric=attack.symmetric)
-        finding = Finding(self.operator, channel, attack.name, attack.knows, step, len(labels), value)
-        self.findings.append(finding)
-        worst = self._worst.get((channel, attack.name))
-        if worst is None or value > worst[0].auc:
-            self._worst[channel, attack.name] = (finding, scores[:, column], labels == label)
+    def attack(
+        self,
+        name: str,
+        step: int,
+        channel: Channel,
+        rows: Sequence[Hashable],
+        labels: Labels,
+        attacks: Sequence[Attack] | None = None,
+    ) -> None:
+        """Runs attacks (all if left out) on the channel `name`, whose vectors belong to the examples `rows`."""
+        features = channel.features
+        varies = float(np.abs(features - features.mean(0)).max()) > 1e-6 * max(1e-6, float(np.abs(features).max()))
+        if not varies or len(np.unique(labels)) < 2:
+            return
+        digest = _digest(features, labels)
+        for attack in attacks or ATTACKS.values():
+            if not attack.fits(name):
+                continue
+            key = (attack.name, digest)
+            if key not in self.memory:  # operators that see the same adapters see the same vectors
+                self.memory[key] = attack.run(channel, labels)
+            scores = self.memory[key]
+            if scores is None:
+                continue
+            finding = Finding(self.operator, name, attack.name, attack.knows, step, len(labels), 0.5)
+            if scores.ndim == 3:
+                value, low, high = mean_auc(scores, labels)
+                self.findings.append(replace(finding, auc=value, low=low, high=high))
+                continue
+            value, label, column = best_auc(scores, labels, symmetric=attack.symmetric)
+            finding = replace(finding, auc=value)
+            self.findings.append(finding)
+            worst = self._worst.get((name, attack.name))
+            if worst is None or value > worst[0].auc:
+                self._worst[name, attack.name] = (finding, scores[:, column], labels == label)
+            if attack.unsupervised and name != FROZEN:
+                self.cached.append(CachedScores(rows, scores))
+                self.labels.update(zip(rows, labels.tolist(), strict=True))
 
     def finish(self) -> None:
         """Adds intervals to the worst moments."""
@@ -133,22 +172,27 @@ def attack_view(
     probed = {checkpoints[i].step for i in np.linspace(len(checkpoints) - 1, 0, plan.probe_points).round().astype(int)}
     previous: Checkpoint | None = None
     for checkpoint in checkpoints:
+        late = checkpoint is checkpoints[-1]
         seen = set(view.rows_until(checkpoint.step))
         visible = [row for row in rows if row in seen]
-        attacks = [a for a in ATTACKS.values() if a.symmetric or checkpoint.step in probed]
-        computed = _computed_channels(view, recompute, checkpoint, previous, visible)
-        travelled = _travelled_channels(view, plan, checkpoint.step)
-        for channel, (features, channel_rows) in _all(computed, visible, travelled):
-            labels = np.array([plan.labels[row] for row in channel_rows], dtype=np.int64)
-            _attack_channel(result, channel, checkpoint.step, features, labels, attacks, on_cell)
-            when = "late" if checkpoint is checkpoints[-1] else "early"
-            if when == "late" or (channel, "early") not in result.pictures:
-                result.pictures[channel, when] = (features, labels)
+        moments = {"every look": True, "some looks": checkpoint.step in probed, "last look": late}
+        attacks = [a for a in ATTACKS.values() if moments[a.when]]
+        computed = computed_channels(view, recompute, checkpoint, previous, visible)
+        gathered = travelled_channels(view, plan.labels, checkpoint.step)
+        gathered |= beyond_text_channels(view, recompute, gathered)
+        if late:
+            gathered |= inverted_channels(view, plan.labels, recompute, plan.updates)
+        for channel, (features, channel_rows) in _all(computed, visible, gathered):
+            labels = _labels(plan, channel_rows)
+            result.attack(channel, checkpoint.step, _channel(plan, features), channel_rows, labels, attacks)
+            if late or (channel, "early") not in result.pictures:
+                result.pictures[channel, "late" if late else "early"] = (features, labels)
+            if on_cell is not None:
+                on_cell()
         previous = checkpoint
     frozen = recompute.hidden(view, (), rows)[0]
-    labels = np.array([plan.labels[row] for row in rows], dtype=np.int64)
-    _attack_channel(result, FROZEN, 0, frozen, labels, list(ATTACKS.values()), on_cell)
-    result.pictures[FROZEN, "late"] = (frozen, labels)
+    result.attack(FROZEN, 0, _channel(plan, frozen), rows, _labels(plan, rows))
+    result.pictures[FROZEN, "late"] = (frozen, _labels(plan, rows))
     result.finish()
     return result
 
@@ -157,6 +201,14 @@ def _digest(features: Features, labels: Labels) -> bytes:
     digest = hashlib.blake2b(np.ascontiguousarray(features).tobytes(), digest_size=16)
     digest.update(labels.tobytes())
     return digest.digest()
+
+
+def _labels(plan: Plan, rows: Sequence[Row]) -> Labels:
+    return np.array([plan.labels[row] for row in rows], dtype=np.int64)
+
+
+def _channel(plan: Plan, features: Features) -> Channel:
+    return Channel(features, len(set(plan.labels.values())))
 
 
 def _shuffled(row: Row) -> bytes:
@@ -171,91 +223,9 @@ def cells(view: View, plan: Plan) -> int:
     return each * len(audited_checkpoints(view, plan.points)) + 1
 
 
-def _computed_channels(
-    view: View, recompute: Recomputation, now: Checkpoint, previous: Checkpoint | None, rows: Sequence[Row]
-) -> dict[str, Features]:
-    """Activations, shifts from θ = 0 and from earlier checkpoints, joints over adapters, and their differences."""
-    if len(rows) < MIN_TEXTS:
-        return {}
-    hidden = recompute.hidden(view, now.adapters, rows)  # (n, N, d)
-    frozen = recompute.hidden(view, (), rows)[0]
-    channels: dict[str, Features] = {}
-    references = {"": frozen}
-    first = view.checkpoints[0]
-    if now.step != first.step and len(first.adapters) == len(hidden):
-        start = recompute.hidden(view, first.adapters, rows)
-        if not np.allclose(start, frozen, atol=1e-4):  # adapters usually begin without effect
-            references[" since the first step"] = start
-    if previous is not None and len(previous.adapters) == len(hidden):
-        references[" since the last look"] = recompute.hidden(view, previous.adapters, rows)
-    for i, vectors in enumerate(hidden):
-        channels[f"activation {i}"] = vectors
-        for suffix, reference in references.items():
-            channels[f"shift {i}{suffix}"] = vectors - (reference if reference.ndim == 2 else reference[i])
-    if len(hidden) > 1:
-        channels["activations joint"] = np.concatenate(list(hidden), axis=1)
-        channels["shifts joint"] = np.concatenate(list(hidden - frozen), axis=1)
-        channels["shifts in common"] = common_variates(hidden[0] - frozen, hidden[1] - frozen)
-        for i in range(1, len(hidden)):
-            channels[f"activation 0 minus {i}"] = hidden[0] - hidden[i]
-    return channels
-
-
-def common_variates(left: Features, right: Features) -> Features:
-    """What two adapters' features `(N, d)` have in common: the first canonical variates' sum, `(N, 1)`.
-
-    Adapters with independent disguises share little but the task (canonical correlation of the leading components).
-    """
-    scores: list[Features] = []
-    for features in (left, right):
-        centred = features - features.mean(0)
-        leading = np.linalg.svd(centred, full_matrices=False)[0][:, :CANONICAL_COMPONENTS]
-        scores.append(leading.astype(np.float32))
-    u, _, v = np.linalg.svd(scores[0].T @ scores[1])
-    return (scores[0] @ u[:, :1] + scores[1] @ v[:1].T) * np.float32(len(left) ** 0.5)
-
-
-def _travelled_channels(view: View, plan: Plan, step: int) -> dict[str, tuple[Features, list[Row]]]:
-    """Vectors that were really sent up to this step, for each text the mean of all of them: noise averages out."""
-    sums: dict[str, dict[Row, Features]] = {}
-    counts: dict[str, dict[Row, int]] = {}
-    for sighting in view.sightings:
-        if sighting.step > step:
-            continue
-        for channel, vectors in sighting.channels.items():
-            total, count = sums.setdefault(channel, {}), counts.setdefault(channel, {})
-            for row, vector in zip(sighting.rows, vectors, strict=True):
-                if row in plan.labels:
-                    total[row] = total[row] + vector if row in total else vector
-                    count[row] = count.get(row, 0) + 1
-    final = step == view.checkpoints[-1].step
-    return {
-        channel: (np.stack([vector / np.float32(counts[channel][row]) for row, vector in known.items()]), list(known))
-        for channel, known in sums.items()
-        if len(known) >= (MIN_TEXTS if final else MIN_TRAVELLED)
-    }
-
-
 def _all(
     computed: Mapping[str, Features], rows: list[Row], travelled: Mapping[str, tuple[Features, list[Row]]]
 ) -> Iterator[tuple[str, tuple[Features, list[Row]]]]:
     for channel, features in computed.items():
         yield channel, (features, rows)
     yield from travelled.items()
-
-
-def _attack_channel(
-    result: Attacked,
-    channel: str,
-    step: int,
-    features: Features,
-    labels: Labels,
-    attacks: Sequence[Attack],
-    on_cell: Callable[[], None] | None,
-) -> None:
-    varies = float(np.abs(features - features.mean(0)).max()) > 1e-6 * max(1e-6, float(np.abs(features).max()))
-    if varies and len(np.unique(labels)) > 1:
-        for attack in attacks:
-            result.add(attack, channel, step, features, labels)
-    if on_cell is not None:
-        on_cell()

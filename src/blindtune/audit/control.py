@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from blindtune.audit.attackers import Attacked, Finding, scored_rows
 from blindtune.audit.attackers import Plan as AttackPlan
-from blindtune.audit.labels import ATTACKS
-from blindtune.audit.observe import Recomputation, Row, View, pad_rows
+from blindtune.audit.labels import Channel
+from blindtune.audit.observe import Row, View
+from blindtune.audit.recompute import Recomputation, pad_rows
 from blindtune.models import LoraLayout
 
 STEPS, BATCH, TEXTS, RATE = 100, 32, 1000, 2e-3
@@ -40,9 +41,8 @@ def unprotected_control(
     shift = hidden - recompute.hidden(view, (), rows)[0]
     labels = np.array([plan.labels[row] for row in rows], dtype=np.int64)
     result = Attacked("unprotected control", 1, len(rows))
-    for channel, features in {"activation 0": hidden, "shift 0": shift}.items():
-        for attack in ATTACKS.values():
-            result.add(attack, channel, STEPS, features, labels)
+    for name, features in {"activation 0": hidden, "shift 0": shift}.items():
+        result.attack(name, STEPS, Channel(features, len(np.unique(labels))), rows, labels)
     result.finish()
     return result.findings
 

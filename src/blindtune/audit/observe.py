@@ -2,30 +2,33 @@
 
 The server keeps all texts and all adapters θ_t. At any later moment it can run each text that it has seen through
 the adapters of any step, so it isn't bound to the (x, θ) pairs that were sent together.
+
+Attacks observe one of four things, each a part of a `View`:
+
+| what | where |
+|---|---|
+| vectors of one channel, one for each text | `Sighting`, or recomputed (`Recomputation`) |
+| the shares of one backward call | `Gradients` |
+| consecutive adapters, with the texts between | `Update` |
+| the views of several operators | `join_views`, which gives a view with more of the above |
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from blindtune.errors import TranscriptError
-from blindtune.models import FrozenBackbone, LoraLayout, Tokens
 from blindtune.wire import Event, LoraSpec, Pooling, Transcript
 
 Row = tuple[int, ...]
 """Token ids of one text, without padding."""
 Features = NDArray[np.float32]
-
-Memory = dict[tuple[str, bytes], NDArray[np.float64]]
-"""`(attack, digest of features and labels) -> scores`: operators that see the same adapters see the same vectors."""
-
-TOKENS_IN_A_PASS = 16_384
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,46 @@ class Sighting:
     channels: dict[str, Features]
 
 
+@dataclass(frozen=True)
+class Gradients:
+    """All distinct shares `(m, n, B, d)` of one gradient that met here: cotangents for one batch under one θ."""
+
+    step: int
+    rows: tuple[Row, ...]
+    shares: Features
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimizer step as a server sees it: θ_t, θ_{t+1}, and the texts whose gradients came between."""
+
+    step: int
+    rows: tuple[Row, ...]
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Message:
+    """A forward or backward call with what it carried."""
+
+    time: float
+    kind: Literal["forward", "backward"]
+    adapters: tuple[str, ...]
+    rows: tuple[Row, ...]
+    types: tuple[Row, ...]
+    vectors: Features | None
+    """Hidden states `(n, B, d)` that were sent back, or cotangents `(m, n, B, d)` that were received."""
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """Where an adapter's weights were recorded."""
+
+    transcript: Transcript
+    event: Event
+
+
 @dataclass
 class View:
     """One server's knowledge, in its own order: texts, checkpoints, and the vectors that it was sent or sent."""
@@ -55,18 +98,68 @@ class View:
     model: str
     pooling: Pooling
     spec: LoraSpec | None
+    calls: list[Message]
+    weights: dict[str, StoredWeights]
     types: dict[Row, Row] = field(default_factory=dict[Row, Row])
     """Texts in order of first sight, with their token types."""
     first_seen: dict[Row, int] = field(default_factory=dict[Row, int])
     """Text -> first step at which the server had it."""
     checkpoints: list[Checkpoint] = field(default_factory=list[Checkpoint])
-    weights: dict[str, Event] = field(default_factory=dict[str, Event])
     sightings: list[Sighting] = field(default_factory=list[Sighting])
-    messages: int = 0
+    gradients: list[Gradients] = field(default_factory=list[Gradients])
+
+    def __post_init__(self) -> None:
+        seen: dict[tuple[str, ...], int] = {}
+        step = 0
+        for call in self.calls:
+            if call.adapters:
+                if call.adapters not in seen:
+                    seen[call.adapters] = len(self.checkpoints)
+                    self.checkpoints.append(Checkpoint(call.adapters, len(self.checkpoints)))
+                step = seen[call.adapters]
+            for row, row_types in zip(call.rows, call.types, strict=True):
+                self.types.setdefault(row, row_types)
+                self.first_seen.setdefault(row, step)
+            if call.kind == "forward" and call.adapters and call.vectors is not None:
+                channels = {f"sent activation {i}": vectors for i, vectors in enumerate(call.vectors)}
+                self.sightings.append(Sighting(step, call.rows, channels))
+        for (adapters, rows), shares in _meetings(self.calls).items():
+            found = Gradients(seen[adapters], rows, shares)
+            self.gradients.append(found)
+            self.sightings.append(Sighting(found.step, rows, _gradient_channels(shares)))
+
+    @property
+    def messages(self) -> int:
+        return len(self.calls)
 
     def rows_until(self, step: int) -> list[Row]:
         """Texts that the server had seen when it received the adapters of `step`."""
         return [row for row, first in self.first_seen.items() if first <= step]
+
+    def updates(self) -> list[Update]:
+        """Consecutive checkpoints of this server with gradients for one batch between them.
+
+        A server can't know whether the client took further steps with other operators in between.
+        """
+        batches: dict[int, set[tuple[Row, ...]]] = {}
+        for found in self.gradients:
+            batches.setdefault(found.step, set()).add(found.rows)
+        return [
+            Update(now.step, next(iter(batches[now.step])), now.adapters, after.adapters)
+            for now, after in zip(self.checkpoints, self.checkpoints[1:], strict=False)
+            if len(batches.get(now.step, ())) == 1
+        ]
+
+    def adapter(self, name: str) -> Tensor:
+        """Weights `(P,)` of the adapter with this content hash.
+
+        Raises:
+            TranscriptError: its upload is not in the recording.
+        """
+        stored = self.weights.get(name)
+        if stored is None:
+            raise TranscriptError(f"The adapter {name[:12]}… was used but not recorded.", remedy="Record a whole run.")
+        return stored.transcript.tensors(stored.event)["weights"]
 
 
 def read_view(transcript: Transcript, operator: str, tenant: str | None = None) -> View:
@@ -102,27 +195,56 @@ def read_view(transcript: Transcript, operator: str, tenant: str | None = None) 
             f"{transcript.folder} holds adapters of different shapes or numbers, so several runs.",
             remedy="Record every run into a folder of its own (restart the server with another --record).",
         )
-    view = View(operator, transcript, models.pop(), _pooling(poolings.pop()), specs[0] if specs else None)
-    view.weights = weights
-    view.messages = len(events)
-    seen: dict[tuple[str, ...], int] = {}
-    step = 0
-    for event in calls:
-        tensors = transcript.tensors(event)
-        rows = _rows(tensors)
-        adapters = tuple(event.adapters)
-        if adapters:
-            if adapters not in seen:
-                seen[adapters] = len(view.checkpoints)
-                view.checkpoints.append(Checkpoint(adapters, len(view.checkpoints)))
-            step = seen[adapters]
-        for row, row_types in rows:
-            view.types.setdefault(row, row_types)
-            view.first_seen.setdefault(row, step)
-        channels = _literal_channels(tensors)
-        if adapters and channels:
-            view.sightings.append(Sighting(step, tuple(row for row, _ in rows), channels))
-    return view
+    return View(
+        operator,
+        transcript,
+        models.pop(),
+        _pooling(poolings.pop()),
+        specs[0] if specs else None,
+        [_message(event, transcript.tensors(event)) for event in calls],
+        {name: StoredWeights(transcript, event) for name, event in weights.items()},
+    )
+
+
+def join_views(views: Sequence[View]) -> View:
+    """What operators know together if they collude: all texts, all adapters, and the shares that met.
+
+    Messages are put in the order of the operators' clocks. Backward calls for the same texts under the same adapters
+    carry shares of one gradient, whoever received them.
+
+    Raises:
+        TranscriptError: the operators didn't serve one and the same run.
+    """
+    first = views[0]
+    names = " + ".join(view.operator for view in views)
+    if any((view.pooling, view.spec) != (first.pooling, first.spec) for view in views):
+        raise TranscriptError(
+            f"{names} recorded adapters of different shapes, so several runs.",
+            remedy="Name transcripts of one run with --collude.",
+        )
+    calls = sorted((call for view in views for call in view.calls), key=lambda call: call.time)
+    weights = {name: stored for view in views for name, stored in view.weights.items()}
+    return View(names, first.transcript, first.model, first.pooling, first.spec, calls, weights)
+
+
+def _message(event: Event, tensors: dict[str, Tensor]) -> Message:
+    rows = _rows(tensors)
+    name = "hidden" if event.kind == "forward" else "cotangents"
+    vectors = tensors[name].float().numpy() if name in tensors else None
+    kind = "forward" if event.kind == "forward" else "backward"
+    ids, types = tuple(row for row, _ in rows), tuple(row_types for _, row_types in rows)
+    return Message(event.time, kind, tuple(event.adapters), ids, types, vectors)
+
+
+def _meetings(calls: Sequence[Message]) -> dict[tuple[tuple[str, ...], tuple[Row, ...]], Features]:
+    """Shares `(m, n, B, d)` of each gradient; a message that was sent again adds nothing."""
+    found: dict[tuple[tuple[str, ...], tuple[Row, ...]], dict[bytes, Features]] = {}
+    for call in calls:
+        if call.kind == "backward" and call.vectors is not None:
+            shares = found.setdefault((call.adapters, call.rows), {})
+            for share in call.vectors:
+                shares.setdefault(share.tobytes(), share)
+    return {key: np.stack(list(shares.values())) for key, shares in found.items()}
 
 
 def _pooling(value: str | None) -> Pooling:
@@ -139,93 +261,12 @@ def _rows(tensors: dict[str, Tensor]) -> list[tuple[Row, Row]]:
     return [(tuple(r[:n]), tuple(t[:n])) for r, t, n in zip(listed, listed_types, lengths, strict=True)]
 
 
-def _literal_channels(tensors: dict[str, Tensor]) -> dict[str, Features]:
-    """`sent/i` from hidden states `(n, B, d)`, `gradient/i` from cotangents `(m, n, B, d)`, and their joints."""
+def _gradient_channels(shares: Features) -> dict[str, Features]:
+    """`gradient i` from `(m, n, B, d)`, one for each share where there are several, and their joints over adapters."""
     channels: dict[str, Features] = {}
-    if "hidden" in tensors:
-        hidden = tensors["hidden"].float().numpy()
-        channels |= {f"sent activation {i}": vectors for i, vectors in enumerate(hidden)}
-    if "cotangents" in tensors:
-        cotangents = tensors["cotangents"].float().numpy()
-        for j, share in enumerate(cotangents):
-            mark = f".{j}" if len(cotangents) > 1 else ""
-            channels |= {f"gradient {i}{mark}": vectors for i, vectors in enumerate(share)}
-            if len(share) > 1:
-                channels[f"gradients joint{mark}"] = np.concatenate(list(share), axis=1)
+    for j, share in enumerate(shares):
+        mark = f".{j}" if len(shares) > 1 else ""
+        channels |= {f"gradient {i}{mark}": vectors for i, vectors in enumerate(share)}
+        if len(share) > 1:
+            channels[f"gradients joint{mark}"] = np.concatenate(list(share), axis=1)
     return channels
-
-
-class Recomputation:
-    """Hidden states of texts under checkpoints, each computed once and kept for all views that share it.
-
-    `scores` remembers in the same way what attacks made of them.
-    """
-
-    def __init__(self, backbone: FrozenBackbone, on_texts: Callable[[int], None] | None = None) -> None:
-        self.backbone, self.on_texts = backbone, on_texts
-        self.scores = Memory()
-        self._known: dict[tuple[str, ...], dict[Row, Features]] = {}
-
-    def hidden(self, view: View, checkpoint: tuple[str, ...], rows: Sequence[Row]) -> Features:
-        """h(x, θ_i): `(n, N, d)`; the empty checkpoint is the frozen model, n = 1."""
-        self.ensure(view, [checkpoint], rows)
-        known = self._known[checkpoint]
-        return np.stack([known[row] for row in rows], axis=1)
-
-    def ensure(self, view: View, checkpoints: Sequence[tuple[str, ...]], rows: Sequence[Row]) -> None:
-        """Runs all texts through all checkpoints in shared passes: the layers below the adapters run once."""
-        groups: dict[int, list[tuple[str, ...]]] = {}
-        for checkpoint in dict.fromkeys(checkpoints):
-            groups.setdefault(len(checkpoint), []).append(checkpoint)
-        for n, group in groups.items():
-            wanted = [row for row in dict.fromkeys(rows) if any(row not in self._known.get(c, {}) for c in group)]
-            if not wanted:
-                continue
-            for c in group:
-                self._known.setdefault(c, {})
-            layout, weights = self._stack(view, group) if n else (None, None)
-            for part in _portions(sorted(wanted, key=len), max(1, n * len(group))):
-                with torch.no_grad():
-                    hidden = self.backbone.forward(pad_rows(view, part, self.backbone), view.pooling, layout, weights)
-                split = hidden.cpu().numpy().reshape(len(group), max(1, n), len(part), -1)
-                for c, vectors in zip(group, split, strict=True):
-                    self._known[c].update({row: vectors[:, index] for index, row in enumerate(part)})
-                if self.on_texts is not None:
-                    self.on_texts(len(part))
-
-    def _stack(self, view: View, group: Sequence[tuple[str, ...]]) -> tuple[LoraLayout, Tensor]:
-        if view.spec is None:
-            raise TranscriptError(f"{view.transcript.folder} holds no adapters.", remedy="Record a whole run.")
-        vectors: dict[str, Tensor] = {}
-        for name in {name for checkpoint in group for name in checkpoint}:
-            event = view.weights.get(name)
-            if event is None:
-                raise TranscriptError(
-                    f"The adapter {name[:12]}… was used but not recorded.", remedy="Record a whole run."
-                )
-            vectors[name] = view.transcript.tensors(event)["weights"]
-        layout = LoraLayout(view.spec, self.backbone.lora.shapes)
-        return layout, torch.stack([vectors[name] for checkpoint in group for name in checkpoint])
-
-
-def _portions(rows: list[Row], copies: int) -> Iterator[list[Row]]:
-    """Consecutive rows whose padded size, times the adapters, stays below `TOKENS_IN_A_PASS`."""
-    portion: list[Row] = []
-    for row in rows:
-        if portion and (len(portion) + 1) * len(row) * copies > TOKENS_IN_A_PASS:
-            yield portion
-            portion = []
-        portion.append(row)
-    if portion:
-        yield portion
-
-
-def pad_rows(view: View, rows: Sequence[Row], backbone: FrozenBackbone) -> Tokens:
-    """A right-padded batch of texts that this server saw."""
-    length = max(len(row) for row in rows)
-    ids = torch.full((len(rows), length), backbone.pad_token_id, dtype=torch.int32)
-    types = torch.zeros((len(rows), length), dtype=torch.uint8)
-    for index, row in enumerate(rows):
-        ids[index, : len(row)] = torch.tensor(row)
-        types[index, : len(row)] = torch.tensor(view.types[row])
-    return Tokens(ids, torch.tensor([len(row) for row in rows], dtype=torch.int32), types)

@@ -8,7 +8,7 @@ from html import escape
 import numpy as np
 
 from blindtune.audit.attackers import Finding
-from blindtune.audit.labels import principal_components
+from blindtune.audit.labels import Channel
 from blindtune.audit.observe import Features
 from blindtune.audit.statistics import Labels
 
@@ -20,7 +20,9 @@ _SIDE, _MARGIN = 220, 10
 def scatter(features: Features, labels: Labels, seed: int = 0) -> str:
     """Two principal components of `(N, d)`, coloured by the true label: the paper's Figure 1."""
     chosen = np.random.default_rng(seed).permutation(len(features))[:POINTS]
-    points = principal_components(features, 2)[chosen]
+    if features.shape[1] < 2:
+        features = np.pad(features, ((0, 0), (0, 1)))
+    points = Channel(features).components(2)[chosen]
     low, high = np.percentile(points, 1, axis=0), np.percentile(points, 99, axis=0)
     unit = np.clip((points - low) / np.maximum(high - low, 1e-12), -0.03, 1.03)
     places = _MARGIN + unit * (_SIDE - 2 * _MARGIN)

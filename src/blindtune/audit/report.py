@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 
 from blindtune.audit.attackers import FROZEN, Attacked, Finding
+from blindtune.audit.labels.few import COUNTS
 from blindtune.audit.pictures import COLOURS, curves, scatter
 from blindtune.audit.verdict import Verdict, strongest
 
@@ -29,6 +30,7 @@ def write_report(
         servers=[_server(result) for result in verdict.attacked],
         controls=verdict.control,
         FROZEN=FROZEN,
+        knowledge=KNOWLEDGE[1:],
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page)
@@ -66,7 +68,7 @@ def _floor(findings: Sequence[Finding]) -> float:
     return max((f.auc for f in findings if f.channel == FROZEN and f.knows == "nothing"), default=0.5)
 
 
-KNOWLEDGE = ("nothing", "which component", "all other labels")
+KNOWLEDGE = ("nothing", "which component", *COUNTS.values(), "all other labels")
 
 
 def _rows(findings: Sequence[Finding]) -> list[tuple[str, list[Finding | None]]]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from blindtune.audit.attackers import FROZEN, Attacked, Finding
+from blindtune.audit.labels.few import COUNTS
+from blindtune.audit.statistics import Chance, chance_of_maximum
 
 COMPUTED = ("activation", "shift", "sent activation")
 """How channels begin that hold what the model computes."""
@@ -64,6 +67,24 @@ class Verdict:
         """Whether the attacks succeed on unprotected training."""
         return self.control_headline.auc >= CONTROL_AUC
 
+    @cached_property
+    def chance(self) -> Chance:
+        """What the headline would be if labels had nothing to do with what the servers saw."""
+        cached = [entry for result in self.attacked for entry in result.cached]
+        labels = {row: label for result in self.attacked for row, label in result.labels.items()}
+        return chance_of_maximum(cached, labels)
+
+    @property
+    def few_labels(self) -> dict[str, tuple[Finding, Finding | None]]:
+        """For each number of known labels the best probe on what crossed the wire, and on the frozen model."""
+        found: dict[str, tuple[Finding, Finding | None]] = {}
+        for knows in COUNTS.values():
+            probes = [f for f in self.findings if f.knows == knows and f.channel != FROZEN]
+            frozen = [f for f in self.findings if f.knows == knows and f.channel == FROZEN]
+            if probes:
+                found[knows] = (strongest(probes), strongest(frozen) if frozen else None)
+        return found
+
     def best_on(self, *kinds: str, operator: str | None = None) -> Finding | None:
         """The best attack without labels on channels whose names start with one of `kinds`."""
         chosen = [
@@ -90,13 +111,21 @@ class Verdict:
         control = self.control_headline
         if not self.valid:
             return f"{told}; void: on unprotected training it reaches {control.auc:.2f} only, so it proves nothing."
-        return f"{told}; {control.auc:.2f} on unprotected training, {self.frozen.auc:.2f} on the frozen model."
+        return (
+            f"{told}; guessing would reach up to {self.chance.quantile:.2f} in 95% of cases (p = {self.chance.p:.3f}); "
+            f"{control.auc:.2f} on unprotected training, {self.frozen.auc:.2f} on the frozen model."
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {
             "headline": asdict(self.headline),
             "component": asdict(self.component),
             "probe": asdict(self.probe),
+            "few_labels": {
+                knows: {"strongest": asdict(best), "frozen": asdict(frozen) if frozen else None}
+                for knows, (best, frozen) in self.few_labels.items()
+            },
+            "chance": asdict(self.chance),
             "controls": {
                 "unprotected": asdict(self.control_headline),
                 "frozen": asdict(self.frozen),

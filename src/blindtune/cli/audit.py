@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +14,7 @@ from rich.table import Table
 from blindtune.cli.console import console, reporting_errors, write_json
 
 if TYPE_CHECKING:
-    from blindtune.audit import Finding, Verdict
+    from blindtune.audit import Finding, Verdict, View
     from blindtune.training import Examples
 
 
@@ -35,6 +36,10 @@ def audit(
     tenant: Annotated[str | None, typer.Option(help="Whose run, if several tenants were recorded.")] = None,
     points: Annotated[int, typer.Option(help="Points in time to attack, spread over the run.")] = 8,
     max_texts: Annotated[int | None, typer.Option(help="Attack a random sample of texts; all if left out.")] = None,
+    collude: Annotated[
+        bool, typer.Option("--collude", help="Also attack what any two or more of these servers know together.")
+    ] = False,
+    updates: Annotated[int, typer.Option(help="Optimizer steps to invert, up to a minute each.")] = 0,
     report: Annotated[Path, typer.Option(help="Where to write the HTML report.")] = Path("audit.html"),
     json: Annotated[Path | None, typer.Option("--json", help="Also write all numbers to this file.")] = None,
 ) -> None:
@@ -42,7 +47,8 @@ def audit(
 
     Works from transcripts alone, with the pretrained model at hand: every text under the adapters of every step.
     Unsupervised attacks know nothing; the probe knows all other labels. Two controls stand beside the result: the
-    same attacks on unprotected training, which must succeed, and on the frozen model.
+    same attacks on unprotected training, which must succeed, and on the frozen model. With --collude, all subsets of
+    the servers are attacked too, as if they had pooled what they saw.
 
     Example:  blindtune audit seen-by-a seen-by-b --labels notes.csv --text note --label diagnosis
     """
@@ -50,7 +56,9 @@ def audit(
         from blindtune.training import Columns, load_examples
 
         examples = load_examples(labels, Columns(text, label, text_pair))
-        settings = AuditSettings(points=points, max_texts=max_texts, model=model, tenant=tenant)
+        settings = AuditSettings(
+            points=points, max_texts=max_texts, model=model, tenant=tenant, collude=collude, updates=updates
+        )
         named = [(str(folder), folder) for folder in transcripts]
         verdict = run_audit(named, examples, settings, control=control or [])
         print_verdict(verdict)
@@ -70,6 +78,29 @@ class AuditSettings:
     max_texts: int | None = None
     model: str | None = None
     tenant: str | None = None
+    collude: bool = False
+    updates: int = 0
+
+
+MOST_COLLUDING = 4
+"""So many servers have 11 subsets of two or more."""
+
+
+def colluding(views: "list[View]") -> "list[View]":
+    """The joint view of every subset of two or more servers, the small ones first.
+
+    Raises:
+        ConfigError: fewer than two servers, or so many that their subsets would take too long.
+    """
+    from blindtune.audit import join_views
+    from blindtune.errors import ConfigError
+
+    if not 2 <= len(views) <= MOST_COLLUDING:
+        raise ConfigError(
+            f"--collude attacks every subset of the servers; {len(views)} transcripts can't be joined.",
+            remedy=f"Name 2 to {MOST_COLLUDING} transcripts of one run.",
+        )
+    return [join_views(subset) for size in range(2, len(views) + 1) for subset in combinations(views, size)]
 
 
 def run_audit(
@@ -113,7 +144,15 @@ def run_audit(
                 f"{view.transcript.folder} was recorded on other weights than {backbone.source.requested!r}.",
                 remedy="Give the same pretrained model with --model.",
             )
-    plan = Plan(label_rows(examples, views, backbone), settings.points, settings.probe_points, settings.max_texts)
+    if settings.collude:
+        views += colluding(views)
+    plan = Plan(
+        label_rows(examples, views, backbone),
+        settings.points,
+        settings.probe_points,
+        settings.max_texts,
+        settings.updates,
+    )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Bars(*columns, console=console) as progress:
         recompute = Recomputation(backbone)

@@ -1,22 +1,34 @@
 """Attacks on labels: one file each. Importing this package fills the registry."""
 
 from blindtune.audit.labels.bimodal import bimodal
+from blindtune.audit.labels.boosting import boosted_trees
 from blindtune.audit.labels.components import components
+from blindtune.audit.labels.few import few_labels
+from blindtune.audit.labels.gram import recombine
+from blindtune.audit.labels.inversion import invert_updates
 from blindtune.audit.labels.kmeans import kmeans
 from blindtune.audit.labels.logistic import logistic_regression
 from blindtune.audit.labels.norm import norm
-from blindtune.audit.labels.registry import ATTACKS, Attack, attack
-from blindtune.audit.labels.spectral import principal_components, spectral
+from blindtune.audit.labels.registry import ATTACKS, SHARE_ATTACKS, UPDATE_ATTACKS, Attack, Channel, attack
+from blindtune.audit.labels.spectral import spectral
+from blindtune.audit.labels.summed import summed
 
 __all__ = [
     "ATTACKS",
+    "SHARE_ATTACKS",
+    "UPDATE_ATTACKS",
     "Attack",
+    "Channel",
     "attack",
     "bimodal",
+    "boosted_trees",
     "components",
+    "few_labels",
+    "invert_updates",
     "kmeans",
     "logistic_regression",
     "norm",
-    "principal_components",
+    "recombine",
     "spectral",
+    "summed",
 ]

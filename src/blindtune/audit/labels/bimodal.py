@@ -6,17 +6,13 @@ defence has only pushed the label below the first one.
 
 import numpy as np
 
-from blindtune.audit.labels.registry import attack
-from blindtune.audit.labels.spectral import principal_components
-from blindtune.audit.observe import Features
+from blindtune.audit.labels.registry import COMPONENTS, Channel, attack
 from blindtune.audit.statistics import Labels, Scores
-
-COMPONENTS = 10
 
 
 @attack("bimodal component", knows="nothing")
-def bimodal(features: Features, labels: Labels) -> Scores:
-    scores = principal_components(features, COMPONENTS)
+def bimodal(channel: Channel, labels: Labels) -> Scores:
+    scores = channel.components(COMPONENTS)
     spread = scores.std(0)
     standard = scores / np.where(spread > 0, spread, 1.0)
     kurtosis = (standard**4).mean(0) + np.where(spread > 1e-6 * spread.max(), 0.0, np.inf)

@@ -3,14 +3,13 @@
 import numpy as np
 from sklearn.cluster import KMeans
 
-from blindtune.audit.labels.registry import attack
-from blindtune.audit.observe import Features
+from blindtune.audit.labels.registry import Channel, attack
 from blindtune.audit.statistics import Labels, Scores
 
 
 @attack("k-means", knows="nothing")
-def kmeans(features: Features, labels: Labels) -> Scores:
-    clusters = len(np.unique(labels))
+def kmeans(channel: Channel, labels: Labels) -> Scores:
+    clusters, features = channel.classes, channel.features
     scale = float(features.std()) or 1.0
     model = KMeans(clusters, n_init=3, max_iter=50, random_state=0)  # pyright: ignore[reportArgumentType]
     model.fit(features / scale)

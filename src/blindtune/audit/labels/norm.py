@@ -2,11 +2,10 @@
 
 import numpy as np
 
-from blindtune.audit.labels.registry import attack
-from blindtune.audit.observe import Features
+from blindtune.audit.labels.registry import Channel, attack
 from blindtune.audit.statistics import Labels, Scores
 
 
 @attack("norm", knows="nothing")
-def norm(features: Features, labels: Labels) -> Scores:
-    return np.linalg.norm(features.astype(np.float64), axis=1, keepdims=True)
+def norm(channel: Channel, labels: Labels) -> Scores:
+    return np.linalg.norm(channel.features.astype(np.float64), axis=1, keepdims=True)

@@ -1,28 +1,91 @@
-"""The attacks on labels. Each says what it needs to know; `attack` registers it under its name."""
+"""The attacks on labels. Each says what it observes and what it needs to know, and is registered under its name.
+
+| observes | is given | yields |
+|---|---|---|
+| vectors | one channel's vectors, one for each text (`Channel`) | scores |
+| shares | all shares of one gradient that met (`(m, n, B, d)`) | further channels: vectors for the B texts |
+| updates | consecutive adapters with the texts between, and the model (`Update`, `Jacobian`) | further channels |
+
+Attacks on shares and updates reconstruct what a defence meant to hide. What they yield is a channel like any other,
+which the attacks on vectors then score. Operators that collude observe the same kinds, only more of them
+(`blindtune.audit.join_views`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
-from blindtune.audit.observe import Features
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import eigh
+
+from blindtune.audit.observe import Features, Row, Update
+from blindtune.audit.recompute import Jacobian
 from blindtune.audit.statistics import Labels, Scores
 
-Knowledge = Literal["nothing", "which component", "all other labels"]
-AttackFunction = Callable[[Features, Labels], Scores]
-"""`(features (N, d), labels (N,)) -> scores (N, S)`: higher in one of the S columns means one of the classes.
+Knowledge = Literal["nothing", "which component", "16 labels", "64 labels", "256 labels", "all other labels"]
+When = Literal["every look", "some looks", "last look"]
+COMPONENTS, MANY_COMPONENTS = 10, 256
+"""Found at once: what cheap attacks want, and what probes want."""
 
-Attacks that know nothing get labels only to learn how many classes there are."""
+
+@dataclass(frozen=True)
+class Channel:
+    """What an attack on vectors observes.
+
+    Attributes:
+        features: `(N, d)`.
+        classes: how many there are; the one thing about labels that everybody is taken to know.
+    """
+
+    features: Features
+    classes: int = 2
+    _leading: dict[int, Scores] = field(default_factory=dict[int, Scores], repr=False, compare=False)
+
+    @cached_property
+    def centred(self) -> Scores:
+        return self.features.astype(np.float64) - self.features.mean(0, dtype=np.float64)
+
+    def components(self, count: int) -> Scores:
+        """Coordinates on the leading principal directions, `(N, min(count, N, d, 256))`, the largest first."""
+        size = self.centred.shape[1]
+        wanted = min(COMPONENTS if count <= COMPONENTS else MANY_COMPONENTS, size, len(self.centred))
+        if wanted not in self._leading:
+            _, vectors = eigh(self.centred.T @ self.centred, subset_by_index=(size - wanted, size - 1))
+            self._leading[wanted] = self.centred @ vectors[:, ::-1]
+        return self._leading[wanted][:, :count]
+
+
+AttackFunction = Callable[[Channel, Labels], Scores | None]
+"""Scores `(N, S)`, or `(R, N, S)` from R random draws, with NaN for the texts whose label the attacker was given.
+
+Attacks without labels may use S directions, and get an empty array for labels. Attacks with labels give a column for
+each class. None: too few texts for this attack.
+"""
+ShareFunction = Callable[[Features], dict[str, NDArray[np.floating]]]
+"""Shares `(m, n, B, d)` -> vectors `(B, k)` for each named channel."""
+UpdateFunction = Callable[[Sequence[Update], Callable[[Update], tuple[Jacobian, NDArray[np.float64]]]], "Reconstructed"]
+"""Updates, and for each the Jacobian and θ_{t+1} − θ_t `(n, P)` -> vectors and their texts."""
+Reconstructed = tuple[Features, list[Row]]
 
 
 @dataclass(frozen=True)
 class Attack:
-    """A way to score examples from the vectors that one channel gives."""
+    """A way to score texts from the vectors of one channel.
+
+    Attributes:
+        channels: how the names of the channels begin that it is made for; all if empty.
+        when: attacks that cost much are made at some points in time only.
+    """
 
     name: str
     knows: Knowledge
-    run: AttackFunction
+    function: AttackFunction
+    channels: tuple[str, ...] = ()
+    when: When = "every look"
 
     @property
     def unsupervised(self) -> bool:
@@ -31,17 +94,48 @@ class Attack:
     @property
     def symmetric(self) -> bool:
         """Whether the attacker can't tell which end of its scores is which class."""
-        return self.knows != "all other labels"
+        return self.knows in ("nothing", "which component")
+
+    def fits(self, channel: str) -> bool:
+        return not self.channels or channel.startswith(self.channels)
+
+    def run(self, channel: Channel, labels: Labels) -> Scores | None:
+        """Scores; `labels (N,)` reach the attack only if it knows some."""
+        return self.function(channel, np.empty(0, dtype=np.int64) if self.symmetric else labels)
 
 
 ATTACKS: dict[str, Attack] = {}
+SHARE_ATTACKS: dict[str, ShareFunction] = {}
+UPDATE_ATTACKS: dict[str, UpdateFunction] = {}
 
 
-def attack(name: str, *, knows: Knowledge) -> Callable[[AttackFunction], AttackFunction]:
-    """Registers a function as an attack."""
+def attack(
+    name: str, *, knows: Knowledge, channels: tuple[str, ...] = (), when: When = "every look"
+) -> Callable[[AttackFunction], AttackFunction]:
+    """Registers an attack that observes the vectors of one channel."""
 
     def register(function: AttackFunction) -> AttackFunction:
-        ATTACKS[name] = Attack(name, knows, function)
+        ATTACKS[name] = Attack(name, knows, function, channels, when)
+        return function
+
+    return register
+
+
+def observes_shares(name: str) -> Callable[[ShareFunction], ShareFunction]:
+    """Registers an attack that observes the shares of one backward call, and knows nothing."""
+
+    def register(function: ShareFunction) -> ShareFunction:
+        SHARE_ATTACKS[name] = function
+        return function
+
+    return register
+
+
+def observes_updates(channel: str) -> Callable[[UpdateFunction], UpdateFunction]:
+    """Registers an attack that observes consecutive adapters, and knows no label; its vectors are named `channel`."""
+
+    def register(function: UpdateFunction) -> UpdateFunction:
+        UPDATE_ATTACKS[channel] = function
         return function
 
     return register

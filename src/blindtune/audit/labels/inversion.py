@@ -1,0 +1,105 @@
+"""Optimizer inversion: the step from θ_t to θ_{t+1} tells the batch's gradient, and from it the labels.
+
+For two classes and a linear head, the gradient at the hidden states of text b is r_b u: a residual r_b, negative for
+one class and positive for the other, times one direction u = (u_1 … u_n) that all texts share and that changes slowly
+over a run. Plain SGD moves the adapters by
+
+    θ_{t+1} − θ_t = −η Σ_b r_b J_bᵀ u,        J_b = ∂h(x_b, θ_t)/∂θ_t, which the server can compute.
+
+This is linear in r for known u and linear in u for known r. We alternate: least squares for the B residuals,
+conjugate gradients for u, starting from the direction into which the update itself moved the batch's hidden states.
+The next update starts from the last one's u. There are many more equations (n P) than unknowns (B + n d).
+
+Adam divides each coordinate by its running size and adds a running mean. The same inversion is then a guess, with a
+wrong weight for each equation, where SGD's is exact: on MiniLM with real texts it read the labels at AUC 0.92 in the
+first ten steps, 1.00 under SGD. P3EFT's other gradients (decoys) are not of this form: AUC 0.57 over six of its steps,
+which is within chance.
+
+Works for two classes, a linear head (or any whose gradients at the hidden states have one direction), and a server
+that sees consecutive steps. Regularizers that pull on hidden states in other directions are not modelled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from blindtune.audit.labels.registry import Reconstructed, observes_updates
+from blindtune.audit.observe import Row, Update
+from blindtune.audit.recompute import Jacobian
+
+Observed = Callable[[Update], tuple[Jacobian, NDArray[np.float64]]]
+FIRST_ROUNDS, ROUNDS, CONJUGATE_STEPS = 5, 1, 6
+
+
+@observes_updates("update inverted")
+def invert_updates(updates: Sequence[Update], observed: Observed) -> Reconstructed:
+    """Residuals `(N, 1)`, up to one sign for all, from consecutive updates."""
+    residuals: list[Tensor] = []
+    rows: list[Row] = []
+    u: Tensor | None = None
+    for update in updates:
+        jacobian, step = observed(update)
+        change = torch.from_numpy(step).float()  # (n, P)
+        first = u is None
+        r, u = _alternate(jacobian, change, u, FIRST_ROUNDS if first else ROUNDS)
+        residuals.append(r / r.abs().mean().clamp_min(1e-30))
+        rows += update.rows
+    return torch.cat(residuals).numpy().astype(np.float32)[:, None], rows
+
+
+def _alternate(jacobian: Jacobian, change: Tensor, u: Tensor | None, rounds: int) -> tuple[Tensor, Tensor]:
+    """Residuals `(B,)` and the direction `(n, d)` that explain the change `(n, P)` of the adapters."""
+    scale = change.norm().clamp_min(1e-30)
+    change = change / scale
+    if u is None:
+        u = _moved_direction(jacobian, change)
+    r = _residuals(jacobian, change, u)
+    for _ in range(rounds):
+        u = _direction(jacobian, change, r, u)
+        r = _residuals(jacobian, change, u)
+    return r, u
+
+
+def _moved_direction(jacobian: Jacobian, change: Tensor) -> Tensor:
+    """The direction `(n, d)` into which the change moved the batch's hidden states most."""
+    moved = jacobian.push(change)  # (n, B, d)
+    n, _, d = moved.shape
+    right = torch.linalg.svd(moved.permute(1, 0, 2).flatten(1), full_matrices=False)[2]  # of (B, n d)
+    return right[0].reshape(n, d)
+
+
+def _residuals(jacobian: Jacobian, change: Tensor, u: Tensor) -> Tensor:
+    """Least squares for r in Σ_b r_b J_bᵀ u = change."""
+    gradients = jacobian.per_example(u).double()  # (B, n P)
+    gram = gradients @ gradients.T
+    ridge = 1e-6 * gram.diagonal().mean().clamp_min(1e-30)
+    right = gradients @ change.flatten().double()
+    return torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=gram.dtype), right).float()
+
+
+def _direction(jacobian: Jacobian, change: Tensor, r: Tensor, u: Tensor) -> Tensor:
+    """A few conjugate-gradient steps from u towards the least-squares solution for known r; of length one."""
+    weights = r[None, :, None]
+
+    def forward(v: Tensor) -> Tensor:
+        return jacobian.pull(weights * v.unsqueeze(1))
+
+    def adjoint(w: Tensor) -> Tensor:
+        return (weights * jacobian.push(w)).sum(1)
+
+    rest = change - forward(u)
+    gradient = adjoint(rest)
+    search, size = gradient, gradient.pow(2).sum()
+    for _ in range(CONJUGATE_STEPS):
+        image = forward(search)
+        length = size / image.pow(2).sum().clamp_min(1e-30)
+        u, rest = u + length * search, rest - length * image
+        gradient = adjoint(rest)
+        new = gradient.pow(2).sum()
+        search, size = gradient + new / size.clamp_min(1e-30) * search, new
+    return u / u.norm().clamp_min(1e-30)

@@ -1,0 +1,22 @@
+"""Mixing doesn't hide gradients: the sum over adapters is the gradient of the mixed output.
+
+∂L/∂h_i = W_i ⊙ ∂L/∂h' (P3EFT, eq. 3), and the n weights of a dimension sum to one (eq. 5). So Σ_i ∂L/∂h_i = ∂L/∂h',
+whatever W is.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blindtune.audit.labels.registry import observes_shares
+from blindtune.audit.observe import Features
+
+
+@observes_shares("sum over adapters")
+def summed(shares: Features) -> dict[str, NDArray[np.floating]]:
+    """Sums over n ≥ 2 adapters of each of the shares `(m, n, B, d)`: `(B, d)`."""
+    m, n = shares.shape[:2]
+    if n < 2:
+        return {}
+    return {"gradients summed" + (f".{j}" if m > 1 else ""): share.sum(0) for j, share in enumerate(shares)}

@@ -1,0 +1,214 @@
+"""Attacks that reconstruct what a defence hid: each succeeds on a real run that lacks the defence, and not on noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig
+from torch.nn import functional as F
+
+from blindtune.audit import Recomputation, Row, View, join_views, read_view
+from blindtune.audit.channels import beyond_text_channels, inverted_channels, travelled_channels
+from blindtune.audit.labels import ATTACKS, Channel, invert_updates, recombine, summed
+from blindtune.audit.statistics import best_auc
+from blindtune.client import Backbone
+from blindtune.errors import TranscriptError
+from blindtune.methods import P3EFT, LinearHead, PrivateModel
+from blindtune.methods.gradients import SharedGradients
+from blindtune.privacy.mixing import mix, mixing_weights
+from blindtune.privacy.randomness import SecureGenerator
+from blindtune.privacy.shares import split_gradient
+from blindtune.training import Examples, TrainConfig, Trainer
+from blindtune.wire import Transcript
+
+BATCH = 32
+ADAPTER = LoraConfig(r=4, lora_alpha=8, target_modules=["query", "value"], layers_to_transform=[4, 5])
+Labels = dict[Row, int]
+Record = Callable[..., tuple[list[View], Labels]]
+
+
+@pytest.fixture(scope="module")
+def record(start_server, film_examples, tmp_path_factory) -> Record:
+    """`record(operators, texts, train, **options)`: runs `train(backbone, examples)`; views and labels by row."""
+
+    def run(operators: int, texts: int, train: Callable[[Backbone, Examples], None], **options):
+        folders: list[Path] = [tmp_path_factory.mktemp("run") / name for name in "abc"[:operators]]
+        examples = film_examples.take(range(texts))
+        with ExitStack() as stack:
+            servers = [stack.enter_context(start_server("minilm", record=folder)) for folder in folders]
+            backbone = Backbone([s.url for s in servers], adapter=ADAPTER, max_length=24, **options)
+            train(backbone, examples)
+            with torch.no_grad():
+                backbone.infer(examples.texts[:2])  # whoever evaluates uploads the last adapters
+            rows = [row.ids for row in backbone.rows(examples.texts)]
+            backbone.close()
+        views = [read_view(Transcript(folder), folder.name) for folder in folders]
+        return views, dict(zip(rows, examples.labels, strict=True))
+
+    return run
+
+
+def train_p3eft(backbone: Backbone, examples: Examples) -> None:
+    steps = len(examples) // BATCH
+    method = P3EFT(steps=steps, allow_single_operator=len(backbone.pool) == 1)
+    model = PrivateModel(backbone, LinearHead(backbone.hidden_size, 2), method)
+    trainer = Trainer(model, examples, TrainConfig(steps=steps, batch_size=BATCH))
+    trainer.prepare()
+    list(trainer.steps())
+
+
+def train_sgd(backbone: Backbone, examples: Examples, optimizer: type = torch.optim.SGD, rate: float = 0.05) -> None:
+    """A user's own loop: mixed adapters, a linear head, a fixed learning rate."""
+    n, labels = backbone.num_adapters, torch.tensor(examples.labels)
+    weights = torch.ones(1, backbone.hidden_size)
+    if n > 1:
+        weights = mixing_weights(n, backbone.hidden_size, 1.0, generator=SecureGenerator())
+    head = LinearHead(backbone.hidden_size, 2)
+    head.fit(backbone.frozen(examples.texts), labels)
+    steps = optimizer([*backbone.parameters(), *head.parameters()], lr=rate)
+    for start in range(0, len(labels), BATCH):
+        hidden = backbone.all_adapters(examples.texts[start : start + BATCH])
+        loss = F.cross_entropy(head(mix(hidden, weights)), labels[start : start + BATCH])
+        steps.zero_grad()
+        loss.backward()
+        steps.step()
+
+
+@pytest.fixture(scope="module")
+def met(record) -> tuple[list[View], Labels]:
+    """P3EFT with both shares at one server."""
+    return record(1, 12 * BATCH, train_p3eft)
+
+
+@pytest.fixture(scope="module")
+def apart(record) -> tuple[list[View], Labels]:
+    """P3EFT over two operators, as it should be."""
+    return record(2, 12 * BATCH, train_p3eft)
+
+
+@pytest.fixture(scope="module")
+def sgd(record) -> tuple[list[View], Labels]:
+    """Plain SGD on one adapter; gradients travel in shares over two operators, so only θ_t tells anything."""
+    return record(2, 4 * BATCH, train_sgd, channel=SharedGradients(2, 10.0, 100.0, SecureGenerator()))
+
+
+def strongest(found: dict[str, tuple[np.ndarray, list[Row]]], labels: Labels, start: str = "") -> float:
+    """The best attack without labels on channels whose names begin so."""
+    best = 0.0
+    for name, (features, rows) in found.items():
+        if name.startswith(start):
+            truth = np.array([labels[row] for row in rows])
+            for attack in ATTACKS.values():
+                scores = attack.run(Channel(features), truth) if attack.unsupervised else None
+                if scores is not None:
+                    best = max(best, best_auc(scores, truth, symmetric=True)[0])
+    return best
+
+
+def gathered(view: View, labels: Labels) -> dict[str, tuple[np.ndarray, list[Row]]]:
+    return travelled_channels(view, labels, view.checkpoints[-1].step)
+
+
+def shuffled(labels: Labels) -> Labels:
+    values = np.random.default_rng(0).permutation(list(labels.values())).tolist()
+    return dict(zip(labels, values, strict=True))
+
+
+def test_shares_that_meet_at_one_server_give_labels_away(met, minilm):
+    [view], labels = met
+    found = gathered(view, labels)
+    found |= beyond_text_channels(view, Recomputation(minilm), found)
+    assert strongest(found, labels, "gradient 0.") < 0.65  # each share alone is noise
+    assert strongest(found, labels, "gradient recombined") > 0.95
+
+
+def test_operators_that_collude_recombine_their_shares(apart, minilm):
+    views, labels = apart
+    for view in views:
+        assert strongest(gathered(view, labels), labels, "gradient") < 0.65
+    joint = join_views(views)
+    assert joint.operator == "a + b"
+    assert [len(found.shares) for found in joint.gradients] == [2] * 12
+    found = gathered(joint, labels)
+    found |= beyond_text_channels(joint, Recomputation(minilm), found)
+    assert strongest(found, labels, "gradient recombined") > 0.95
+    assert strongest(found, shuffled(labels)) < 0.65
+
+
+def test_a_joint_view_has_one_step_for_each_set_of_adapters(apart):
+    views, _ = apart
+    joint = join_views(views)
+    assert {c.adapters for c in joint.checkpoints} == {c.adapters for v in views for c in v.checkpoints}
+    assert [u.before for u in joint.updates()] == [c.adapters for c in joint.checkpoints[:-1]]
+    assert set(joint.first_seen) == {row for view in views for row in view.first_seen}
+
+
+def test_views_of_different_runs_cannot_be_joined(apart, record):
+    def longer(backbone: Backbone, examples: Examples) -> None:
+        backbone.adapter_config = LoraConfig(r=2, target_modules=["query"], layers_to_transform=[5])
+        backbone.set_adapters(1)
+
+    [other], _ = record(1, 4, longer)
+    with pytest.raises(TranscriptError, match="several runs"):
+        join_views([apart[0][0], other])
+
+
+def test_the_sum_over_adapters_is_the_mixed_gradient(record):
+    [view], labels = record(1, 4 * BATCH, train_sgd, num_adapters=2)
+    assert strongest(gathered(view, labels), labels, "gradients summed") > 0.95
+
+
+@pytest.mark.parametrize("m", [2, 3, 5])
+def test_the_quietest_combination_is_the_gradient_itself(m):
+    gradient = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0))
+    shares = split_gradient(gradient, m, 1000.0, generator=SecureGenerator(bytes(32))).shares
+    recovered = torch.from_numpy(recombine(shares.numpy())["gradient recombined"]).reshape(8, 2, 64).transpose(0, 1)
+    error = (recovered - gradient).norm() / gradient.norm()
+    assert min(error, (recovered + gradient).norm() / gradient.norm()) < 0.15
+
+
+def test_the_loudest_combination_is_the_gradient_where_noise_is_weak():
+    gradient = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0))
+    shares = split_gradient(gradient, 2, 1e-5, generator=SecureGenerator(bytes(32))).shares
+    recovered = recombine(shares.numpy())["gradient loudest"].reshape(8, 2, 64).transpose(1, 0, 2)
+    np.testing.assert_allclose(recovered, gradient.numpy(), atol=1e-3)
+
+
+def test_independent_noise_recombines_to_nothing():
+    """What two operators hold of two different gradients: no combination means anything."""
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 2, 600)
+    found: dict[str, list[np.ndarray]] = {}
+    for _ in range(20):
+        noise = rng.normal(0, 1, (2, 2, 30, 16)).astype(np.float32)
+        for name, vectors in {**recombine(noise), **summed(noise)}.items():
+            found.setdefault(name, []).append(vectors)
+    rows = [(i,) for i in range(600)]
+    labels = {row: int(label) for row, label in zip(rows, truth, strict=True)}
+    assert strongest({name: (np.concatenate(v), rows) for name, v in found.items()}, labels) < 0.6
+
+
+def test_plain_sgd_is_inverted_from_adapters_alone(sgd, minilm):
+    views, labels = sgd
+    assert strongest(gathered(views[0], labels), labels, "gradient") < 0.7
+    found = inverted_channels(views[0], labels, Recomputation(minilm), 4)
+    assert len(found["update inverted"][1]) == 4 * BATCH
+    assert strongest(found, labels) > 0.95
+    assert strongest(found, shuffled(labels)) < 0.65
+
+
+def test_inverting_random_steps_finds_nothing(sgd, minilm):
+    [view, _], labels = sgd
+    recompute, rng = Recomputation(minilm), np.random.default_rng(0)
+
+    def observed(update):
+        jacobian = recompute.jacobian(view, update.before, update.rows)
+        return jacobian, rng.normal(0, 1, (1, len(view.adapter(update.before[0]))))
+
+    vectors, rows = invert_updates(view.updates()[:2], observed)
+    assert strongest({"update inverted": (vectors, rows)}, labels) < 0.75
