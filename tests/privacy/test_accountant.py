@@ -23,6 +23,17 @@ def test_views_at_two_operators_do_not_add_up():
     assert accountant.views() == 1
 
 
+def test_a_step_can_be_priced_before_it_is_taken():
+    accountant = Accountant(1.0, 10.0)
+    accountant.record(0, ["a", "b"])
+    for operator, examples in ((0, ["c"]), (0, ["a", "c"]), (1, ["a"]), (1, ["d", "d", "d"])):
+        price = accountant.mu_after(operator, examples)
+        again = Accountant(1.0, 10.0)
+        again.load_state(accountant.state())
+        again.record(operator, examples)
+        assert price == again.mu()
+
+
 def test_state_survives_a_checkpoint():
     accountant, again = Accountant(1.0, 10.0), Accountant(1.0, 10.0)
     accountant.record(3, ["x", "y"])

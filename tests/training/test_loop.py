@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from blindtune.errors import CheckpointError
+from blindtune.errors import BudgetSpent, CheckpointError
 from blindtune.methods import (
     P3EFT,
     PSLF,
@@ -120,3 +120,18 @@ def test_the_learning_rate_rises_and_falls():
     assert rates[:10] == sorted(rates[:10])
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert min(rates[10:]) == pytest.approx(0.05)
+
+
+def test_a_budget_ends_the_run_before_the_step_that_would_exceed_it(connect, film_examples, tmp_path):  # noqa: F811
+    examples = film_examples.take(range(8))  # one batch: every step shows every example once
+    algorithm = P3EFT(decoys=0, task_delay=0, noise_ratio=100.0, max_mu=0.03)  # two views at one operator are 0.0283
+    trainer = start(connect(), examples, tmp_path, algorithm)
+    sent: list[int] = []
+    with pytest.raises(BudgetSpent, match=r"budget is 0\.03"):
+        sent.extend(step.step for step in trainer.steps())
+    assert 2 <= len(sent) <= 4  # the carrier of a share is drawn: at most two views at each of two operators
+    assert 0 < algorithm.report()["gradient_channel_mu"] <= 0.03
+    before = weights(trainer)
+    with pytest.raises(BudgetSpent):
+        next(trainer.steps())
+    assert torch.equal(weights(trainer), before)

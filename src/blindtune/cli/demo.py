@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 OPERATORS = ("operator A", "operator B")
 MAX_LENGTH = 48
+SOME_LABELS = "64 labels"
 CACHE = Path.home() / ".cache" / "blindtune"
 
 
@@ -186,6 +187,8 @@ def _summarise(runs: dict[str, Run], verdicts: dict[str, "Verdict"]) -> dict[str
             "gradients_auc": _auc(verdict.best_on("gradient")),
             "best_component_auc": verdict.component.auc,
             "probe_auc": verdict.probe.auc,
+            "few_label_auc": {knows: best.auc for knows, (best, _) in verdict.few_labels.items()},
+            "chance_auc": verdict.chance.quantile,
             "seconds": run.seconds,
             "bytes_per_step": run.bytes_per_step,
             **run.report,
@@ -197,6 +200,7 @@ def _summarise(runs: dict[str, Run], verdicts: dict[str, "Verdict"]) -> dict[str
         "frozen_attack_auc": frozen.frozen.auc,
         "frozen_component_auc": frozen.frozen_component.auc,
         "frozen_probe_auc": frozen.frozen_probe.auc,
+        "frozen_few_label_auc": {knows: control.auc for knows, (_, control) in frozen.few_labels.items() if control},
     }
 
 
@@ -208,10 +212,10 @@ def _print(result: dict[str, Any]) -> None:
     from blindtune.cli.progress import human_bytes
 
     table = Table(title="What was taught, and what the operators learned", title_justify="left")
-    columns = ("method", "accuracy", "best attack", "on gradients", "of 10 components", "μ", "bytes/step", "seconds")
+    columns = ("method", "accuracy", "best attack", "on gradients", "with 64 labels", "μ", "bytes/step", "seconds")
     for column in columns:
         table.add_column(column, justify="left" if column == "method" else "right")
-    frozen = [f"{result[key]:.2f}" for key in ("frozen_attack_auc", "frozen_component_auc")]
+    frozen = [f"{result['frozen_attack_auc']:.2f}", _with_some_labels(result["frozen_few_label_auc"])]
     table.add_row("frozen model", f"{result['frozen_accuracy']:.3f}", frozen[0], "–", frozen[1], "–", "–", "–")
     for name, run in result["methods"].items():
         mu = run.get("gradient_channel_mu")
@@ -220,7 +224,7 @@ def _print(result: dict[str, Any]) -> None:
             f"{run['accuracy']:.3f}",
             f"{run['best_attack_auc']:.2f}",
             f"{run['gradients_auc']:.2f}",
-            f"{run['best_component_auc']:.2f}",
+            _with_some_labels(run["few_label_auc"]),
             "none" if mu is None else f"{mu:.3f}",
             human_bytes(run["bytes_per_step"]),
             f"{run['seconds']:.0f}",
@@ -230,11 +234,14 @@ def _print(result: dict[str, Any]) -> None:
     console.print(
         "Best attack: AUC of the strongest attack that knows no label (spectral, norm, k-means, the most two-humped "
         "component, what adapters share) on activations, shifts and received gradients of either operator, at its best "
-        "moment of the run; 0.5 is guessing. Of 10 components: the best of ten principal components, if somebody told "
-        "the attacker which one it is: P3EFT does not protect against that. μ bounds what the shares of a gradient can "
-        "reveal."
+        "moment of the run; 0.5 is guessing. With 64 labels: the best probe of an attacker who knows the labels of 64 "
+        "texts; P3EFT does not protect against that. μ bounds what the shares of a gradient can reveal."
     )
     console.print(f"{result['seconds']:.0f} s in all.")
+
+
+def _with_some_labels(probes: dict[str, float]) -> str:
+    return f"{probes[SOME_LABELS]:.2f}" if SOME_LABELS in probes else "–"
 
 
 def _report(output: Path, runs: dict[str, Run], verdicts: dict[str, "Verdict"], train_set: "Examples") -> None:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from blindtune.cli import options
 from blindtune.cli.console import console, errors, reporting_errors, write_json
-from blindtune.errors import BlindtuneError, CheckpointError, ConfigError
+from blindtune.errors import BlindtuneError, BudgetSpent, CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from blindtune.methods import Method, PrivateModel
@@ -206,6 +206,8 @@ def _run(
         trainer.save()
         console.print(f"Stopped after step {trainer.done}. Checkpoint: {output}. Go on with --resume.", soft_wrap=True)
         raise typer.Exit(130) from None
+    except BudgetSpent as spent:
+        console.print(f"[yellow]Stopped after step {trainer.done}.[/] {spent.message}", soft_wrap=True)
     except BlindtuneError:  # an operator is gone, or a loss exploded: the last complete step is safe
         trainer.save()
         console.print(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from blindtune.client import BackwardCall, OperatorPool, RemoteBatch
-from blindtune.errors import ConfigError, NonFiniteTensor, SingleOperator
+from blindtune.errors import BudgetSpent, ConfigError, NonFiniteTensor, SingleOperator
 from blindtune.privacy.accountant import Accountant
 from blindtune.privacy.randomness import SecureGenerator
 from blindtune.privacy.shares import clip_per_example, combine, split_gradient
@@ -35,6 +35,8 @@ class SharedGradients:
     noise_ratio: float
     generator: SecureGenerator
     allow_single_operator: bool = False
+    max_mu: float | None = None
+    """Budget of the run: a step that would exceed it is refused before anything of it is sent."""
     accountant: Accountant = field(init=False)
 
     def __post_init__(self) -> None:
@@ -80,10 +82,22 @@ class SharedGradients:
         split = split_gradient(gradient, self.m, self.sigma, generator=generator)
         examples = [_example(row.ids) for row in batch.rows]
         if len(batch.operators) < self.m:  # the caller accepted that all shares meet here
+            if self.max_mu is not None:
+                raise ConfigError(
+                    f"max_mu = {self.max_mu} can't be kept where all shares meet at one operator.",
+                    remedy="Add operators (--server), or leave the budget out.",
+                )
             self.accountant.record_meeting()
             results = backward(batch.operators[0], split.shares)
         else:
-            self.accountant.record(batch.operators[split.carrier], examples)  # also if an answer never comes
+            carrier = batch.operators[split.carrier]
+            after = self.accountant.mu_after(carrier, examples)
+            if self.max_mu is not None and after > self.max_mu:
+                raise BudgetSpent(
+                    f"The next step would take the gradient channel to μ = {after:.4f}; the budget is {self.max_mu}.",
+                    remedy="The last complete step is saved. More noise (noise_ratio) or fewer epochs stay within it.",
+                )
+            self.accountant.record(carrier, examples)  # also if an answer never comes
 
             def call(j: int) -> Callable[[], Tensor]:
                 seed = split.seeds[j]

@@ -59,6 +59,7 @@ class P3EFT:
         task_delay, task_rise: the task's loss begins after this part of the run and takes this part to reach its full
             weight: decoys must be there before the first trace of a label.
         anchor_weight: until then, the mixed output is held at the frozen model's with this weight.
+        max_mu: budget for μ of the gradient channel; the run stops before the step that would exceed it.
         allow_single_operator: lets shares meet at one operator. Then there is no gradient privacy.
     """
 
@@ -83,6 +84,7 @@ class P3EFT:
     task_delay: float = 0.05
     task_rise: float = 0.17
     anchor_weight: float = 5.0
+    max_mu: float | None = None
     allow_single_operator: bool = False
 
     name: ClassVar[str] = "p3eft"
@@ -126,7 +128,9 @@ class P3EFT:
         return self.shift_weight > 0 or self.joint_weight > 0 or self.decoys > 0
 
     def attach(self, backbone: Backbone, classes: int, generator: SecureGenerator) -> None:
-        self.channel = SharedGradients(self.m, self.clip_norm, self.noise_ratio, generator, self.allow_single_operator)
+        self.channel = SharedGradients(
+            self.m, self.clip_norm, self.noise_ratio, generator, self.allow_single_operator, self.max_mu
+        )
         backbone.channel = self.channel
         self._generator = generator
         dim = backbone.hidden_size

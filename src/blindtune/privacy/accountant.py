@@ -39,6 +39,12 @@ class Accountant:
         """One more view of each of these examples at this operator."""
         self._views.setdefault(operator, Counter()).update(examples)
 
+    def mu_after(self, operator: int, examples: Iterable[str]) -> float:
+        """What `mu` would be if `record` were called with these."""
+        known = self._views.get(operator, Counter[str]())
+        most = max((known[example] + count for example, count in Counter(examples).items()), default=0)
+        return math.inf if self.met else gaussian_mu(self.clip_norm, self.sigma, max(self.views(), most))
+
     def views(self) -> int:
         """The largest number of views of one example at one operator."""
         return max((max(counts.values(), default=0) for counts in self._views.values()), default=0)
