@@ -33,7 +33,7 @@ def demo(
     train: Annotated[int, typer.Option(help="Training sentences.")] = 4800,
     test: Annotated[int, typer.Option(help="Test sentences.")] = 1500,
     points: Annotated[int, typer.Option(help="Points in time to attack.")] = 6,
-    attacked: Annotated[int, typer.Option(help="Attack a random sample of so many training sentences.")] = 1200,
+    attacked: Annotated[int, typer.Option(help="Attack a random sample of so many training sentences.")] = 1000,
     model: Annotated[str, typer.Option(help="Model that the operators host.")] = "minilm",
     cache: Annotated[Path, typer.Option(help="Where downloads are kept.")] = CACHE,
     json: Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")] = None,
