@@ -35,7 +35,7 @@ lint: $(VENV)/dev  ## Style, layering.
 	$(BIN)/lint-imports --no-cache
 
 types: $(VENV)/dev  ## Strict types.
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(VENV)/dev  ## Ratios quoted in the README; writes benchmarks/results/.
 	$(BIN)/python -m benchmarks

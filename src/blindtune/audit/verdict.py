@@ -94,6 +94,14 @@ class Verdict:
         ]
         return strongest(chosen) if chosen else None
 
+    def best_of_each(self, *kinds: str) -> dict[str, float]:
+        """Attack without labels -> its best AUC on channels whose names start with one of `kinds`."""
+        found: dict[str, float] = {}
+        for f in self.findings:
+            if f.knows == "nothing" and f.channel.startswith(kinds):
+                found[f.attack] = max(f.auc, found.get(f.attack, 0.0))
+        return found
+
     def table(self) -> list[Finding]:
         """For each server and channel, the best moment of its best attack, with and without labels."""
         groups: dict[tuple[str, str, str], list[Finding]] = {}

@@ -184,6 +184,7 @@ def _summarise(runs: dict[str, Run], verdicts: dict[str, "Verdict"]) -> dict[str
             "best_attack_auc": verdict.headline.auc,
             "best_attack": f"{verdict.headline.attack} on {verdict.headline.channel}",
             "activations_and_shifts_auc": _auc(verdict.best_on("activation", "shift", "sent")),
+            "activations_and_shifts_auc_by_attack": verdict.best_of_each("activation", "shift", "sent"),
             "gradients_auc": _auc(verdict.best_on("gradient")),
             "best_component_auc": verdict.component.auc,
             "probe_auc": verdict.probe.auc,
