@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "demo"
+PUBLISHED = ("spectral", "norm", "k-means")
+SOME_LABELS = "64 labels"
 SEEDS = (1, 2, 3)
 """Seed 0 was used for tuning."""
 
@@ -31,14 +33,23 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"mean": statistics.mean(values), "min": min(values), "max": max(values)}
 
 
+def numbers(method: dict[str, Any]) -> dict[str, float]:
+    """A method's numbers of one run, with the best of the published attacks and the probe with 64 labels as such."""
+    by_attack, probes = method["activations_and_shifts_auc_by_attack"], method["few_label_auc"]
+    found = {key: value for key, value in method.items() if isinstance(value, float)}
+    found["published_attacks_auc"] = max(by_attack[name] for name in PUBLISHED)
+    return found | {"few_label_auc": probes[SOME_LABELS]}
+
+
 def main() -> None:
     seeds = [int(argument) for argument in sys.argv[1:]] or list(SEEDS)
     runs = [run(seed) for seed in seeds]
     summary: dict[str, Any] = {"seeds": seeds, "frozen_accuracy": spread([r["frozen_accuracy"] for r in runs])}
     for method in ("lora", "p3eft"):
-        numbers = [r["methods"][method] for r in runs]
-        keys = [key for key, value in numbers[0].items() if isinstance(value, float)]
-        summary[method] = {key: spread([n[key] for n in numbers]) for key in keys}
+        found = [numbers(r["methods"][method]) for r in runs]
+        summary[method] = {key: spread([n[key] for n in found]) for key in found[0]}
+    summary["frozen_few_label_auc"] = spread([r["frozen_few_label_auc"][SOME_LABELS] for r in runs])
+    summary["frozen_attack_auc"] = spread([r["frozen_attack_auc"] for r in runs])
     summary["accuracy_lost"] = spread(
         [r["methods"]["lora"]["accuracy"] - r["methods"]["p3eft"]["accuracy"] for r in runs]
     )
