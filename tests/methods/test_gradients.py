@@ -5,8 +5,11 @@ import torch
 
 from blindtune.client import Patience
 from blindtune.errors import ConfigError, SingleOperator
+from blindtune.keystream import expand_noise
 from blindtune.methods import P3EFT, LinearHead, PrivateModel, SharedGradients
 from blindtune.privacy.randomness import SecureGenerator
+from blindtune.wire import NoiseShare
+from tests.tiny import HIDDEN
 
 KEY = bytes(range(32))
 
@@ -26,6 +29,15 @@ def gradients(backbone, texts, scale=1.0):
         parameter.grad = None
     hidden.backward(cotangent)
     return torch.cat([p.grad.flatten() for p in backbone.parameters()])
+
+
+def share_in(call):
+    """The share `(n, B, d)` that one call of `Operator.backward` gives to its server, expanded if it is a seed."""
+    tokens, uploads, *_, share = call
+    if isinstance(share, NoiseShare):
+        shape = (len(uploads), len(tokens), HIDDEN)
+        return expand_noise(bytes.fromhex(share.seed), shape, share.sigma)
+    return share[0].clone()
 
 
 def perturb(backbone):
@@ -132,7 +144,7 @@ def test_the_same_gradient_is_split_the_same_way_and_another_one_differently(con
     backbone = connect(num_adapters=2, channel=channel())
     operator = backbone.pool.operators[0]
     original = operator.backward
-    operator.backward = lambda *args: sent.append(args[-1].clone()) or original(*args)
+    operator.backward = lambda *args: sent.append(share_in(args)) or original(*args)
     gradients(backbone, film_sentences[:4])
     gradients(backbone, film_sentences[:4])
     gradients(backbone, film_sentences[:4], scale=0.5)
@@ -187,7 +199,7 @@ def test_operators_in_another_order_never_collect_two_shares_of_one_split(connec
         backbone = Backbone(urls, max_length=32, num_adapters=2, channel=channel())
         for operator in backbone.pool.operators:
             original, url = operator.backward, operator.transport.url
-            operator.backward = lambda *args, f=original, u=url: received[u].append(args[-1][0].clone()) or f(*args)
+            operator.backward = lambda *args, f=original, u=url: received[u].append(share_in(args)) or f(*args)
         torch.manual_seed(0)
         perturb(backbone)
         with torch.no_grad():
