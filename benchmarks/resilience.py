@@ -60,7 +60,7 @@ def train(urls: list[str], in_step: Callable[[int], None]) -> tuple[torch.Tensor
     model = PrivateModel(
         backbone,
         LinearHead(backbone.hidden_size, 2),
-        P3EFT(steps=STEPS, task_delay=0.2, task_rise=0.2, shift_weight=0.1),
+        P3EFT(steps=STEPS),
         generator=SecureGenerator(bytes(32)),  # equal shares in both runs, so that weights can be compared bit by bit
     )
     trainer = Trainer(model, Examples(list(texts), labels, ["0", "1"]), TrainConfig(steps=STEPS, batch_size=16))

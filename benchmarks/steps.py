@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from benchmarks.common import BATCH, LocalPeft, interleaved, ratio, sentences, servers, write
 from benchmarks.equivalence import config
 from blindtune.cli.options import make_lora_config
-from blindtune.client import Backbone
-from blindtune.client.backbone import PlainChannel
+from blindtune.client import Backbone, PlainChannel
+from blindtune.methods import P3EFT, LinearHead, PrivateModel, PublishedP3EFT
 from blindtune.privacy.adversary import Adversary
-from blindtune.privacy.decoys import draw_decoys
-from blindtune.privacy.randomness import SecureGenerator
+from blindtune.training import Examples, TrainConfig, Trainer
 
 REPEATS = 15
+RANK = P3EFT.default_rank
 
 
 def lora_step(urls: list[str], texts: list[str]) -> dict[str, float]:
@@ -43,16 +45,46 @@ def lora_step(urls: list[str], texts: list[str]) -> dict[str, float]:
     return ratio(seconds, "remote", "local")
 
 
-class OneOperator(PlainChannel):
-    """What one operator does in a P3EFT step: forward and one cotangent for every adapter."""
-
-    def choose(self, operators: int, step: int) -> tuple[int, ...]:
-        return (0,)
-
-
 def p3eft_step(urls: list[str], texts: list[str], layers: str) -> dict[str, float]:
-    """A step with n = 2 adapters at one operator against two steps with one adapter."""
-    backbones = {n: Backbone(urls[:1], max_length=48, num_adapters=0, channel=OneOperator()) for n in (1, 2)}
+    """What one operator does in a P3EFT step, against two LoRA steps there.
+
+    P3EFT (two padded adapters, one for each operator): a pass with the padded adapter, a pass at θ = 0 with its graph, one
+    share of the gradient. All calls go to one server, one after the other, as the operator would get them.
+    """
+    backbone = Backbone(urls[:1], max_length=48, num_adapters=0)
+    backbone.adapter_config = make_lora_config(backbone.info, rank=RANK, alpha=2 * RANK, targets=None, layers=layers)
+    plain = Backbone(urls[:1], max_length=48, num_adapters=0)
+    plain.adapter_config = make_lora_config(plain.info, rank=8, alpha=16, targets=None, layers=layers)
+    plain.set_adapters(1)
+    backbone.set_adapters(1, a_seed="00" * 32)
+    rows = plain.rows(texts)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-5)
+    everyone = PlainChannel()
+    cotangent = torch.randn(1, len(rows), backbone.hidden_size)
+
+    def operator_of_p3eft() -> None:
+        batch = backbone.batch(rows, (0,), None)
+        noise = torch.randn_like(batch.weights)  # a new adapter at each step
+        everyone.hidden(batch.with_weights(0.01 * noise), backbone.pool, retain=False)
+        base = batch.with_weights(torch.zeros_like(noise))
+        base.forward(backbone.pool, 0, retain=True)
+        base.backward(backbone.pool, 0, cotangent.unsqueeze(0))
+
+    def twice() -> None:
+        for _ in range(2):
+            plain(rows).pow(2).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    seconds = interleaved({"P3EFT": operator_of_p3eft, "2 x LoRA": twice}, REPEATS)
+    backbone.close()
+    plain.close()
+    return ratio(seconds, "P3EFT", "2 x LoRA")
+
+
+def published_step(urls: list[str], texts: list[str], layers: str) -> dict[str, float]:
+    """The published algorithm's two adapters in one batched pass at one operator, against two LoRA steps there."""
+    backbones = {n: Backbone(urls[:1], max_length=48, num_adapters=0) for n in (1, 2)}
     for n, backbone in backbones.items():
         backbone.adapter_config = make_lora_config(backbone.info, rank=8, alpha=16, targets=None, layers=layers)
         backbone.set_adapters(n)
@@ -80,7 +112,7 @@ def retained_graph(urls: list[str], texts: list[str]) -> dict[str, float]:
     backbone = Backbone(urls[:1], adapter=config(), max_length=48)
     operator = backbone.pool.operators[0]
     tokens = backbone.tokenizer.pad(backbone.rows(texts))
-    uploads = backbone._uploads()
+    uploads = backbone.batch(backbone.rows(texts), (0,), None).uploads
     hidden = operator.forward(tokens, uploads, backbone.pooling, None, retain=True)
     assert hidden is not None
     cotangent = torch.randn_like(hidden).unsqueeze(0)
@@ -99,35 +131,29 @@ def retained_graph(urls: list[str], texts: list[str]) -> dict[str, float]:
     return ratio(seconds, "retained", "recomputed")
 
 
-def regularizer_share(step_seconds: float) -> dict[str, float]:
-    """The regularizer (an adversary on 4 channels with a buffer of 20 batches, and decoys) as a part of a step."""
+def regularizer_share(urls: list[str], texts: list[str], labels: list[int]) -> dict[str, float]:
+    """The published regularizer (an adversary on 4 channels with a buffer of 20 batches) as a part of a step."""
     torch.set_num_threads(1)
+    step_seconds = trained_seconds(urls, texts, labels, PublishedP3EFT(activation_weight=0.1, shift_weight=0.1), 8)
     adversary = Adversary(4, 384, 2)
     random = torch.Generator().manual_seed(0)
-    labels = torch.randint(2, (BATCH,), generator=random)
-    frozen = torch.randn(20 * BATCH, 384, generator=random)
-    decoys = draw_decoys(frozen, labels.repeat(20), 2, 2, generator=SecureGenerator())
+    target = torch.randint(2, (BATCH,), generator=random)
     for _ in range(20):
-        adversary.penalty(torch.randn(4, BATCH, 384, generator=random), labels)
+        adversary.penalty(torch.randn(4, BATCH, 384, generator=random), target)
 
     def regularize() -> None:
         hidden = torch.randn(4, BATCH, 384, generator=random).requires_grad_()
-        loss = adversary.penalty(hidden, labels).sum() + decoys.penalty(hidden[:2], frozen[:BATCH], 0.3)
-        loss.backward()
+        adversary.penalty(hidden, target).sum().backward()
 
     seconds = sorted(interleaved({"regularizer": regularize}, REPEATS)["regularizer"])
     middle = seconds[len(seconds) // 2]
     return {"seconds": middle, "step_seconds": step_seconds, "share": middle / step_seconds}
 
 
-def p3eft_step_seconds(urls: list[str], texts: list[str], labels: list[int]) -> float:
-    """Median seconds of a whole P3EFT step with the adversary on, as a client sees it."""
-    from blindtune.methods import P3EFT, LinearHead, PrivateModel
-    from blindtune.training import Examples, TrainConfig, Trainer
-
+def trained_seconds(urls: list[str], texts: list[str], labels: list[int], method: Any, rank: int) -> float:
+    """Median seconds of a whole step over both operators, as a client sees it."""
     backbone = Backbone(urls, max_length=48, num_adapters=0)
-    backbone.adapter_config = make_lora_config(backbone.info, rank=8, alpha=16, targets=None, layers="upper")
-    method = P3EFT(activation_weight=0.1, shift_weight=0.1)
+    backbone.adapter_config = make_lora_config(backbone.info, rank=rank, alpha=2 * rank, targets=None, layers="upper")
     model = PrivateModel(backbone, LinearHead(backbone.hidden_size, 2), method)
     trainer = Trainer(model, Examples(list(texts), labels, ["0", "1"]), TrainConfig(steps=20))
     trainer.prepare()
@@ -139,14 +165,20 @@ def p3eft_step_seconds(urls: list[str], texts: list[str], labels: list[int]) -> 
 def main() -> None:
     texts, labels = sentences(20 * BATCH)
     batch = texts[:BATCH]
+    measured: dict[str, Callable[[list[str]], dict[str, float]]] = {
+        "remote LoRA step / stock PEFT step": lambda urls: lora_step(urls, batch),
+        "P3EFT step at one operator / 2 LoRA steps, all layers": lambda urls: p3eft_step(urls, batch, "all"),
+        "P3EFT step at one operator / 2 LoRA steps, upper half": lambda urls: p3eft_step(urls, batch, "upper"),
+        "published P3EFT step (n = 2) / 2 LoRA steps, all layers": lambda urls: published_step(urls, batch, "all"),
+        "published P3EFT step (n = 2) / 2 LoRA steps, upper half": lambda urls: published_step(urls, batch, "upper"),
+        "backward, retained / recomputed": lambda urls: retained_graph(urls, batch),
+        "regularizer's share of a published P3EFT step": lambda urls: regularizer_share(urls, texts, labels),
+    }
+    result: dict[str, dict[str, float]] = {}
     with servers() as urls:
-        result = {
-            "remote LoRA step / stock PEFT step": lora_step(urls, batch),
-            "P3EFT step at one operator / 2 LoRA steps, all layers": p3eft_step(urls, batch, "all"),
-            "P3EFT step at one operator / 2 LoRA steps, upper half": p3eft_step(urls, batch, "upper"),
-            "backward, retained / recomputed": retained_graph(urls, batch),
-        }
-        result["regularizer's share of a P3EFT step"] = regularizer_share(p3eft_step_seconds(urls, texts, labels))
+        for name, measure in measured.items():
+            result[name] = measure(urls)
+            print(f"{name}: {result[name]}", flush=True)
     write("steps", result)
 
 

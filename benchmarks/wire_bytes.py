@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import socket
 import threading
+from collections.abc import Callable
+from typing import Any
 
 from benchmarks.common import BATCH, sentences, servers, write
 from blindtune.cli.options import make_lora_config
 from blindtune.client import Backbone
-from blindtune.methods import SharedGradients
-from blindtune.privacy.randomness import SecureGenerator
+from blindtune.methods import P3EFT, LinearHead, LoRA, PrivateModel, PublishedP3EFT
+from blindtune.training import Examples, TrainConfig, Trainer
 
 
 class Relay:
@@ -36,39 +38,46 @@ class Relay:
         sink.close()
 
 
-def measure(urls: list[str], texts: list[str], n: int) -> dict[str, float]:
+METHODS: dict[str, Callable[[], Any]] = {"LoRA": LoRA, "published P3EFT": PublishedP3EFT, "P3EFT": P3EFT}
+
+
+def measure(urls: list[str], texts: list[str], labels: list[int], name: str) -> dict[str, float]:
     """The second of two steps (connections are open): socket bytes against raw tensors."""
     relays = [Relay(int(url.rsplit(":", 1)[1])) for url in urls]
     backbone = Backbone([relay.url for relay in relays], max_length=48, num_adapters=0)
-    backbone.adapter_config = make_lora_config(backbone.info, rank=8, alpha=16, targets=None, layers="upper")
-    backbone.set_adapters(n)
-    if n > 1:
-        backbone.channel = SharedGradients(2, 1.0, 1000.0, SecureGenerator())
+    method = METHODS[name]()
+    rank = method.default_rank
+    backbone.adapter_config = make_lora_config(backbone.info, rank=rank, alpha=2 * rank, targets=None, layers="upper")
+    model = PrivateModel(backbone, LinearHead(backbone.hidden_size, 2), method)
+    trainer = Trainer(model, Examples(list(texts), labels, ["0", "1"]), TrainConfig(steps=2, batch_size=len(texts)))
+    trainer.prepare()
+    steps = trainer.steps()
+    next(steps)
+    before = sum(relay.bytes for relay in relays)
+    next(steps)
+    sent = sum(relay.bytes for relay in relays) - before
     rows = backbone.rows(texts)
-    for step in range(2):
-        before = sum(relay.bytes for relay in relays)
-        backbone(rows).pow(2).mean().backward()
-        for parameter in backbone.parameters():  # new adapters for the next step
-            parameter.data += 1e-3
-        if step == 0:
-            continue
-        sent = sum(relay.bytes for relay in relays) - before
-    operators = len(urls) if n > 1 else 1
-    tokens = backbone.tokenizer.pad(rows)
-    weights = sum(adapter.layout.size for adapter in backbone.lora_adapters()) * 4
-    hidden = n * len(rows) * backbone.hidden_size * 4
-    token_bytes = sum(tensor.nbytes for tensor in tokens.tensors().values())
-    # each operator gets tokens and adapters and returns gradients; one of them gets a cotangent (noise travels as a
-    # seed), and one returns hidden states
-    raw = operators * (weights + token_bytes + weights) + hidden + hidden
+    adapters = backbone.lora_adapters()
+    weights = sum(adapter.layout.size for adapter in adapters) * 4
+    hidden = len(rows) * backbone.hidden_size * 4
+    tokens = sum(tensor.nbytes for tensor in backbone.tokenizer.pad(rows).tensors().values())
+    if name == "P3EFT":
+        # each operator: a padded adapter, tokens for it and for θ = 0, one share of the gradient (one of them as a seed),
+        # gradients; hidden states under both padded adapters and, from one operator, without adapter
+        raw = 2 * (weights + 3 * tokens + weights) + hidden + 3 * hidden
+    else:
+        # each operator that takes part gets adapters and tokens, twice, and returns gradients; one of them gets a
+        # cotangent (noise travels as a seed), and one returns hidden states
+        operators = len(urls) if name == "published P3EFT" else 1
+        raw = operators * (weights + 2 * tokens + weights) + 2 * len(adapters) * hidden
     backbone.close()
-    return {"socket": sent, "raw tensors": raw, "ratio": sent / raw}
+    return {"socket": sent, "raw tensors": raw, "ratio": sent / raw, "rank": rank}
 
 
 def main() -> None:
-    texts, _ = sentences(BATCH)
+    texts, labels = sentences(BATCH)
     with servers() as urls:
-        write("wire_bytes", {"LoRA step": measure(urls, texts, 1), "P3EFT step": measure(urls, texts, 2)})
+        write("wire_bytes", {f"{name} step": measure(urls, texts, labels, name) for name in METHODS})
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@
 | `minilm` | session | MiniLM, loaded into this process |
 | `start_server` | session | context manager: `with start_server("minilm", threads=1) as server: server.url` |
 | `two_servers` | session | two MiniLM processes |
+| `four_servers` | session | four that host the small BERT |
 | `tiny_server` | session | one process that hosts every tiny model |
 | `strict_server` | session | one that wants tokens and TLS, has low limits, and records |
 | `connect` | function | `connect(server, **options)`: a `Backbone`, closed after the test |
@@ -177,14 +178,28 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> StartServer:
     return start
 
 
-@pytest.fixture(scope="session")
-def two_servers(tmp_path_factory: pytest.TempPathFactory) -> Generator[list[Server]]:
-    """Two operators that host MiniLM."""
+@contextmanager
+def several(count: int, model: str | Path, folders: pytest.TempPathFactory, **options: Any) -> Generator[list[Server]]:
+    """Operators that start at the same time."""
     with ExitStack() as stack:
-        servers = [launch(tmp_path_factory.mktemp("server"), "minilm") for _ in range(2)]
+        servers = [launch(folders.mktemp("server"), model, **options) for _ in range(count)]
         for server in servers:
             stack.callback(server.stop)
         yield [server.wait() for server in servers]
+
+
+@pytest.fixture(scope="session")
+def two_servers(tmp_path_factory: pytest.TempPathFactory) -> Generator[list[Server]]:
+    """Two operators that host MiniLM."""
+    with several(2, "minilm", tmp_path_factory) as servers:
+        yield servers
+
+
+@pytest.fixture(scope="session")
+def four_servers(tmp_path_factory: pytest.TempPathFactory, tiny_models: dict[str, Path]) -> Generator[list[Server]]:
+    """Four operators that host the small BERT."""
+    with several(4, tiny_models["bert"], tmp_path_factory) as servers:
+        yield servers
 
 
 @pytest.fixture(scope="session")

@@ -48,17 +48,25 @@ def test_the_attack_succeeds_against_plain_lora(demo):
     assert lora["activations_and_shifts_auc"] > 0.8
 
 
-def published(method: dict[str, Any]) -> float:
-    """The attacks that P3EFT and its decoys are made against; the most two-humped component can do better."""
-    return max(method["activations_and_shifts_auc_by_attack"][name] for name in ("spectral", "norm", "k-means"))
-
-
 def test_the_same_attacks_fail_against_p3eft(demo):
     lora, p3eft = (demo[0]["methods"][name] for name in ("lora", "p3eft"))
-    assert published(p3eft) < 0.7
-    assert published(p3eft) < published(lora) - 0.15
+    assert p3eft["activations_and_shifts_auc"] < 0.68  # chance, over all looks: the texts alone reach 0.57
+    assert p3eft["activations_and_shifts_auc"] < lora["activations_and_shifts_auc"] - 0.15
     assert p3eft["gradients_auc"] < 0.6
+
+
+def test_some_known_labels_help_no_more_than_on_the_frozen_model(demo):
+    lora, p3eft = (demo[0]["methods"][name]["few_label_auc"] for name in ("lora", "p3eft"))
+    frozen = demo[0]["frozen_few_label_auc"]
+    for known in frozen:
+        assert p3eft[known] < frozen[known] + 0.05
+        assert lora[known] > frozen[known] + 0.05
+
+
+def test_the_guarantees_are_reported(demo):
+    p3eft = demo[0]["methods"]["p3eft"]
     assert 0 < p3eft["gradient_channel_mu"] < 0.1
+    assert 0.5 < p3eft["information_bits"] < 1.5
 
 
 def test_the_headline_is_the_strongest_attack_also_where_it_succeeds(demo):

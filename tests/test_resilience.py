@@ -63,7 +63,7 @@ def prepare(urls: list[str], examples: Examples, stack: ExitStack, **options: An
     model = PrivateModel(
         backbone,
         LinearHead(backbone.hidden_size, 2),
-        P3EFT(steps=STEPS, task_delay=0.1, task_rise=0.2),
+        P3EFT(steps=STEPS),
         loss=loss,
         generator=SecureGenerator(bytes(32)),
         seed=0,

@@ -13,7 +13,14 @@ from peft import LoraConfig
 from torch.nn import functional as F
 
 from blindtune.audit import Recomputation, Row, View, join_views, read_view
-from blindtune.audit.channels import beyond_text_channels, inverted_channels, travelled_channels
+from blindtune.audit.channels import (
+    beyond_text_channels,
+    collusion_channels,
+    computed_channels,
+    counterparts,
+    inverted_channels,
+    travelled_channels,
+)
 from blindtune.audit.labels import ATTACKS, Channel, invert_updates, recombine, summed
 from blindtune.audit.statistics import best_auc
 from blindtune.client import Backbone
@@ -140,12 +147,27 @@ def test_operators_that_collude_recombine_their_shares(apart, minilm):
     assert strongest(found, shuffled(labels)) < 0.65
 
 
-def test_a_joint_view_has_one_step_for_each_set_of_adapters(apart):
-    views, _ = apart
+def test_a_joint_view_has_one_step_for_each_set_of_adapters(sgd):
+    views, _ = sgd
     joint = join_views(views)
     assert {c.adapters for c in joint.checkpoints} == {c.adapters for v in views for c in v.checkpoints}
+    assert joint.moving == joint.checkpoints
     assert [u.before for u in joint.updates()] == [c.adapters for c in joint.checkpoints[:-1]]
+    assert [u.at for u in joint.updates()] == [u.before for u in joint.updates()]
     assert set(joint.first_seen) == {row for view in views for row in view.first_seen}
+    assert all(counterparts(joint, checkpoint) == {} for checkpoint in joint.checkpoints)  # all got the same
+
+
+def test_operators_that_collude_take_pads_off(apart, minilm):
+    views, labels = apart
+    recompute, found = Recomputation(minilm), {}
+    for view in [join_views(views), *views]:
+        rows, now = [row for row in view.first_seen if row in labels], view.moving[-1]
+        channels = computed_channels(view, recompute, now, None, rows)
+        channels |= collusion_channels(view, recompute, now, rows)
+        found[view.operator] = {name: strongest({name: (x, rows)}, labels) for name, x in channels.items()}
+    assert found["a + b"].pop("activation of a minus b") > 0.7  # twelve steps teach little
+    assert max(auc for channels in found.values() for auc in channels.values()) < 0.65
 
 
 def test_views_of_different_runs_cannot_be_joined(apart, record):

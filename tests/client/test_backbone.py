@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel
 
-from blindtune.client import Backbone, PlainChannel
+from blindtune.client import Backbone, OperatorPool, PlainChannel, RemoteBatch
 from blindtune.errors import ConfigError, EmptyBatch, InvalidTensor, SequenceTooLong, UnknownPooling
 from blindtune.models import find_source
 from tests.client.faults import faulty_proxy
@@ -262,8 +262,8 @@ class Everyone(PlainChannel):
     def choose(self, operators: int, step: int) -> tuple[int, ...]:
         return tuple(range(operators))
 
-    def send(self, cotangent: Tensor, batch: Any, pool: Any, backward: Any) -> Tensor:
-        calls = [lambda i=i: backward(i, cotangent.unsqueeze(0))[0] for i in batch.operators]
+    def gradients(self, cotangent: Tensor, batch: RemoteBatch, pool: OperatorPool) -> Tensor:
+        calls = [lambda i=i: batch.backward(pool, i, cotangent.unsqueeze(0))[0] for i in batch.operators]
         return torch.stack(pool.parallel(calls)).mean(0)
 
 

@@ -21,7 +21,7 @@ Connect = Callable[..., Backbone]
 
 
 def pool(*urls: str, model: str | None = None) -> OperatorPool:
-    return OperatorPool([Transport(url, patience=Patience(2, 30, 5)) for url in urls], model)
+    return OperatorPool.connect([Transport(url, patience=Patience(2, 30, 5)) for url in urls], model)
 
 
 class TestDuplicates:
@@ -67,7 +67,9 @@ class TestPool:
     def test_with_one_server_away_names_it(self, two_servers: list[Server]):
         away = "http://127.0.0.1:9"
         with pytest.raises(OperatorUnreachable, match=away):
-            OperatorPool([Transport(url, patience=Patience(1, 5, 0.5)) for url in (two_servers[0].url, away)], None)
+            OperatorPool.connect(
+                [Transport(url, patience=Patience(1, 5, 0.5)) for url in (two_servers[0].url, away)], None
+            )
 
     def test_calls_run_at_the_same_time_and_keep_their_order(self, two_servers: list[Server]):
         from threading import Barrier

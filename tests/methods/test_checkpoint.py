@@ -9,7 +9,17 @@ from transformers import AutoModel
 
 from blindtune.client import Backbone
 from blindtune.errors import CheckpointError
-from blindtune.methods import P3EFT, HeadOnly, LinearHead, LoRA, PrivateModel, adapter_config, load_model, save_model
+from blindtune.methods import (
+    P3EFT,
+    HeadOnly,
+    LinearHead,
+    LoRA,
+    PrivateModel,
+    PublishedP3EFT,
+    adapter_config,
+    load_model,
+    save_model,
+)
 
 
 def trained(backbone, film_examples, method):
@@ -24,7 +34,7 @@ def trained(backbone, film_examples, method):
     return model.eval()
 
 
-@pytest.mark.parametrize("method", [LoRA, HeadOnly, lambda: P3EFT(decoys=1, task_delay=0)])
+@pytest.mark.parametrize("method", [LoRA, HeadOnly, P3EFT, PublishedP3EFT])
 def test_a_loaded_model_predicts_the_same(connect, film_examples, tmp_path, method):
     model = trained(connect(), film_examples, method())
     save_model(model, tmp_path, classes=["bad", "good"])
@@ -35,7 +45,7 @@ def test_a_loaded_model_predicts_the_same(connect, film_examples, tmp_path, meth
 
 
 def test_adapters_load_into_stock_peft_with_equal_hidden_states(connect, film_examples, tiny_models, tmp_path):
-    model = trained(connect(), film_examples, P3EFT(decoys=1, task_delay=0))
+    model = trained(connect(), film_examples, PublishedP3EFT())
     save_model(model, tmp_path)
     backbone = model.backbone
     rows = backbone.rows([str(t) for t in film_examples.texts[:4]])
@@ -54,7 +64,7 @@ def test_adapters_load_into_stock_peft_with_equal_hidden_states(connect, film_ex
 
 
 def test_secrets_are_readable_by_their_owner_only_and_adapters_hold_none(connect, film_examples, tmp_path):
-    model = trained(connect(), film_examples, P3EFT(decoys=1, task_delay=0))
+    model = trained(connect(), film_examples, PublishedP3EFT())
     save_model(model, tmp_path, resume={})
     for name in ("secret.safetensors", "resume.safetensors"):
         assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600
@@ -84,7 +94,7 @@ def test_an_incomplete_checkpoint_names_the_file(connect, film_examples, tmp_pat
 
 
 def test_one_operator_is_enough_to_predict_with_a_model_that_two_trained(connect, film_examples, tmp_path):
-    model = trained(connect(), film_examples, P3EFT(decoys=1, task_delay=0))
+    model = trained(connect(), film_examples, PublishedP3EFT())
     save_model(model, tmp_path)
     again = load_model(tmp_path, connect(count=1, adapter=adapter_config(tmp_path)), predict_only=True)
     texts = [str(t) for t in film_examples.texts[:5]]

@@ -6,7 +6,7 @@ import torch
 from blindtune.client import Patience
 from blindtune.errors import ConfigError, SingleOperator
 from blindtune.keystream import expand_noise
-from blindtune.methods import P3EFT, LinearHead, PrivateModel, SharedGradients
+from blindtune.methods import LinearHead, PrivateModel, PublishedP3EFT, SharedGradients
 from blindtune.privacy.randomness import SecureGenerator
 from blindtune.wire import NoiseShare
 from tests.tiny import HIDDEN
@@ -112,12 +112,12 @@ def test_each_operator_gets_one_share_and_sees_noise(
 def test_one_operator_is_refused_for_two_shares(connect, film_sentences):
     backbone = connect(count=1)
     with pytest.raises(SingleOperator, match=r"2 shares .* need 2 operators.*allow_single_operator=True"):
-        PrivateModel(backbone, LinearHead(backbone.hidden_size, 2), P3EFT())
+        PrivateModel(backbone, LinearHead(backbone.hidden_size, 2), PublishedP3EFT())
 
 
 def test_one_operator_works_if_the_caller_gives_up_gradient_privacy(connect, film_sentences):
     backbone = connect(count=1)
-    method = P3EFT(allow_single_operator=True, decoys=0, task_delay=0)
+    method = PublishedP3EFT(allow_single_operator=True)
     model = PrivateModel(backbone, LinearHead(backbone.hidden_size, 2), method)
     output = model(film_sentences[:4], [0, 1, 0, 1])
     output.loss.backward()
@@ -134,7 +134,7 @@ def test_operators_in_low_precision_are_refused(start_server, tiny_models):
     ):
         backbone = Backbone([a.url, b.url], patience=Patience(total=5))
         with pytest.raises(ConfigError, match=r"bfloat16, which destroys gradients.*float32"):
-            PrivateModel(backbone, LinearHead(backbone.hidden_size, 2), P3EFT())
+            PrivateModel(backbone, LinearHead(backbone.hidden_size, 2), PublishedP3EFT())
         backbone.close()
 
 

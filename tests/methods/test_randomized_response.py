@@ -22,7 +22,7 @@ RANDOMIZED = [RandomizedResponse, PSLF]
 
 
 class Tapped:
-    """A gradient channel that an operator also listens to."""
+    """A channel that an operator also listens to."""
 
     def __init__(self, channel):
         self.channel, self.heard = channel, []
@@ -30,9 +30,15 @@ class Tapped:
     def choose(self, operators, step):
         return self.channel.choose(operators, step)
 
-    def send(self, cotangent, batch, pool, backward):
+    def teams(self, operators):
+        return self.channel.teams(operators)
+
+    def hidden(self, batch, pool, *, retain):
+        return self.channel.hidden(batch, pool, retain=retain)
+
+    def gradients(self, cotangent, batch, pool):
         self.heard.append(cotangent.clone())
-        return self.channel.send(cotangent, batch, pool, backward)
+        return self.channel.gradients(cotangent, batch, pool)
 
 
 def train(backbone, texts, labels, method, *, drawn=None, steps=3, batch=None):

@@ -214,6 +214,84 @@ class TestInitialWeights:
         assert torch.equal(draw(torch.Generator().manual_seed(5)), first)
 
 
+SEED = bytes(range(32)).hex()
+
+
+class TestFixedA:
+    """A of a public seed (`LoraSpec.a_seed`): B alone is trained, and B alone travels."""
+
+    def adapter(self, described: ModelInfo, seed: str = SEED, **options: Any) -> LoraAdapter:
+        config = LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": ["query", "dense"], **options})
+        adapter = LoraAdapter(config, described, a_seed=seed)
+        for _, b in adapter.named_matrices().values():
+            torch.nn.init.normal_(b, std=0.2, generator=torch.Generator().manual_seed(1))
+        return adapter
+
+    def test_a_follows_from_the_seed_and_b_starts_at_zero(self, info: Callable[[str], ModelInfo]):
+        for init in (True, False, "gaussian"):
+            config = LoraConfig(r=4, target_modules=["query", "dense"], init_lora_weights=init)
+            adapter = LoraAdapter(config, info("bert"), a_seed=SEED)
+            assert adapter.layout.spec.a_seed == SEED
+            matrices = list(adapter.named_matrices().values())
+            for (a, b), expected in zip(matrices, adapter.layout.fixed_a(), strict=True):
+                assert torch.equal(a, expected)
+                assert torch.count_nonzero(b) == 0
+                assert (a.requires_grad, b.requires_grad) == (False, True)
+        assert LoraAdapter(config, info("bert")).layout.spec.a_seed is None
+
+    def test_an_adapter_that_is_changed_does_not_change_the_expansion_of_others(self, info: Callable[[str], ModelInfo]):
+        first, second = self.adapter(info("bert")), self.adapter(info("bert"))
+        name, (a, _) = next(iter(first.named_matrices().items()))
+        with torch.no_grad():
+            a.zero_()
+        assert torch.count_nonzero(second.named_matrices()[name][0]) > 0
+        assert torch.equal(second.named_matrices()[name][0], second.layout.fixed_a()[0])
+
+    def test_the_vector_is_b_and_has_gradients_for_b_alone(self, info: Callable[[str], ModelInfo]):
+        adapter = self.adapter(info("bert"))
+        vector = adapter.vector()
+        assert len(vector) == adapter.layout.size == sum(b.numel() for _, b in adapter.named_matrices().values())
+        vector.square().sum().backward()
+        for a, b in adapter.named_matrices().values():
+            assert a.grad is None
+            assert torch.equal(b.grad, 2 * b.detach())
+
+    def test_its_checkpoint_gives_stock_peft_the_same_hidden_states(self, tiny_backbone: LoadTiny, tmp_path: Path):
+        backbone = tiny_backbone("bert", "float64")
+        adapter = self.adapter(backbone.info("m", Limits()))
+        tokens = batch(3, 6)
+        with torch.no_grad():
+            expected = stock(adapter, tmp_path, backbone.source.location)(**inputs(tokens, "encoder")).last_hidden_state
+        vector = adapter.vector().detach().double().unsqueeze(0)
+        hidden = backbone.forward(tokens, "none", adapter.layout, vector)
+        assert error(hidden[0], expected) <= 1e-11
+        assert error(hidden[0], backbone.forward(tokens, "none")[0]) > 1e-3, "the adapter must matter"
+
+    def test_weights_survive_bit_for_bit(self, info: Callable[[str], ModelInfo], tmp_path: Path):
+        saved = self.adapter(info("bert"))
+        saved.save_pretrained(tmp_path)
+        again = LoraAdapter(read_lora_config(tmp_path), info("bert"), a_seed=SEED)
+        assert not torch.equal(again.vector(), saved.vector())
+        again.load_pretrained(tmp_path)
+        assert torch.equal(again.vector(), saved.vector())
+        free = LoraAdapter(read_lora_config(tmp_path), info("bert"))  # as any PEFT checkpoint
+        free.load_pretrained(tmp_path)
+        assert torch.equal(free.vector(), free.layout.join(saved.named_matrices()))
+
+    def test_a_checkpoint_with_another_a_is_refused_and_changes_nothing(
+        self, info: Callable[[str], ModelInfo], tmp_path: Path
+    ):
+        self.adapter(info("bert"), seed="00" * 32).save_pretrained(tmp_path)
+        adapter = self.adapter(info("bert"))
+        before = adapter.vector().detach().clone()
+        with pytest.raises(
+            CheckpointError, match=r"another .*lora_A\.weight than the seed of this run gives"
+        ) as caught:
+            adapter.load_pretrained(tmp_path)
+        assert "seed" in caught.value.remedy
+        assert torch.equal(adapter.vector(), before)
+
+
 class TestCheckpoint:
     def test_weights_survive_bit_for_bit(self, tiny_backbone: LoadTiny, tmp_path: Path):
         described, (saved, other) = random_adapters(tiny_backbone("bert"), LoraConfig(target_modules="all-linear"), 2)

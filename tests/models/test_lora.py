@@ -5,10 +5,12 @@ In float64, where a mistake of any size stands out from rounding.
 
 from __future__ import annotations
 
+import math
 import re
+import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,8 +19,9 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from blindtune.errors import AdapterMismatch, UnknownTargetModule
+from blindtune.keystream import Keystream
 from blindtune.models import FrozenBackbone, LoraAdapter, LoraLayout, Tokens
-from blindtune.models.lora import find_blocks
+from blindtune.models.lora import expand_a, find_blocks
 from blindtune.wire import Limits, LoraSpec, ModelInfo
 from tests.tiny import HEADS, HIDDEN, LAYERS, NAMES, PAD, VOCABULARY
 
@@ -237,6 +240,97 @@ class TestLayout:
     def test_a_rank_above_a_modules_side_is_refused_with_both(self):
         with pytest.raises(AdapterMismatch, match=r"Rank 3 .*'b': 4 and 2"):
             LoraLayout(LoraSpec(modules=["a", "b"], rank=3, scaling=1.0), self.SHAPES)
+
+
+SEED = bytes(range(32)).hex()
+
+
+class TestFixedA:
+    """A of a public seed: both sides expand it, and B alone travels."""
+
+    SHAPES: ClassVar = {"a": (3, 5), "b": (4, 2)}
+    VECTOR: ClassVar = [-0.120977819, -0.30221948, 0.34468469, 0.0818403438, 0.194576934]
+
+    def layout(self, **changes: Any) -> LoraLayout:
+        spec = LoraSpec(**{"modules": ["b", "a"], "rank": 2, "scaling": 1.0, "a_seed": SEED, **changes})
+        return LoraLayout(spec, self.SHAPES)
+
+    def test_the_vector_holds_b_alone_row_by_row_in_the_order_of_the_modules(self):
+        layout = self.layout()
+        assert layout.size == 2 * 4 + 2 * 3
+        matrices = layout.split(torch.arange(14.0))
+        assert matrices["b"][1].tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+        assert matrices["a"][1].tolist() == [[8, 9], [10, 11], [12, 13]]
+        with pytest.raises(AdapterMismatch, match=r"28 weights.*needs 14"):
+            layout.split(torch.zeros(28))
+
+    def test_join_is_the_inverse_of_split_and_a_is_the_same_for_every_vector(self):
+        layout = self.layout()
+        vectors = torch.randn(3, layout.size, dtype=torch.float64)
+        matrices = layout.split(vectors)
+        assert [(k, a.shape, b.shape) for k, (a, b) in matrices.items()] == [
+            ("b", (3, 2, 2), (3, 4, 2)),
+            ("a", (3, 2, 5), (3, 3, 2)),
+        ]
+        for index, name in enumerate(("b", "a")):
+            assert matrices[name][0].dtype == torch.float64
+            assert all(torch.equal(a.float(), layout.fixed_a()[index]) for a in matrices[name][0])
+        assert torch.equal(layout.join(matrices), vectors)
+
+    def test_without_a_seed_nothing_is_fixed(self):
+        layout = self.layout(a_seed=None)
+        assert (layout.fixed_a(), layout.size) == ((), 2 * (4 + 2 + 3 + 5))
+
+    def test_a_is_what_it_was(self):
+        """Test vector: another implementation must give these, or two operators' adapters don't belong together."""
+        found = expand_a(SEED, 1, (2, 3))
+        assert [a.shape for a in found] == [(1, 2), (1, 3)]
+        assert torch.cat(found, dim=1).flatten().tolist() == pytest.approx(self.VECTOR, rel=1e-7)
+
+    def test_a_is_made_of_the_stream_by_exact_arithmetic(self):
+        """The same formula in plain Python, from the raw bytes."""
+        sizes = (2921, 3, 3541)
+        words = struct.unpack(f"<{2 * sum(sizes)}Q", Keystream(bytes.fromhex(SEED)).bytes(16 * sum(sizes)))
+        found = expand_a(SEED, 2, sizes)
+        for a, size in zip(found, sizes, strict=True):
+            part, words = words[: 2 * size], words[2 * size :]
+            exact = [(2.0 * ((word >> 11) + 1) * 2.0**-53 - 1.0) / math.sqrt(size) for word in part]
+            assert torch.equal(a, torch.tensor(exact, dtype=torch.float64).float().reshape(2, size))
+
+    def test_a_is_deterministic_and_another_seeds_is_another(self):
+        first = expand_a(SEED, 4, (50,))[0].clone()
+        expand_a.cache_clear()
+        assert torch.equal(expand_a(SEED, 4, (50,))[0], first)
+        assert not torch.equal(expand_a("00" * 32, 4, (50,))[0], first)
+
+    def test_a_is_uniform_as_peft_initialises_it(self):
+        (a,) = expand_a(SEED, 64, (400,))
+        values = a.double().flatten() * 20.0  # times √in
+        assert float(values.abs().max()) <= 1.0
+        assert abs(float(values.mean())) < 5 / (3 * len(values)) ** 0.5
+        assert float(values.square().mean()) == pytest.approx(1 / 3, rel=0.02)
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_gives_what_the_same_a_sent_along_gives(self, name: str, tiny_backbone: LoadTiny):
+        """Hidden states of n adapters, and the gradients of B; in a float64 model, which takes A as it is."""
+        backbone = tiny_backbone(name, "float64")
+        modules = list(backbone.lora.shapes)
+        short = LoraLayout(LoraSpec(modules=modules, rank=4, scaling=1.5, a_seed=SEED), backbone.lora.shapes)
+        whole = LoraLayout(LoraSpec(modules=modules, rank=4, scaling=1.5), backbone.lora.shapes)
+        only_b = 0.2 * torch.randn(2, short.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        both = whole.join(short.split(only_b))
+        assert both.shape == (2, whole.size)
+        hidden: list[Tensor] = []
+        gradients: list[Tensor] = []
+        for layout, weights in ((short, only_b), (whole, both)):
+            leaf = weights.clone().requires_grad_()
+            hidden.append(backbone.forward(batch(3, 6), "none", layout, leaf))
+            cotangent = torch.randn(hidden[-1].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+            of_matrices = layout.split(torch.autograd.grad(hidden[-1], leaf, cotangent)[0])
+            gradients.append(short.join(of_matrices))  # B's part
+        assert error(hidden[0], hidden[1]) <= EXACT
+        assert error(hidden[0][0], hidden[0][1]) > 1e-3
+        assert error(gradients[0], gradients[1]) <= EXACT
 
 
 class TestBlocks:

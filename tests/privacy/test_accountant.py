@@ -1,10 +1,20 @@
-"""μ-GDP of the gradient channel."""
+"""μ-GDP of the gradient channel, and what all messages can tell together."""
+
+import math
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import roc_auc_score
 
-from blindtune.privacy.accountant import Accountant, auc_bound, epsilon, gaussian_mu
+from blindtune.privacy.accountant import (
+    Accountant,
+    InformationLedger,
+    auc_bound,
+    epsilon,
+    gaussian_mu,
+    mean_advantage,
+)
 
 
 def test_mu_grows_with_the_square_root_of_the_views_of_one_example():
@@ -74,3 +84,74 @@ def test_no_view_gives_no_mu():
 def test_impossible_numbers_are_refused(mu, delta):
     with pytest.raises(ValueError, match="delta between"):
         epsilon(mu, delta)
+
+
+class TestInformation:
+    def test_of_shares_is_what_their_divergence_from_noise_adds_up_to(self):
+        """One share: KL(N(g, σ²) || N(0, σ²)) with |g| = C, for each example in it."""
+        gradient = torch.tensor([3.0, 4.0])  # C = 5
+        noisy, noise = (torch.distributions.Normal(mean, 20.0) for mean in (gradient, torch.zeros(2)))
+        each = float(torch.distributions.kl_divergence(noisy, noise).sum())
+        accountant = Accountant(clip_norm=5.0, sigma=20.0)
+        assert accountant.nats() == 0.0
+        accountant.record(0, ["a", "b"])
+        accountant.record(0, ["a", "c"])
+        accountant.record(1, ["a", "b", "c"])
+        assert accountant.nats() == pytest.approx(4 * each)  # operators don't pool what they see
+        accountant.record_meeting()
+        assert accountant.nats() == math.inf
+
+    def test_equal_messages_count_once_and_operators_apart(self):
+        ledger = InformationLedger()
+        assert (ledger.nats(), ledger.messages()) == (0.0, 0)
+        for operator, message in (("a", "x"), ("b", "x"), ("a", "x"), ("a", "y"), ("b", "x")):
+            ledger.record(operator, message, 0.25)
+        assert (ledger.nats(), ledger.messages()) == (0.5, 2)
+
+    def test_a_message_can_be_priced_before_it_is_sent(self):
+        ledger = InformationLedger()
+        ledger.record("a", "x", 0.25)
+        for operator, message in (("a", "x"), ("a", "y"), ("b", "x")):
+            again = InformationLedger()
+            again.load_state(ledger.state())
+            price = ledger.after(operator, message, 0.125)
+            again.record(operator, message, 0.25 if (operator, message) == ("a", "x") else 0.125)
+            assert price == sum(again._seen[operator].values())
+        assert ledger.nats() == 0.25, "asking for a price spends nothing"
+
+    def test_survives_a_checkpoint(self):
+        ledger, again = InformationLedger(), InformationLedger()
+        ledger.record("https://a.example", "ab" * 16, 0.125)
+        again.load_state(ledger.state())
+        assert again.nats() == 0.125
+        again.record("https://a.example", "ab" * 16, 0.125)
+        again.record("https://a.example", "cd" * 16, 0.125)
+        assert again.nats() == 0.25
+        assert ledger.nats() == 0.125
+
+    def test_has_no_bound_where_messages_met_that_had_to_be_apart(self):
+        ledger = InformationLedger()
+        ledger.met = True
+        assert ledger.nats() == math.inf
+
+
+class TestMeanAdvantage:
+    def test_is_that_of_all_labels_sharing_what_was_told(self):
+        assert mean_advantage(0.0, 1000) == 0.0
+        assert mean_advantage(math.log(2.0), 4800) == pytest.approx(0.0085, abs=1e-4)
+        assert mean_advantage(0.1, 100) == pytest.approx(2 * mean_advantage(0.1, 400))
+        assert mean_advantage(100.0, 10) == mean_advantage(0.1, 0) == mean_advantage(math.inf, 10) == 1.0
+
+    @pytest.mark.parametrize("effect", [0.1, 0.5, 1.5])
+    def test_is_not_exceeded_by_an_attacker_who_sees_every_label_under_noise(self, effect):
+        """y ± 1 seen as N(y · effect / 2, 1): at most effect² / 8 nats each (its divergence from the noise alone)."""
+        rng = np.random.default_rng(0)
+        labels = rng.choice([-1, 1], 200_000)
+        guesses = np.sign(labels * effect / 2 + rng.normal(0, 1, len(labels)))
+        advantage = (guesses == labels).mean() - 0.5
+        bound = mean_advantage(len(labels) * effect**2 / 8, len(labels))
+        assert 0.7 * bound < advantage <= bound
+
+    def test_is_not_exceeded_by_an_attacker_who_learns_one_label_and_nothing_of_the_others(self):
+        for labels in (1, 10, 1000):
+            assert 0.5 / labels <= mean_advantage(math.log(2.0), labels)

@@ -12,13 +12,15 @@ from peft import LoraConfig
 from torch import Tensor
 
 from blindtune.errors import AdapterMismatch, UnknownAdapter
-from blindtune.models import FrozenBackbone, LoraLayout, Tokenizer, Tokens
+from blindtune.models import FrozenBackbone, LoraLayout, ModuleShapes, Tokenizer, Tokens
 from blindtune.server.cache import ByteLRU
 from blindtune.server.engine import Call, Engine, RetainedGraph, StoredAdapter
+from blindtune.wire import LoraSpec
 from tests.models.test_lora import batch, random_adapters
 from tests.tiny import NAMES
 
 LoadTiny = Callable[..., FrozenBackbone]
+MODULE, OTHER = "encoder.layer.0.attention.self.query", "encoder.layer.2.output.dense"
 POOLING = {"t5": "first", "llama": "last", "opt": "last"}
 
 
@@ -38,6 +40,10 @@ class Bench:
         for sha256, adapter in zip(hashes, adapters, strict=True):
             self.put(tenant, sha256, adapter.layout, adapter.vector().detach())
         return hashes
+
+    @property
+    def shapes(self) -> ModuleShapes:
+        return self.engine.backbone.lora.shapes
 
     def put(self, tenant: str, sha256: str, layout: LoraLayout, weights: Tensor) -> None:
         self.adapters.put((tenant, sha256), StoredAdapter(self.name, layout, weights), weights.nbytes)
@@ -223,6 +229,44 @@ class TestWhoSeesWhat:
         bench.put("ann", "f" * 64, other.layout, other.vector().detach())
         with pytest.raises(AdapterMismatch, match="rank, scaling, dropout or target modules"):
             bench.engine.forward(call([*first, "f" * 64]), retain=True)
+
+    def test_adapters_over_different_fixed_a_do_not_run_together(self, tiny_backbone: LoadTiny):
+        bench = Bench(tiny_backbone("bert"))
+        hashes = ["a" * 64, "b" * 64, "c" * 64]
+        for sha256, seed in zip(hashes, ("00" * 32, "00" * 32, "11" * 32), strict=True):
+            layout = LoraLayout(LoraSpec(modules=[MODULE], rank=4, scaling=1.0, a_seed=seed), bench.shapes)
+            bench.put("ann", sha256, layout, torch.ones(layout.size))
+        assert bench.engine.forward(call(hashes[:2]), retain=False).shape[0] == 2
+        with pytest.raises(AdapterMismatch, match="or in fixed A"):
+            bench.engine.forward(call(hashes[1:]), retain=False)
+
+
+class TestFixedA:
+    """Adapters of which B alone travels."""
+
+    def test_give_what_they_give_with_a_sent_along(self, tiny_backbone: LoadTiny):
+        """Bit for bit: hidden states with and without a graph, retained and recomputed gradients of B."""
+        bench = Bench(tiny_backbone("bert"))
+        options = {"modules": [MODULE, OTHER], "rank": 4, "scaling": 1.5}
+        short = LoraLayout(LoraSpec(**options, a_seed="5a" * 32), bench.shapes)
+        whole = LoraLayout(LoraSpec(**options), bench.shapes)
+        only_b = 0.2 * torch.randn(2, short.size, generator=torch.Generator().manual_seed(0))
+        hidden: list[Tensor] = []
+        gradients: list[Tensor] = []
+        for layout, weights in ((short, only_b), (whole, whole.join(short.split(only_b)))):
+            hashes = [f"{layout.size:063x}{index}" for index in range(2)]
+            for sha256, vector in zip(hashes, weights, strict=True):
+                bench.put("ann", sha256, layout, vector)
+            hidden += [bench.engine.forward(call(hashes), retain=retain) for retain in (False, True)]
+            cotangents = random_cotangents(hidden[0], 2)
+            for _ in range(2):
+                found, _ = bench.engine.backward(call(hashes), cotangents)
+                assert found.shape == (2, 2, layout.size)
+                gradients.append(short.join(layout.split(found)))
+            assert bench.engine.answer_bytes(call(hashes), 2) == found.nbytes
+        assert all(torch.equal(other, hidden[0]) for other in hidden[1:])
+        assert all(torch.equal(other, gradients[0]) for other in gradients[1:])
+        assert torch.count_nonzero(gradients[0]) > 0
 
 
 class TestKey:

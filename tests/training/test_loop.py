@@ -13,6 +13,7 @@ from blindtune.methods import (
     LinearHead,
     LoRA,
     PrivateModel,
+    PublishedP3EFT,
     RandomizedResponse,
     adapter_config,
     load_model,
@@ -25,15 +26,20 @@ from tests.methods.conftest import connect, operators  # noqa: F401 - fixtures
 CONFIG = TrainConfig(steps=8, batch_size=8, learning_rate=5e-3)
 
 
-def method():
-    return P3EFT(decoys=1, steps=8, activation_weight=0.1, shift_weight=0.1, joint_weight=0.1, buffer=3)
+def padded():
+    return P3EFT(steps=8)
+
+
+def published():
+    return PublishedP3EFT(steps=8, activation_weight=0.1, shift_weight=0.1, joint_weight=0.1, buffer=3, rise=0.5)
 
 
 def correlation():
     return DistanceCorrelation(activation_weight=0.3, shift_weight=0.1)
 
 
-METHODS = [LoRA, method, correlation, PSLF, RandomizedResponse]
+METHODS = [LoRA, padded, published, correlation, PSLF, RandomizedResponse]
+NAMES = ["lora", "p3eft", "p3eft_published", "dc", "pslf", "randomized_response"]
 
 
 def start(backbone, examples, folder, algorithm) -> Trainer:
@@ -48,7 +54,7 @@ def weights(trainer: Trainer) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
 
 
-@pytest.mark.parametrize("algorithm", METHODS, ids=["lora", "p3eft", "dc", "pslf", "randomized_response"])
+@pytest.mark.parametrize("algorithm", METHODS, ids=NAMES)
 def test_resume_continues_to_the_same_weights(connect, film_examples, tmp_path, algorithm):  # noqa: F811
     examples = film_examples.take(range(40))
     whole = start(connect(), examples, None, algorithm())
@@ -66,18 +72,20 @@ def test_resume_continues_to_the_same_weights(connect, film_examples, tmp_path, 
     assert resumed.model.method.report() == whole.model.method.report()
 
 
-def test_a_step_that_fails_leaves_no_trace(connect, film_examples):  # noqa: F811
+@pytest.mark.parametrize("algorithm", [padded, published])
+def test_a_step_that_fails_leaves_no_trace(connect, film_examples, algorithm):  # noqa: F811
     examples = film_examples.take(range(40))
-    whole = start(connect(), examples, None, method())
+    whole = start(connect(), examples, None, algorithm())
     list(whole.steps())
 
-    flaky = start(connect(), examples, None, method())
+    flaky = start(connect(), examples, None, algorithm())
     steps = flaky.steps()
     next(steps)
-    send, flaky.model.backbone.channel.send = flaky.model.backbone.channel.send, _fail
+    channel = flaky.model.backbone.channel
+    gradients, channel.gradients = channel.gradients, _fail
     with pytest.raises(ConnectionError):
         next(steps)
-    flaky.model.backbone.channel.send = send
+    channel.gradients = gradients
     list(flaky.steps())
     assert torch.equal(weights(flaky), weights(whole))
 
@@ -122,9 +130,10 @@ def test_the_learning_rate_rises_and_falls():
     assert min(rates[10:]) == pytest.approx(0.05)
 
 
-def test_a_budget_ends_the_run_before_the_step_that_would_exceed_it(connect, film_examples, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("kind", [P3EFT, PublishedP3EFT])
+def test_a_budget_ends_the_run_before_the_step_that_would_exceed_it(connect, film_examples, tmp_path, kind):  # noqa: F811
     examples = film_examples.take(range(8))  # one batch: every step shows every example once
-    algorithm = P3EFT(decoys=0, task_delay=0, noise_ratio=100.0, max_mu=0.03)  # two views at one operator are 0.0283
+    algorithm = kind(noise_ratio=100.0, max_mu=0.03)  # two views at one operator are 0.0283
     trainer = start(connect(), examples, tmp_path, algorithm)
     sent: list[int] = []
     with pytest.raises(BudgetSpent, match=r"budget is 0\.03"):

@@ -12,12 +12,16 @@ from numpy.typing import NDArray
 from blindtune.audit.channels import (
     MIN_TEXTS,
     beyond_text_channels,
+    collusion_channels,
     computed_channels,
+    counterparts,
+    extra_adapters,
     inverted_channels,
+    mean_channels,
     travelled_channels,
 )
 from blindtune.audit.labels import ATTACKS, Attack, Channel
-from blindtune.audit.observe import Checkpoint, Features, Row, View
+from blindtune.audit.observe import Adapter, Checkpoint, Features, Row, View
 from blindtune.audit.recompute import Memory, Recomputation
 from blindtune.audit.statistics import CachedScores, Labels, Scores, best_auc, bootstrap_auc, mean_auc
 from blindtune.errors import TranscriptError
@@ -50,7 +54,9 @@ class Finding:
 
 @dataclass
 class Plan:
-    """What to attack: labels of known texts, how many points in time, at how many of them the costly probe.
+    """What to attack: labels of known texts, how many points in time, at how many of them what costs more.
+
+    That is the probe with all labels, and averages of adapters.
 
     Attributes:
         updates: how many optimizer steps to invert; each costs as much as twenty or more training steps.
@@ -132,12 +138,15 @@ class Attacked:
 
 
 def audited_checkpoints(view: View, points: int) -> list[Checkpoint]:
-    """Points in time, evenly spread, the last one included; the very first one only if there is no other."""
-    count = len(view.checkpoints)
+    """Points in time, evenly spread, the last one included; the very first one only if there is no other.
+
+    Adapters that stand still are none.
+    """
+    count = len(view.moving)
     if count == 0:
         return []
     positions = np.unique(np.linspace(0, count - 1, points + 1).round().astype(int)[1:])
-    return [view.checkpoints[position] for position in positions]
+    return [view.moving[position] for position in positions]
 
 
 def scored_rows(view: View, plan: Plan) -> list[Row]:
@@ -166,10 +175,13 @@ def attack_view(
     rows = scored_rows(view, plan)
     checkpoints = audited_checkpoints(view, plan.points)
     recompute.ensure(view, [()], rows)
-    wanted = [view.checkpoints[0].adapters, *(c.adapters for c in checkpoints)] if checkpoints else []
+    chosen = np.linspace(len(checkpoints) - 1, 0, plan.probe_points if checkpoints else 0).round().astype(int)
+    probed = {checkpoints[index].step for index in chosen}
+    wanted: list[tuple[Adapter, ...]] = [checkpoint.adapters for checkpoint in [*view.moving[:1], *checkpoints]]
+    for checkpoint in checkpoints:
+        wanted += extra_adapters(view, checkpoint, means=checkpoint.step in probed)
     recompute.ensure(view, wanted, rows)
     result = Attacked(view.operator, len(view.checkpoints), len(rows), recompute.scores)
-    probed = {checkpoints[i].step for i in np.linspace(len(checkpoints) - 1, 0, plan.probe_points).round().astype(int)}
     previous: Checkpoint | None = None
     for checkpoint in checkpoints:
         late = checkpoint is checkpoints[-1]
@@ -178,6 +190,9 @@ def attack_view(
         moments = {"every look": True, "some looks": checkpoint.step in probed, "last look": late}
         attacks = [a for a in ATTACKS.values() if moments[a.when]]
         computed = computed_channels(view, recompute, checkpoint, previous, visible)
+        computed |= collusion_channels(view, recompute, checkpoint, visible)
+        if checkpoint.step in probed:
+            computed |= mean_channels(view, recompute, checkpoint, visible)
         gathered = travelled_channels(view, plan.labels, checkpoint.step)
         gathered |= beyond_text_channels(view, recompute, gathered)
         if late:
@@ -218,9 +233,12 @@ def _shuffled(row: Row) -> bytes:
 
 def cells(view: View, plan: Plan) -> int:
     """About how many channels `attack_view` will attack, for a progress bar."""
-    n = len(view.checkpoints[0].adapters) if view.checkpoints else 0
-    each = n * 5 + (5 if n > 1 else 0)
-    return each * len(audited_checkpoints(view, plan.points)) + 1
+    looks = audited_checkpoints(view, plan.points)
+    if not looks:
+        return 1
+    n = len(looks[0].adapters)
+    each = n * 5 + (5 if n > 1 else 0) + n * len(counterparts(view, looks[-1]))
+    return each * len(looks) + 2 * n * min(plan.probe_points, len(looks)) + 1
 
 
 def _all(

@@ -1,21 +1,35 @@
-"""The channels of one look at one server: vectors for texts that it computed, was sent, or reconstructed."""
+"""The channels of one look at one server: vectors for texts that it computed, was sent, or reconstructed.
+
+| channel | what an attacker hopes for |
+|---|---|
+| activation i, shift i | the adapter carries the labels |
+| shift i since the first step, since the last look | what came before hides less than what came between |
+| … joint, in common, 0 minus i | several adapters together carry them |
+| shift i of the mean adapter, of the recent mean adapter | noise on adapters averages out, what they learn doesn't |
+| activation of A minus B | operators that collude hold adapters with one pad: it cancels |
+| sent activation i, gradient … | what travelled, averaged over messages |
+| update inverted | an optimizer step tells its gradient |
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from blindtune.audit.labels import SHARE_ATTACKS, UPDATE_ATTACKS, Channel
 from blindtune.audit.labels.registry import COMPONENTS
-from blindtune.audit.observe import Checkpoint, Features, Row, Update, View
+from blindtune.audit.observe import Adapter, Checkpoint, Features, Mean, Row, Update, View
 from blindtune.audit.recompute import Jacobian, Recomputation
 
 MIN_TEXTS = 50
-CANONICAL_COMPONENTS = 10
 MIN_TRAVELLED = 1000
 """Vectors that travelled are pooled over steps until there are so many (if there are): fewer say little."""
+NEIGHBOURS = 4
+"""Of so many adapters that are near in time the one with the nearest weights counts as received at the same moment."""
 
 
 def computed_channels(
@@ -28,7 +42,7 @@ def computed_channels(
     frozen = recompute.hidden(view, (), rows)[0]
     channels: dict[str, Features] = {}
     references = {"": frozen}
-    first = view.checkpoints[0]
+    first = view.moving[0]
     if now.step != first.step and len(first.adapters) == len(hidden):
         start = recompute.hidden(view, first.adapters, rows)
         if not np.allclose(start, frozen, atol=1e-4):  # adapters usually begin without effect
@@ -48,18 +62,107 @@ def computed_channels(
     return channels
 
 
+def mean_adapters(view: View, now: Checkpoint) -> dict[str, tuple[Mean, ...]]:
+    """Averages of the adapters received until now, and of the latter half of them: name -> one for each position."""
+    alike = [
+        checkpoint.adapters
+        for checkpoint in view.moving
+        if checkpoint.step <= now.step
+        and len(checkpoint.adapters) == len(now.adapters)
+        and all(name in view.weights for name in checkpoint.adapters)
+    ]
+    chosen = {"mean adapter": alike, "recent mean adapter": alike[len(alike) // 2 :]}
+    return {
+        name: tuple(Mean(tuple(column)) for column in zip(*several, strict=True))
+        for name, several in chosen.items()
+        if len(several) > 1
+    }
+
+
+def mean_channels(view: View, recompute: Recomputation, now: Checkpoint, rows: Sequence[Row]) -> dict[str, Features]:
+    """Shifts under averages of adapters: fresh noise on each of them shrinks with the root of their number."""
+    if len(rows) < MIN_TEXTS:
+        return {}
+    frozen = recompute.hidden(view, (), rows)[0]
+    channels: dict[str, Features] = {}
+    for name, adapters in mean_adapters(view, now).items():
+        for i, vectors in enumerate(recompute.hidden(view, adapters, rows)):
+            channels[f"shift {i} of the {name}"] = vectors - frozen
+    return channels
+
+
+def counterparts(view: View, now: Checkpoint) -> dict[str, tuple[Checkpoint, Checkpoint]]:
+    """For each two operators the adapters that they received at about this moment: "A minus B" -> A's and B's.
+
+    Only adapters that the other one did not receive count; so there are none where all get the same.
+    """
+    found: dict[str, tuple[Checkpoint, Checkpoint]] = {}
+    operators = sorted({operator for times in view.received.values() for operator in times})
+    for pair in combinations(operators, 2):
+        own = {
+            operator: [
+                checkpoint
+                for checkpoint in view.moving
+                if len(checkpoint.adapters) == len(now.adapters)
+                and view.received[checkpoint.adapters].keys() & set(pair) == {operator}
+                and all(name in view.weights for name in checkpoint.adapters)
+            ]
+            for operator in pair
+        }
+        if not all(own.values()):
+            continue
+        start = next((operator for operator in pair if operator in view.received[now.adapters]), pair[0])
+        end = pair[1] if start == pair[0] else pair[0]
+        one = _near(view, own[start], now)[0]
+        near = _near(view, own[end], one)[:NEIGHBOURS]
+        weights = view.load(name for checkpoint in [one, *near] for name in checkpoint.adapters)
+        other = min(near, key=lambda checkpoint: _distance(weights, one, checkpoint))
+        found[f"{pair[0]} minus {pair[1]}"] = (one, other) if start == pair[0] else (other, one)
+    return found
+
+
+def collusion_channels(
+    view: View, recompute: Recomputation, now: Checkpoint, rows: Sequence[Row]
+) -> dict[str, Features]:
+    """Differences of activations under adapters that different operators received at the same moment."""
+    if len(rows) < MIN_TEXTS:
+        return {}
+    channels: dict[str, Features] = {}
+    for name, (one, other) in counterparts(view, now).items():
+        difference = recompute.hidden(view, one.adapters, rows) - recompute.hidden(view, other.adapters, rows)
+        for i, vectors in enumerate(difference):
+            channels[f"activation {i} of {name}" if len(difference) > 1 else f"activation of {name}"] = vectors
+    return channels
+
+
+def extra_adapters(view: View, now: Checkpoint, *, means: bool) -> list[tuple[Adapter, ...]]:
+    """What `mean_channels` and `collusion_channels` will recompute at this look, beside its own adapters."""
+    wanted: list[tuple[Adapter, ...]] = [
+        checkpoint.adapters for p in counterparts(view, now).values() for checkpoint in p
+    ]
+    return [*wanted, *(mean_adapters(view, now).values() if means else ())]
+
+
+def _near(view: View, checkpoints: Sequence[Checkpoint], to: Checkpoint) -> list[Checkpoint]:
+    """The nearest in time first."""
+    time = min(view.received[to.adapters].values())
+    return sorted(checkpoints, key=lambda c: abs(min(view.received[c.adapters].values()) - time))
+
+
+def _distance(weights: Mapping[Adapter, Tensor], one: Checkpoint, other: Checkpoint) -> float:
+    pairs = zip(one.adapters, other.adapters, strict=True)
+    return sum(float((weights[a] - weights[b]).norm()) for a, b in pairs)
+
+
 def common_variates(left: Features, right: Features) -> Features:
     """What two adapters' features `(N, d)` have in common: the first canonical variates' sum, `(N, 1)`.
 
     Adapters with independent disguises share little but the task (canonical correlation of the leading components).
     """
-    scores: list[Features] = []
-    for features in (left, right):
-        centred = features - features.mean(0)
-        leading = np.linalg.svd(centred, full_matrices=False)[0][:, :CANONICAL_COMPONENTS]
-        scores.append(leading.astype(np.float32))
-    u, _, v = np.linalg.svd(scores[0].T @ scores[1])
-    return (scores[0] @ u[:, :1] + scores[1] @ v[:1].T) * np.float32(len(left) ** 0.5)
+    leading = [Channel(features).components(COMPONENTS) for features in (left, right)]
+    one, other = (scores / np.maximum(np.linalg.norm(scores, axis=0), 1e-30) for scores in leading)
+    u, _, v = np.linalg.svd(one.T @ other)
+    return ((one @ u[:, :1] + other @ v[:1].T) * len(left) ** 0.5).astype(np.float32)
 
 
 def travelled_channels(view: View, labels: Mapping[Row, int], step: int) -> dict[str, tuple[Features, list[Row]]]:
@@ -80,7 +183,7 @@ def travelled_channels(view: View, labels: Mapping[Row, int], step: int) -> dict
                 if row in labels:
                     total[row] = total[row] + vector if row in total else vector
                     count[row] = count.get(row, 0) + 1
-    final = step == view.checkpoints[-1].step
+    final = step >= view.moving[-1].step
     return {
         channel: (np.stack([vector / np.float32(counts[channel][row]) for row, vector in known.items()]), list(known))
         for channel, known in sums.items()
@@ -122,7 +225,7 @@ def inverted_channels(
     def observed(update: Update) -> tuple[Jacobian, NDArray[np.float64]]:
         before, after = ([view.adapter(name) for name in names] for names in (update.before, update.after))
         change = np.stack([(b - a).double().numpy() for a, b in zip(before, after, strict=True)])
-        return recompute.jacobian(view, update.before, update.rows), change
+        return recompute.jacobian(view, update.at, update.rows), change
 
     channels: dict[str, tuple[Features, list[Row]]] = {}
     for channel, invert in UPDATE_ATTACKS.items():

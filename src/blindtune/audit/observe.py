@@ -8,34 +8,46 @@ Attacks observe one of four things, each a part of a `View`:
 | what | where |
 |---|---|
 | vectors of one channel, one for each text | `Sighting`, or recomputed (`Recomputation`) |
-| the shares of one backward call | `Gradients` |
+| averages of adapters, as if they had been received | `Mean`, recomputed |
+| the shares of one gradient | `Gradients` |
 | consecutive adapters, with the texts between | `Update` |
 | the views of several operators | `join_views`, which gives a view with more of the above |
+
+Every step is a moment: how many different adapters had come before the newest (`blindtune.audit.messages`). A
+checkpoint that *stands still* (all gradients are taken under it, while others move past it) is neither a look nor
+part of an update.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
 from torch import Tensor
 
+from blindtune.audit.messages import Adapters, Features, Message, Row, meetings, moments, read_message
 from blindtune.errors import TranscriptError
 from blindtune.wire import Event, LoraSpec, Pooling, Transcript
 
-Row = tuple[int, ...]
-"""Token ids of one text, without padding."""
-Features = NDArray[np.float32]
+
+@dataclass(frozen=True)
+class Mean:
+    """A synthetic adapter: the average of some that were received."""
+
+    of: tuple[str, ...]
+
+
+Adapter = str | Mean
+"""Something with weights: an adapter's content hash, or what an attacker makes of several."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The adapters of one training step, by content, in the order of the request."""
+    """Adapters that one call was made with, by content, in the order of the request."""
 
-    adapters: tuple[str, ...]
+    adapters: Adapters
     step: int
     """Position among the distinct sets of adapters that this server received, from 0."""
 
@@ -56,6 +68,7 @@ class Gradients:
     step: int
     rows: tuple[Row, ...]
     shares: Features
+    adapters: Adapters
 
 
 @dataclass(frozen=True)
@@ -64,21 +77,10 @@ class Update:
 
     step: int
     rows: tuple[Row, ...]
-    before: tuple[str, ...]
-    after: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Message:
-    """A forward or backward call with what it carried."""
-
-    time: float
-    kind: Literal["forward", "backward"]
-    adapters: tuple[str, ...]
-    rows: tuple[Row, ...]
-    types: tuple[Row, ...]
-    vectors: Features | None
-    """Hidden states `(n, B, d)` that were sent back, or cotangents `(m, n, B, d)` that were received."""
+    before: Adapters
+    after: Adapters
+    at: Adapters
+    """Where the gradient was taken: θ_t, or adapters that stand still."""
 
 
 @dataclass(frozen=True)
@@ -105,28 +107,31 @@ class View:
     first_seen: dict[Row, int] = field(default_factory=dict[Row, int])
     """Text -> first step at which the server had it."""
     checkpoints: list[Checkpoint] = field(default_factory=list[Checkpoint])
+    moving: list[Checkpoint] = field(default_factory=list[Checkpoint])
+    """Those that don't stand still; all if there are no others."""
+    received: dict[Adapters, dict[str, float]] = field(default_factory=dict[Adapters, dict[str, float]])
+    """Adapters -> the operators that got them, and when each did first. In a view that isn't joined there is one."""
     sightings: list[Sighting] = field(default_factory=list[Sighting])
     gradients: list[Gradients] = field(default_factory=list[Gradients])
 
     def __post_init__(self) -> None:
-        seen: dict[tuple[str, ...], int] = {}
-        step = 0
-        for call in self.calls:
+        met, standing = meetings(self.calls)
+        for call, step in zip(self.calls, moments(self.calls), strict=True):
             if call.adapters:
-                if call.adapters not in seen:
-                    seen[call.adapters] = len(self.checkpoints)
-                    self.checkpoints.append(Checkpoint(call.adapters, len(self.checkpoints)))
-                step = seen[call.adapters]
+                if call.adapters not in self.received:
+                    self.checkpoints.append(Checkpoint(call.adapters, step))
+                self.received.setdefault(call.adapters, {}).setdefault(call.operator, call.time)
             for row, row_types in zip(call.rows, call.types, strict=True):
                 self.types.setdefault(row, row_types)
                 self.first_seen.setdefault(row, step)
             if call.kind == "forward" and call.adapters and call.vectors is not None:
-                channels = {f"sent activation {i}": vectors for i, vectors in enumerate(call.vectors)}
+                where = " at the base" if call.adapters in standing else ""
+                channels = {f"sent activation {i}{where}": vectors for i, vectors in enumerate(call.vectors)}
                 self.sightings.append(Sighting(step, call.rows, channels))
-        for (adapters, rows), shares in _meetings(self.calls).items():
-            found = Gradients(seen[adapters], rows, shares)
-            self.gradients.append(found)
-            self.sightings.append(Sighting(found.step, rows, _gradient_channels(shares)))
+        self.moving = [c for c in self.checkpoints if c.adapters not in standing] or self.checkpoints
+        for found in met:
+            self.gradients.append(Gradients(found.moment, found.rows, found.shares, found.adapters))
+            self.sightings.append(Sighting(found.moment, found.rows, _gradient_channels(found.shares)))
 
     @property
     def messages(self) -> int:
@@ -137,25 +142,67 @@ class View:
         return [row for row, first in self.first_seen.items() if first <= step]
 
     def updates(self) -> list[Update]:
-        """Consecutive checkpoints of this server with gradients for one batch between them.
+        """Consecutive checkpoints of one operator with gradients for one batch between them.
 
-        A server can't know whether the client took further steps with other operators in between.
+        Those are gradients at the first of the two, or at adapters that stand still. A server can't know whether the
+        client took further steps with other operators in between.
         """
-        batches: dict[int, set[tuple[Row, ...]]] = {}
+        moving = {checkpoint.adapters for checkpoint in self.moving}
+        own: dict[Adapters, set[tuple[Adapters, tuple[Row, ...]]]] = {}
+        standing: dict[int, set[tuple[Adapters, tuple[Row, ...]]]] = {}
         for found in self.gradients:
-            batches.setdefault(found.step, set()).add(found.rows)
-        return [
-            Update(now.step, next(iter(batches[now.step])), now.adapters, after.adapters)
-            for now, after in zip(self.checkpoints, self.checkpoints[1:], strict=False)
-            if len(batches.get(now.step, ())) == 1
-        ]
+            batch = (found.adapters, found.rows)
+            if found.adapters in moving:
+                own.setdefault(found.adapters, set()).add(batch)
+            else:
+                standing.setdefault(found.step, set()).add(batch)
+        updates: list[Update] = []
+        for index, now in enumerate(self.moving):
+            mine = self.received[now.adapters].keys()
+            after = next((c for c in self.moving[index + 1 :] if mine & self.received[c.adapters].keys()), None)
+            if after is not None:
+                between = [standing.get(step, set()) for step in range(now.step, after.step)]
+                batches = own.get(now.adapters, set()).union(*between)
+                if len(batches) == 1:
+                    at, rows = batches.pop()
+                    updates.append(Update(now.step, rows, now.adapters, after.adapters, at))
+        return updates
 
-    def adapter(self, name: str) -> Tensor:
-        """Weights `(P,)` of the adapter with this content hash.
+    def adapter(self, name: Adapter) -> Tensor:
+        """Weights `(P,)` of the adapter with this content hash, or of a mean.
 
         Raises:
             TranscriptError: its upload is not in the recording.
         """
+        return self.load([name])[name]
+
+    def load(self, names: Iterable[Adapter]) -> dict[Adapter, Tensor]:
+        """Weights `(P,)` of several adapters; each recorded one is read once, for itself and for all means of it.
+
+        Raises:
+            TranscriptError: an upload is not in the recording.
+        """
+        wanted = list(dict.fromkeys(names))
+        means = [name for name in wanted if isinstance(name, Mean)]
+        sums: list[Tensor | None] = [None] * len(means)
+        uses: dict[str, list[int]] = {name: [] for name in wanted if isinstance(name, str)}
+        for place, mean in enumerate(means):
+            for name in mean.of:
+                uses.setdefault(name, []).append(place)
+        loaded: dict[Adapter, Tensor] = dict.fromkeys(wanted, torch.empty(0))
+        for name, places in uses.items():
+            weights = self._stored(name)
+            if name in loaded:
+                loaded[name] = weights
+            for place in places:
+                total = sums[place]
+                sums[place] = weights.to(torch.float64, copy=True) if total is None else total.add_(weights)
+        for mean, total in zip(means, sums, strict=True):
+            if total is not None:
+                loaded[mean] = (total / len(mean.of)).to(torch.float32)
+        return loaded
+
+    def _stored(self, name: str) -> Tensor:
         stored = self.weights.get(name)
         if stored is None:
             raise TranscriptError(f"The adapter {name[:12]}… was used but not recorded.", remedy="Record a whole run.")
@@ -201,7 +248,7 @@ def read_view(transcript: Transcript, operator: str, tenant: str | None = None) 
         models.pop(),
         _pooling(poolings.pop()),
         specs[0] if specs else None,
-        [_message(event, transcript.tensors(event)) for event in calls],
+        [read_message(event, transcript.tensors(event), operator) for event in calls],
         {name: StoredWeights(transcript, event) for name, event in weights.items()},
     )
 
@@ -209,8 +256,9 @@ def read_view(transcript: Transcript, operator: str, tenant: str | None = None) 
 def join_views(views: Sequence[View]) -> View:
     """What operators know together if they collude: all texts, all adapters, and the shares that met.
 
-    Messages are put in the order of the operators' clocks. Backward calls for the same texts under the same adapters
-    carry shares of one gradient, whoever received them.
+    Messages are put in the order of the operators' clocks, and keep the name of their operator. Backward calls for the
+    same texts under the same adapters carry shares of one gradient, whoever received them, unless they belong to
+    different moments (`blindtune.audit.messages`).
 
     Raises:
         TranscriptError: the operators didn't serve one and the same run.
@@ -227,38 +275,11 @@ def join_views(views: Sequence[View]) -> View:
     return View(names, first.transcript, first.model, first.pooling, first.spec, calls, weights)
 
 
-def _message(event: Event, tensors: dict[str, Tensor]) -> Message:
-    rows = _rows(tensors)
-    name = "hidden" if event.kind == "forward" else "cotangents"
-    vectors = tensors[name].float().numpy() if name in tensors else None
-    kind = "forward" if event.kind == "forward" else "backward"
-    ids, types = tuple(row for row, _ in rows), tuple(row_types for _, row_types in rows)
-    return Message(event.time, kind, tuple(event.adapters), ids, types, vectors)
-
-
-def _meetings(calls: Sequence[Message]) -> dict[tuple[tuple[str, ...], tuple[Row, ...]], Features]:
-    """Shares `(m, n, B, d)` of each gradient; a message that was sent again adds nothing."""
-    found: dict[tuple[tuple[str, ...], tuple[Row, ...]], dict[bytes, Features]] = {}
-    for call in calls:
-        if call.kind == "backward" and call.vectors is not None:
-            shares = found.setdefault((call.adapters, call.rows), {})
-            for share in call.vectors:
-                shares.setdefault(share.tobytes(), share)
-    return {key: np.stack(list(shares.values())) for key, shares in found.items()}
-
-
 def _pooling(value: str | None) -> Pooling:
     for pooling in ("cls", "mean", "last", "first"):
         if value == pooling:
             return pooling
     raise TranscriptError(f"The transcript has the pooling {value!r}.", remedy="Record it again.")
-
-
-def _rows(tensors: dict[str, Tensor]) -> list[tuple[Row, Row]]:
-    ids, lengths, types = tensors["input_ids"], tensors["lengths"].tolist(), tensors.get("token_type_ids")
-    listed = ids.tolist()
-    listed_types = types.tolist() if types is not None else [[0] * ids.shape[1]] * len(listed)
-    return [(tuple(r[:n]), tuple(t[:n])) for r, t, n in zip(listed, listed_types, lengths, strict=True)]
 
 
 def _gradient_channels(shares: Features) -> dict[str, Features]:

@@ -1,4 +1,7 @@
-"""Runs texts through the adapters of any moment, as a server can: hidden states, and Jacobians in the adapters."""
+"""Runs texts through adapters, as a server can: hidden states, and Jacobians in the adapters.
+
+The adapters are those of any moment, or what an attacker makes of them (`blindtune.audit.observe.Mean`).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from blindtune.audit.observe import Features, Row, View
+from blindtune.audit.observe import Adapter, Features, Row, View
 from blindtune.audit.statistics import Scores
 from blindtune.errors import TranscriptError
 from blindtune.models import FrozenBackbone, LoraLayout, Tokens
@@ -28,17 +31,17 @@ class Recomputation:
     def __init__(self, backbone: FrozenBackbone, on_texts: Callable[[int], None] | None = None) -> None:
         self.backbone, self.on_texts = backbone, on_texts
         self.scores = Memory()
-        self._known: dict[tuple[str, ...], dict[Row, Features]] = {}
+        self._known: dict[tuple[Adapter, ...], dict[Row, Features]] = {}
 
-    def hidden(self, view: View, checkpoint: tuple[str, ...], rows: Sequence[Row]) -> Features:
+    def hidden(self, view: View, checkpoint: tuple[Adapter, ...], rows: Sequence[Row]) -> Features:
         """h(x, θ_i): `(n, N, d)`; the empty checkpoint is the frozen model, n = 1."""
         self.ensure(view, [checkpoint], rows)
         known = self._known[checkpoint]
         return np.stack([known[row] for row in rows], axis=1)
 
-    def ensure(self, view: View, checkpoints: Sequence[tuple[str, ...]], rows: Sequence[Row]) -> None:
+    def ensure(self, view: View, checkpoints: Sequence[tuple[Adapter, ...]], rows: Sequence[Row]) -> None:
         """Runs all texts through all checkpoints in shared passes: the layers below the adapters run once."""
-        groups: dict[int, list[tuple[str, ...]]] = {}
+        groups: dict[int, list[tuple[Adapter, ...]]] = {}
         for checkpoint in dict.fromkeys(checkpoints):
             groups.setdefault(len(checkpoint), []).append(checkpoint)
         for n, group in groups.items():
@@ -57,14 +60,14 @@ class Recomputation:
                 if self.on_texts is not None:
                     self.on_texts(len(part))
 
-    def _stack(self, view: View, group: Sequence[tuple[str, ...]]) -> tuple[LoraLayout, Tensor]:
+    def _stack(self, view: View, group: Sequence[tuple[Adapter, ...]]) -> tuple[LoraLayout, Tensor]:
         if view.spec is None:
             raise TranscriptError(f"{view.transcript.folder} holds no adapters.", remedy="Record a whole run.")
         layout = LoraLayout(view.spec, self.backbone.lora.shapes)
-        vectors = {name: view.adapter(name) for name in {name for checkpoint in group for name in checkpoint}}
+        vectors = view.load(name for checkpoint in group for name in checkpoint)
         return layout, torch.stack([vectors[name] for checkpoint in group for name in checkpoint])
 
-    def jacobian(self, view: View, checkpoint: tuple[str, ...], rows: Sequence[Row]) -> Jacobian:
+    def jacobian(self, view: View, checkpoint: tuple[Adapter, ...], rows: Sequence[Row]) -> Jacobian:
         """∂h/∂θ of a batch under a checkpoint."""
         layout, weights = self._stack(view, [checkpoint])
         return Jacobian(self.backbone, view, layout, weights, rows)

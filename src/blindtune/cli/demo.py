@@ -101,11 +101,12 @@ def _train(name: str, plan: DemoPlan, train_set: "Examples", test_set: "Examples
     """Trains over two fresh server processes and evaluates."""
     from blindtune.cli.options import connect, make_lora_config
     from blindtune.cli.progress import inference_progress, run_steps
-    from blindtune.methods import LinearHead, PrivateModel
+    from blindtune.methods import METHODS, LinearHead, PrivateModel, make_method
     from blindtune.training import TrainConfig, Trainer, evaluate
 
     console.rule(f"[bold]{name}")
-    threads = max(1, (os.cpu_count() or 2) // len(OPERATORS))
+    cores = os.cpu_count() or 2
+    threads = cores if name == "lora" else max(1, cores // len(OPERATORS))  # under plain LoRA they take turns
     with local_servers(plan.model, plan.transcripts(name), threads=threads) as servers:
         for operator, server in zip(OPERATORS, servers, strict=True):
             console.print(f"{operator}: {server.url} (process {server.process.pid})")
@@ -117,12 +118,13 @@ def _train(name: str, plan: DemoPlan, train_set: "Examples", test_set: "Examples
             max_length=MAX_LENGTH,
             num_adapters=0,
         )
-        backbone.adapter_config = make_lora_config(backbone.info, rank=8, alpha=16, targets=None, layers="upper")
+        method = make_method(name, {} if name == "lora" else {"steps": plan.steps})
+        rank = METHODS[name].default_rank
+        backbone.adapter_config = make_lora_config(backbone.info, rank=rank, alpha=2 * rank, targets=None, layers="upper")
         head = LinearHead(backbone.hidden_size, len(train_set.classes))
-        private = PrivateModel(backbone, head, _method(name, plan.steps), seed=plan.seed)
-        trainer = Trainer(
-            private, train_set, TrainConfig(steps=plan.steps, seed=plan.seed), checkpoint=plan.output / name / "model"
-        )
+        private = PrivateModel(backbone, head, method, seed=plan.seed)
+        config = TrainConfig(steps=plan.steps, seed=plan.seed, learning_rate=METHODS[name].default_lr)
+        trainer = Trainer(private, train_set, config, checkpoint=plan.output / name / "model")
         begin = time.perf_counter()
         with inference_progress(backbone, console, "frozen features", len(train_set)):
             trainer.prepare()
@@ -136,12 +138,6 @@ def _train(name: str, plan: DemoPlan, train_set: "Examples", test_set: "Examples
     console.print(f"{name}: test accuracy {accuracy:.3f}")
     traffic = sum(step.bytes_sent + step.bytes_received for step in done) / len(done)
     return Run(frozen, accuracy, seconds, traffic, private.method.report())
-
-
-def _method(name: str, steps: int) -> Any:
-    from blindtune.methods import P3EFT, LoRA
-
-    return LoRA() if name == "lora" else P3EFT(steps=steps)
 
 
 def _frozen_accuracy(private: Any, test_set: "Examples") -> float:
@@ -213,13 +209,13 @@ def _print(result: dict[str, Any]) -> None:
     from blindtune.cli.progress import human_bytes
 
     table = Table(title="What was taught, and what the operators learned", title_justify="left")
-    columns = ("method", "accuracy", "best attack", "on gradients", "with 64 labels", "μ", "bytes/step", "seconds")
+    columns = ("method", "accuracy", "best attack", "on gradients", "with 64 labels", "μ", "bits", "bytes/step", "seconds")
     for column in columns:
         table.add_column(column, justify="left" if column == "method" else "right")
     frozen = [f"{result['frozen_attack_auc']:.2f}", _with_some_labels(result["frozen_few_label_auc"])]
-    table.add_row("frozen model", f"{result['frozen_accuracy']:.3f}", frozen[0], "–", frozen[1], "–", "–", "–")
+    table.add_row("frozen model", f"{result['frozen_accuracy']:.3f}", frozen[0], "–", frozen[1], "–", "–", "–", "–")
     for name, run in result["methods"].items():
-        mu = run.get("gradient_channel_mu")
+        mu, bits = run.get("gradient_channel_mu"), run.get("information_bits")
         table.add_row(
             {"lora": "plain LoRA", "p3eft": "P3EFT"}[name],
             f"{run['accuracy']:.3f}",
@@ -227,6 +223,7 @@ def _print(result: dict[str, Any]) -> None:
             f"{run['gradients_auc']:.2f}",
             _with_some_labels(run["few_label_auc"]),
             "none" if mu is None else f"{mu:.3f}",
+            "all" if bits is None else f"{bits:.2f}",
             human_bytes(run["bytes_per_step"]),
             f"{run['seconds']:.0f}",
         )
@@ -236,7 +233,9 @@ def _print(result: dict[str, Any]) -> None:
         "Best attack: AUC of the strongest attack that knows no label (spectral, norm, k-means, the most two-humped "
         "component, what adapters share) on activations, shifts and received gradients of either operator, at its best "
         "moment of the run; 0.5 is guessing. With 64 labels: the best probe of an attacker who knows the labels of 64 "
-        "texts; P3EFT does not protect against that. μ bounds what the shares of a gradient can reveal."
+        "texts. The frozen model's row is what the texts tell by themselves. μ bounds what the shares of a gradient "
+        f"reveal of one label; bits bound what everything that one operator sees reveals of all {result['train']} labels "
+        "together."
     )
     console.print(f"{result['seconds']:.0f} s in all.")
 

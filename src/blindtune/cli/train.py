@@ -3,6 +3,7 @@
 import csv
 import json as json_module
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,7 @@ from rich.table import Table
 
 from blindtune.cli import options
 from blindtune.cli.console import console, errors, reporting_errors, write_json
-from blindtune.errors import BlindtuneError, BudgetSpent, CheckpointError, ConfigError
+from blindtune.errors import BlindtuneError, BudgetSpent, CheckpointError
 
 if TYPE_CHECKING:
     from blindtune.methods import Method, PrivateModel
@@ -41,17 +42,19 @@ def train(
     method: Annotated[
         str | None,
         typer.Option(
-            help="p3eft (labels stay private; the default), lora (they don't), head_only, or a baseline: dc (distance "
-            "correlation), pslf, randomized_response."
+            help="p3eft (labels stay private; the default), p3eft_published (the paper's algorithm, adapters in the "
+            "clear), lora (no privacy), head_only, or a baseline: dc (distance correlation), pslf, randomized_response."
         ),
     ] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="An option of the method, e.g. --set n=3; repeat.")
+        list[str] | None, typer.Option("--set", help="An option of the method, e.g. --set max_bits=0.5; repeat.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the data, if no steps are given.")] = 3.0,
     batch_size: Annotated[int, typer.Option(help="Examples in a step.")] = 32,
-    lr: Annotated[float, typer.Option(help="Learning rate of the adapters.")] = 3e-3,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate of the adapters; 0.002 for p3eft, else 0.003, if left out.")
+    ] = None,
     head_lr: Annotated[float, typer.Option(help="Learning rate of the head.")] = 2e-3,
     weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.0,
     warmup: Annotated[int, typer.Option(help="Steps over which learning rates rise.")] = 10,
@@ -59,8 +62,8 @@ def train(
         int | None, typer.Option(help="Tokens to which texts are truncated; 128, or the model's limit, if left out.")
     ] = None,
     pooling: Annotated[str | None, typer.Option(help="cls, mean, last or first; the model's own if left out.")] = None,
-    rank: Annotated[int, typer.Option(help="LoRA rank.")] = 8,
-    alpha: Annotated[int, typer.Option(help="LoRA alpha.")] = 16,
+    rank: Annotated[int | None, typer.Option(help="LoRA rank; 32 for p3eft, else 8, if left out.")] = None,
+    alpha: Annotated[int | None, typer.Option(help="LoRA alpha; twice the rank if left out.")] = None,
     target_modules: Annotated[
         str | None, typer.Option(help="Layers that get adapters, e.g. query,value; all linear ones if left out.")
     ] = None,
@@ -77,15 +80,16 @@ def train(
 ) -> None:
     """Fine-tune a hosted model on private labels.
 
-    Texts and adapters go to the servers; labels, the head and the optimizer stay here. With p3eft, gradients travel
-    as shares of which each operator gets one, so give at least two operators that don't collude. Ctrl-C leaves a
-    checkpoint; --resume continues to the weights that an uninterrupted run would have had. The output folder holds
-    PEFT adapters, the head, and the secrets of the run.
+    Texts and adapters go to the servers; labels, the head and the optimizer stay here. With p3eft, each operator gets
+    the adapter under a pad and one share of each gradient, so give at least two operators that don't collude. Ctrl-C
+    leaves a checkpoint; --resume continues to the weights that an uninterrupted run would have had. The output folder
+    holds PEFT adapters, the head, and the secrets of the run.
 
     Example:  blindtune train --server https://a.example --server https://b.example --data notes.csv --text note
     --label diagnosis --output out/
     """
     with reporting_errors():
+        from blindtune.methods import method_class, read_summary
         from blindtune.training import Columns, TrainConfig, load_examples, split_examples, steps_for
 
         columns = Columns(text, label, text_pair)
@@ -99,27 +103,29 @@ def train(
         elif validation_fraction > 0:
             examples, held_out = split_examples(examples, validation_fraction, seed)
         count = steps if steps is not None else steps_for(len(examples), batch_size, epochs)
+        name = read_summary(output)["method"] if resume else (method or "p3eft")
+        kind = method_class(name)
         config = TrainConfig(
             steps=count,
             batch_size=batch_size,
-            learning_rate=lr,
+            learning_rate=kind.default_lr if lr is None else lr,
             head_learning_rate=head_lr,
             weight_decay=weight_decay,
             warmup=warmup,
             seed=seed,
         )
-        targets = [name.strip() for name in target_modules.split(",")] if target_modules else None
-        lora = {"rank": rank, "alpha": alpha, "targets": targets, "layers": layers}
+        rank = kind.default_rank if rank is None else rank
+        targets = [target.strip() for target in target_modules.split(",")] if target_modules else None
+        lora = {"rank": rank, "alpha": 2 * rank if alpha is None else alpha, "targets": targets, "layers": layers}
         connection = {"token": token, "tls_ca": tls_ca, "wait": wait, "insecure": insecure, "model": model}
         chosen = options.parse_settings(set_)
         settings = {"max_length": max_length, "pooling": pooling}
         if resume:
             private = _resume_model(server, output, connection, {"method": method, **chosen})
         else:
-            method = method or "p3eft"
-            if method == "p3eft":
+            if any(option.name == "steps" for option in fields(kind)):
                 chosen.setdefault("steps", count)
-            private = _new_model(server, method, chosen, len(examples.classes), lora, settings, connection, seed)
+            private = _new_model(server, name, chosen, len(examples.classes), lora, settings, connection, seed)
         result = _run(private, examples, held_out, config, output, save_every, resume)
         _print_result(result)
         write_json(json, result)
@@ -135,15 +141,14 @@ def _new_model(
     connection: dict[str, Any],
     seed: int,
 ) -> "PrivateModel":
-    from blindtune.methods import METHODS, LinearHead, PrivateModel, make_method
+    from blindtune.methods import LinearHead, PrivateModel, make_method
 
-    if method not in METHODS:
-        raise ConfigError(f"There is no method {method!r}.", remedy=f"Use one of: {', '.join(METHODS)}.")
+    algorithm = make_method(method, chosen)
     backbone = options.connect(servers, num_adapters=0, **settings, **connection)
-    if METHODS[method].name != "head_only":
+    if algorithm.num_adapters:
         backbone.adapter_config = options.make_lora_config(backbone.info, **lora)
     head = LinearHead(backbone.hidden_size, classes)
-    return PrivateModel(backbone, head, make_method(method, chosen), seed=seed)
+    return PrivateModel(backbone, head, algorithm, seed=seed)
 
 
 def _resume_model(
@@ -193,7 +198,7 @@ def _run(
         f"(fingerprint {backbone.info.fingerprint[:12]}…)"
     )
     for index, operator in enumerate(backbone.pool.operators):
-        console.print(f"  operator {index}: {operator.transport.url}  {_sees(method)}")
+        console.print(f"  operator {index}: {operator.transport.url}  {_sees(method, len(backbone.pool))}")
     if resume:
         trainer.load(*read_resume(output))
         console.print(f"Resumed after step {trainer.done}.")
@@ -229,13 +234,17 @@ def _run(
     return result
 
 
-def _sees(method: "Method") -> str:
-    if getattr(method, "allow_single_operator", False):
-        return "sees texts, adapters, and every share: there is no gradient privacy"
+def _sees(method: "Method", operators: int) -> str:
     clear = "sees texts, adapters, and gradients"
     randomized = f"of labels that were randomised with epsilon {getattr(method, 'epsilon', 0):g}"
+    if operators < getattr(method, "m", 1):  # the user has allowed it
+        return {
+            "p3eft": "sees texts, both padded adapters, and every share: it can learn the labels",
+            "p3eft_published": "sees texts, all adapters, and every share: there is no gradient privacy",
+        }[method.name]
     return {
-        "p3eft": "sees texts, adapters, and one share of each gradient",
+        "p3eft": "sees texts, one adapter under a pad, and one share of each gradient",
+        "p3eft_published": "sees texts, all adapters, and one share of each gradient",
         "lora": f"{clear}: it can learn the labels",
         "head_only": "sees texts",
         "dc": f"{clear}: it can learn the labels, if not from activations",
@@ -272,9 +281,11 @@ def predict(
     """Predict classes with a trained checkpoint over the servers that host its model.
 
     Writes one row for each text: the predicted class and the probability of every class. Servers see texts and
-    adapters; the head, and so the predictions, stay here.
+    adapters; the head, and so the predictions, stay here. A checkpoint of p3eft needs the operators that trained it, in
+    their order: each gets the adapter under a pad.
 
-    Example:  blindtune predict out/ --server https://a.example --data new.csv --text note --output predicted.csv
+    Example:  blindtune predict out/ --server https://a.example --server https://b.example --data new.csv --text note
+    --output predicted.csv
     """
     with reporting_errors():
         import torch

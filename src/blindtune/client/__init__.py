@@ -1,13 +1,13 @@
 """The data owner's side: hosted models as torch modules, over one or several operators."""
 
-from blindtune.client.backbone import Backbone, BackwardCall, GradientChannel, PlainChannel, RemoteBatch
+from blindtune.client.backbone import Backbone
+from blindtune.client.channel import Channel, PlainChannel, RemoteBatch, hidden_from_first
 from blindtune.client.operators import Operator, OperatorPool, Upload
 from blindtune.client.transport import Patience, Traffic, Transport
 
 __all__ = [
     "Backbone",
-    "BackwardCall",
-    "GradientChannel",
+    "Channel",
     "Operator",
     "OperatorPool",
     "Patience",
@@ -16,4 +16,5 @@ __all__ = [
     "Traffic",
     "Transport",
     "Upload",
+    "hidden_from_first",
 ]

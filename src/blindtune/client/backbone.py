@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig
@@ -19,12 +18,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 
-from blindtune.client.operators import OperatorPool, Upload
+from blindtune.client.channel import Channel, PlainChannel, RemoteBatch
+from blindtune.client.operators import OperatorPool
 from blindtune.client.transport import Patience, Traffic, Transport
 from blindtune.errors import ConfigError, SequenceTooLong, UnknownPooling
-from blindtune.models import LoraAdapter, Tokenizer, Tokens
+from blindtune.models import LoraAdapter, Tokenizer
 from blindtune.models.tokenizer import Text, TokenRow
-from blindtune.wire import NoiseShare, Pooling
+from blindtune.wire import Pooling
 
 DEFAULT_LENGTH = 128
 FROZEN_CACHE_ROWS = 200_000
@@ -32,56 +32,19 @@ INFERENCE_TOKENS = 4096
 """Tokens in one request without gradient."""
 
 
-@dataclass(frozen=True)
-class RemoteBatch:
-    """One forward pass that was made: what was sent where. `operators` hold its graph."""
-
-    rows: tuple[TokenRow, ...]
-    tokens: Tokens
-    uploads: tuple[Upload, ...]
-    seed: int | None
-    operators: tuple[int, ...]
-
-
-BackwardCall = Callable[[int, Tensor | NoiseShare], Tensor]
-"""Sends cotangents `(m, n, B, d)`, or one that is noise alone, to one operator of the batch; returns gradients
-`(m, n, P)`."""
-
-
-class GradientChannel(Protocol):
-    """How the gradient of a batch reaches the operators."""
-
-    def choose(self, operators: int, step: int) -> tuple[int, ...]:
-        """Which operators will take part in the backward pass of this step; the first one sends hidden states."""
-        ...
-
-    def send(self, cotangent: Tensor, batch: RemoteBatch, pool: OperatorPool, backward: BackwardCall) -> Tensor:
-        """Parameter gradients `(n, P)` for a cotangent `(n, B, d)`."""
-        ...
-
-
-class PlainChannel:
-    """The true gradient, in the clear, to one operator after the other. No label privacy."""
-
-    def choose(self, operators: int, step: int) -> tuple[int, ...]:
-        return (step % operators,)
-
-    def send(self, cotangent: Tensor, batch: RemoteBatch, pool: OperatorPool, backward: BackwardCall) -> Tensor:
-        return backward(batch.operators[0], cotangent.unsqueeze(0))[0]
-
-
 class Backbone(nn.Module):
     """A hosted model with n trainable LoRA adapters, as a torch module.
 
     Args:
-        servers: addresses of the operators that host the model.
+        servers: addresses of the operators that host the model, or operators that are connected already; then `model`,
+            `token` and the connection's options have no effect.
         model: the hosted name; may be left out where a server hosts one model.
         adapter: PEFT's `LoraConfig`; rank 8 on PEFT's default layers for this architecture if left out.
         num_adapters: n.
         token: bearer token for all servers, or one for each.
         pooling: `cls`, `mean`, `last`, `first` or `none`; the model's default if left out.
         max_length: tokens to which texts are truncated; 128 if left out, or as many as the model takes if fewer.
-        channel: how gradients travel; in the clear if left out.
+        channel: what operators are sent; adapters and gradients in the clear if left out.
         verify, insecure, patience, on_wait: see `Transport`.
     Raises:
         RequestError, OperatorError: what the servers answer, see `blindtune.errors`.
@@ -89,7 +52,7 @@ class Backbone(nn.Module):
 
     def __init__(
         self,
-        servers: str | Sequence[str],
+        servers: str | Sequence[str] | OperatorPool,
         *,
         model: str | None = None,
         adapter: LoraConfig | None = None,
@@ -97,22 +60,18 @@ class Backbone(nn.Module):
         token: str | Sequence[str] | None = None,
         pooling: Pooling | None = None,
         max_length: int | None = None,
-        channel: GradientChannel | None = None,
+        channel: Channel | None = None,
         verify: Any = True,
         insecure: bool = False,
         patience: Patience | None = None,
         on_wait: Callable[[str, int], None] | None = None,
     ) -> None:
         super().__init__()
-        servers = [servers] if isinstance(servers, str) else servers
-        tokens = [token] * len(servers) if token is None or isinstance(token, str) else list(token)
-        if len(tokens) != len(servers):
-            raise ConfigError(f"{len(tokens)} tokens for {len(servers)} servers.", remedy="Give one for each, or one.")
-        transports = [
-            Transport(url, secret, verify, patience or Patience(), on_wait, insecure)
-            for url, secret in zip(servers, tokens, strict=True)
-        ]
-        self.pool = OperatorPool(transports, model)
+        if isinstance(servers, OperatorPool):
+            self.pool = servers
+        else:
+            servers = [servers] if isinstance(servers, str) else servers
+            self.pool = _connect(servers, model, token, verify, patience, on_wait, insecure)
         self.info = self.pool.info
         self.hidden_size = self.info.hidden_size
         self.pooling: Pooling = pooling or self.info.pooling
@@ -128,7 +87,7 @@ class Backbone(nn.Module):
                 remedy="Lower max_length.",
             )
         self.max_length = max_length
-        self.channel: GradientChannel = channel or PlainChannel()
+        self.channel: Channel = channel or PlainChannel()
         self.tokenizer: Tokenizer = self.pool.operators[0].tokenizer()
         self.adapter_config = adapter or LoraConfig(r=8, lora_alpha=16)
         self.adapters = nn.ModuleList()
@@ -148,10 +107,14 @@ class Backbone(nn.Module):
         """Body bytes sent to and received from all operators so far."""
         return self.pool.traffic()
 
-    def set_adapters(self, count: int, *, generator: torch.Generator | None = None) -> None:
-        """Replaces the adapters by `count` new ones: independent A, B = 0. None at all for a frozen model."""
+    def set_adapters(self, count: int, *, generator: torch.Generator | None = None, a_seed: str | None = None) -> None:
+        """Replaces the adapters by `count` new ones: independent A, B = 0. None at all for a frozen model.
+
+        Args:
+            a_seed: fixes A, see `LoraAdapter`; the same for all of them.
+        """
         self.adapters = nn.ModuleList(
-            LoraAdapter(self.adapter_config, self.info, generator=generator) for _ in range(count)
+            LoraAdapter(self.adapter_config, self.info, generator=generator, a_seed=a_seed) for _ in range(count)
         )
 
     def lora_adapters(self) -> list[LoraAdapter]:
@@ -188,13 +151,14 @@ class Backbone(nn.Module):
         if not parameters:
             return self.frozen(rows).unsqueeze(0)
         differentiable = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
-        operators = self.channel.choose(len(self.pool), self.steps)
         if differentiable:
+            operators = self.channel.choose(len(self.pool), self.steps)
             self.steps += 1
         else:
-            operators = operators[:1]
-        batch = RemoteBatch(tuple(rows), self.tokenizer.pad(rows), self._uploads(), seed, operators)
-        hidden = self._forward(batch, retain=differentiable)
+            teams = self.channel.teams(len(self.pool))
+            operators = teams[self.steps % len(teams)]
+        batch = self.batch(rows, operators, seed)
+        hidden = self.channel.hidden(batch, self.pool, retain=differentiable)
         return cast(Tensor, _RemoteForward.apply(self, batch, hidden, *parameters)) if differentiable else hidden
 
     def infer(self, texts: Sequence[Text] | Sequence[TokenRow]) -> Tensor:
@@ -203,14 +167,26 @@ class Backbone(nn.Module):
         For pooling `none` `(n, N, L, d)`, zero behind a text's end.
         """
         rows = self.rows(texts)
-        return self._infer(rows, self._uploads()) if self.num_adapters else self.frozen(rows).unsqueeze(0)
+        if not self.num_adapters:
+            return self.frozen(rows).unsqueeze(0)
+
+        def answer(part: list[TokenRow], team: tuple[int, ...]) -> Tensor:
+            return self.channel.hidden(self.batch(part, team, None), self.pool, retain=False)
+
+        return self._infer(rows, self.channel.teams(len(self.pool)), answer)
 
     def frozen(self, texts: Sequence[Text] | Sequence[TokenRow]) -> Tensor:
         """h(x, 0) of the model without adapters: `(N, d)`, no gradient. Each text is asked for once, then cached."""
         rows = self.rows(texts)
         missing = list({row for row in rows if row not in self._frozen})
+
+        def answer(part: list[TokenRow], team: tuple[int, ...]) -> Tensor:
+            hidden = self.pool.operators[team[0]].forward(self.tokenizer.pad(part), (), self.pooling, None)
+            assert hidden is not None  # noqa: S101 - it was asked for
+            return hidden
+
         if missing:
-            vectors = self._infer(missing, ())[0]
+            vectors = self._infer(missing, PlainChannel().teams(len(self.pool)), answer)[0]
             for row, vector in zip(missing, vectors.clone(), strict=True):
                 self._frozen[row] = vector[: len(row)] if self.pooling == "none" else vector
         known = [self._frozen[row] for row in rows]
@@ -219,29 +195,32 @@ class Backbone(nn.Module):
             self._frozen.popitem(last=False)
         return result
 
-    def _infer(self, rows: Sequence[TokenRow], uploads: tuple[Upload, ...]) -> Tensor:
-        """`(n, N, d)`: chunks of similar length, dealt out to the operators, which work at the same time."""
+    def _infer(
+        self,
+        rows: Sequence[TokenRow],
+        teams: Sequence[tuple[int, ...]],
+        answer: Callable[[list[TokenRow], tuple[int, ...]], Tensor],
+    ) -> Tensor:
+        """`(n, N, d)`: chunks of similar length, dealt out to teams of operators, which work at the same time."""
         order = sorted(range(len(rows)), key=lambda index: (len(rows[index]), rows[index].ids))
-        share = sum(len(row) for row in rows) * max(1, len(uploads)) // len(self.pool) + 1
+        copies = max(1, self.num_adapters)
+        share = sum(len(row) for row in rows) * copies // len(teams) + 1
         most = min(INFERENCE_TOKENS, share)  # few texts are dealt out too
         chunks: list[list[int]] = [[]]
         for index in order:
-            if chunks[-1] and (len(chunks[-1]) + 1) * len(rows[index]) * max(1, len(uploads)) > most:
+            if chunks[-1] and (len(chunks[-1]) + 1) * len(rows[index]) * copies > most:
                 chunks.append([])
             chunks[-1].append(index)
 
         def work(position: int) -> list[tuple[list[int], Tensor]]:
             done: list[tuple[list[int], Tensor]] = []
-            for chunk in chunks[position :: len(self.pool)]:
-                tokens = self.tokenizer.pad([rows[index] for index in chunk])
-                hidden = self.pool.operators[position].forward(tokens, uploads, self.pooling, None)
-                assert hidden is not None  # noqa: S101 - it was asked for
-                done.append((chunk, hidden))
+            for chunk in chunks[position :: len(teams)]:
+                done.append((chunk, answer([rows[index] for index in chunk], teams[position])))
                 if self.on_infer is not None:
                     self.on_infer(len(chunk))
             return done
 
-        parts = self.pool.parallel([lambda p=position: work(p) for position in range(len(self.pool))])
+        parts = self.pool.parallel([lambda p=position: work(p) for position in range(len(teams))])
         pairs = [pair for part in parts for pair in part if pair[0]]
         n, _, *positions, dim = pairs[0][1].shape
         if positions:  # pooling none: as long as the longest text
@@ -259,34 +238,18 @@ class Backbone(nn.Module):
         """Closes all connections."""
         self.pool.close()
 
-    def _uploads(self) -> tuple[Upload, ...]:
+    def batch(self, rows: Sequence[TokenRow], operators: tuple[int, ...], seed: int | None) -> RemoteBatch:
+        """These texts under the adapters as they are now, for a channel."""
+        adapters = self.lora_adapters()
         with torch.no_grad():
-            return tuple(
-                Upload.of(self.info.name, adapter.layout.spec, adapter.vector()) for adapter in self.lora_adapters()
-            )
-
-    def _forward(self, batch: RemoteBatch, *, retain: bool) -> Tensor:
-        """All operators of the batch compute (and keep the graph if asked); the first one sends hidden states."""
-
-        def call(index: int) -> Callable[[], Tensor | None]:
-            operator = self.pool.operators[index]
-            first = index == batch.operators[0]
-            return lambda: operator.forward(
-                batch.tokens, batch.uploads, self.pooling, batch.seed, retain=retain, want_hidden=first
-            )
-
-        hidden = self.pool.parallel([call(index) for index in batch.operators])[0]
-        assert hidden is not None  # noqa: S101 - it was asked for
-        return hidden
+            weights = torch.stack([adapter.vector() for adapter in adapters])
+        spec = adapters[0].layout.spec
+        tokens = self.tokenizer.pad(rows)
+        return RemoteBatch(tuple(rows), tokens, self.info.name, spec, weights, self.pooling, seed, operators)
 
     def backward_batch(self, batch: RemoteBatch, cotangent: Tensor) -> list[Tensor | None]:
         """Gradients for every adapter parameter, in the order of `parameters()`, for a cotangent `(n, B, d)`."""
-
-        def backward(index: int, cotangents: Tensor | NoiseShare) -> Tensor:
-            operator = self.pool.operators[index]
-            return operator.backward(batch.tokens, batch.uploads, self.pooling, batch.seed, cotangents)
-
-        vectors = self.channel.send(cotangent, batch, self.pool, backward).float()  # (n, P)
+        vectors = self.channel.gradients(cotangent, batch, self.pool).float()  # (n, P)
         gradients: list[Tensor | None] = []
         for adapter, vector in zip(self.lora_adapters(), vectors, strict=True):
             by_module = adapter.layout.split(vector)
@@ -295,6 +258,25 @@ class Backbone(nn.Module):
                 of_parameter[id(a)], of_parameter[id(b)] = by_module[name]
             gradients += [of_parameter[id(p)] if p.requires_grad else None for p in adapter.parameters()]
         return gradients
+
+
+def _connect(
+    servers: Sequence[str],
+    model: str | None,
+    token: str | Sequence[str] | None,
+    verify: Any,
+    patience: Patience | None,
+    on_wait: Callable[[str, int], None] | None,
+    insecure: bool,
+) -> OperatorPool:
+    tokens = [token] * len(servers) if token is None or isinstance(token, str) else list(token)
+    if len(tokens) != len(servers):
+        raise ConfigError(f"{len(tokens)} tokens for {len(servers)} servers.", remedy="Give one for each, or one.")
+    transports = [
+        Transport(url, secret, verify, patience or Patience(), on_wait, insecure)
+        for url, secret in zip(servers, tokens, strict=True)
+    ]
+    return OperatorPool.connect(transports, model)
 
 
 class _RemoteForward(torch.autograd.Function):

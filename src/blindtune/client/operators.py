@@ -168,21 +168,13 @@ class OperatorPool:
     """All operators of a run, checked against each other, called in parallel.
 
     Raises:
-        ConfigError: no servers, or tokens that don't match their number.
-        DuplicateOperator: two addresses of one server.
-        OperatorsDiffer: servers that host different weights.
+        OperatorsDiffer: operators that host different weights.
+        DuplicateOperator: one operator twice.
     """
 
-    def __init__(self, transports: Sequence[Transport], model: str | None) -> None:
-        if not transports:
-            raise ConfigError("No servers were given.", remedy="Give at least one address (--server).")
-        seen: set[str] = set()
-        for transport in transports:
-            if transport.url in seen:
-                raise DuplicateOperator(f"{transport.url} is listed twice.", remedy="List every operator once.")
-            seen.add(transport.url)
-        self._threads = ThreadPoolExecutor(len(transports), "operator")
-        self.operators = list(self._threads.map(partial(Operator, model=model), transports))
+    def __init__(self, operators: Sequence[Operator]) -> None:
+        self.operators = list(operators)
+        self._threads = ThreadPoolExecutor(2 * len(operators), "operator")  # teams call their members
         self.info = self.operators[0].info
         for index, operator in enumerate(self.operators):
             for other in self.operators[:index]:
@@ -198,6 +190,25 @@ class OperatorPool:
                     f"dtypes {operator.info.dtype} and {self.info.dtype}.",
                     remedy="Use operators that host the same weights in the same dtype.",
                 )
+
+    @staticmethod
+    def connect(transports: Sequence[Transport], model: str | None) -> OperatorPool:
+        """The servers behind these transports, asked at the same time what they host.
+
+        Raises:
+            ConfigError: no servers.
+            DuplicateOperator: two addresses of one server.
+            OperatorsDiffer: servers that host different weights.
+        """
+        if not transports:
+            raise ConfigError("No servers were given.", remedy="Give at least one address (--server).")
+        seen: set[str] = set()
+        for transport in transports:
+            if transport.url in seen:
+                raise DuplicateOperator(f"{transport.url} is listed twice.", remedy="List every operator once.")
+            seen.add(transport.url)
+        with ThreadPoolExecutor(len(transports), "hello") as threads:
+            return OperatorPool(list(threads.map(partial(Operator, model=model), transports)))
 
     def __len__(self) -> int:
         return len(self.operators)

@@ -5,6 +5,7 @@ from blindtune.methods.checkpoint import (
     adapter_config,
     load_model,
     make_method,
+    method_class,
     read_resume,
     read_summary,
     save_model,
@@ -16,6 +17,8 @@ from blindtune.methods.head_only import HeadOnly
 from blindtune.methods.lora import LoRA
 from blindtune.methods.model import Method, Output, PrivateModel
 from blindtune.methods.p3eft import P3EFT
+from blindtune.methods.p3eft_published import PublishedP3EFT
+from blindtune.methods.pads import PaddedAdapters
 from blindtune.methods.pslf import PSLF
 from blindtune.methods.randomized_response import RandomizedResponse
 
@@ -29,12 +32,15 @@ __all__ = [
     "LoRA",
     "Method",
     "Output",
+    "PaddedAdapters",
     "PrivateModel",
+    "PublishedP3EFT",
     "RandomizedResponse",
     "SharedGradients",
     "adapter_config",
     "load_model",
     "make_method",
+    "method_class",
     "read_resume",
     "read_summary",
     "save_model",

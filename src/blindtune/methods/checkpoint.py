@@ -5,7 +5,7 @@ out/
   adapter_config.json         PEFT's files: here for one adapter,
   adapter_model.safetensors   in adapter_0/, adapter_1/, … for several
   head.safetensors            the client's head; with the adapters it tells labels (mode 600)
-  secret.safetensors          mixing weights, decoys, randomised labels, key: as secret as the labels (mode 600)
+  secret.safetensors          mixing weights, ledger of pads, randomised labels, key: as secret as the labels (mode 600)
   resume.safetensors          optimizer and adversary, for --resume (mode 600)
 """
 
@@ -30,17 +30,31 @@ from blindtune.methods.head_only import HeadOnly
 from blindtune.methods.lora import LoRA
 from blindtune.methods.model import Method, PrivateModel
 from blindtune.methods.p3eft import P3EFT
+from blindtune.methods.p3eft_published import PublishedP3EFT
 from blindtune.methods.pslf import PSLF
 from blindtune.methods.randomized_response import RandomizedResponse
+from blindtune.methods.state import under
 from blindtune.models.adapters import read_lora_config
 from blindtune.privacy.randomness import SecureGenerator
 
 SUMMARY, HEAD, SECRET, RESUME = "blindtune.json", "head.safetensors", "secret.safetensors", "resume.safetensors"
-METHODS: dict[str, type[LoRA] | type[P3EFT]] = {
-    m.name: m for m in (LoRA, HeadOnly, P3EFT, DistanceCorrelation, PSLF, RandomizedResponse)
+METHODS: dict[str, type[LoRA] | type[P3EFT] | type[PublishedP3EFT]] = {
+    m.name: m for m in (LoRA, HeadOnly, P3EFT, PublishedP3EFT, DistanceCorrelation, PSLF, RandomizedResponse)
 }
 RESUME_ONLY = ("adversary.", "joint_adversary.", "accountant")
-"""Method state under these prefixes is needed to go on training, not to predict."""
+"""Method state under these prefixes is needed to go on training, not to predict. (What pads gave away is: predicting
+goes on.)"""
+
+
+def method_class(name: str) -> type[LoRA] | type[P3EFT] | type[PublishedP3EFT]:
+    """A method's class by name.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    if name not in METHODS:
+        raise ConfigError(f"There is no method {name!r}.", remedy=f"Use one of: {', '.join(METHODS)}.")
+    return METHODS[name]
 
 
 def make_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
@@ -49,9 +63,7 @@ def make_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
     Raises:
         ConfigError: an unknown name or option.
     """
-    if name not in METHODS:
-        raise ConfigError(f"There is no method {name!r}.", remedy=f"Use one of: {', '.join(METHODS)}.")
-    cls = METHODS[name]
+    cls = method_class(name)
     known = {field.name for field in fields(cls) if field.init}
     unknown = set(options or {}) - known
     if unknown:
@@ -170,8 +182,9 @@ def read_resume(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         CheckpointError: the folder holds no run that can go on.
     """
     tensors = _read(folder / RESUME)
-    method = {n.removeprefix("method."): t for n, t in tensors.items() if n.startswith("method.")}
-    return method, {name: tensor for name, tensor in tensors.items() if not name.startswith("method.")}
+    return under("method.", tensors), {
+        name: tensor for name, tensor in tensors.items() if not name.startswith("method.")
+    }
 
 
 def adapter_config(folder: Path) -> Any:

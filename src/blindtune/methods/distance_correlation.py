@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blindtune.client import Backbone
-from blindtune.errors import ConfigError
 from blindtune.methods.lora import LoRA
-from blindtune.methods.options import is_number
+from blindtune.methods.options import check_weights
 from blindtune.privacy.distance_correlation import SMALLEST_BATCH, log_distance_correlation
 from blindtune.privacy.randomness import SecureGenerator
 
@@ -45,11 +44,7 @@ class DistanceCorrelation(LoRA):
     name: ClassVar[str] = "dc"
 
     def __post_init__(self) -> None:
-        for name, value in {"activation_weight": self.activation_weight, "shift_weight": self.shift_weight}.items():
-            if not is_number(value) or value < 0:
-                raise ConfigError(
-                    f"{name} = {value!r} is no weight.", remedy="Use a number such as 0.1, or 0 to switch it off."
-                )
+        check_weights(activation_weight=self.activation_weight, shift_weight=self.shift_weight)
 
     @property
     def needs_frozen(self) -> bool:

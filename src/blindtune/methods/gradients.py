@@ -9,17 +9,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from blindtune.client import BackwardCall, OperatorPool, RemoteBatch
+from blindtune.client import OperatorPool, RemoteBatch, hidden_from_first
 from blindtune.errors import BudgetSpent, ConfigError, NonFiniteTensor, SingleOperator
-from blindtune.privacy.accountant import Accountant
+from blindtune.privacy.accountant import Accountant, auc_bound, epsilon
 from blindtune.privacy.randomness import SecureGenerator
 from blindtune.privacy.shares import clip_per_example, combine, split_gradient
 from blindtune.wire import NoiseShare
 
+REPORT_DELTA = 1e-5
+
 
 @dataclass
 class SharedGradients:
-    """A gradient channel in which no operator sees more than one share of a gradient.
+    """A channel in which no operator sees more than one share of a gradient; adapters travel in the clear.
 
     The loss is taken to be a mean over the batch: an example's gradient is B times its row of the cotangent. These
     are clipped to `clip_norm` and hidden under noise of standard deviation `noise_ratio * clip_norm`.
@@ -62,12 +64,29 @@ class SharedGradients:
                 remedy="Use operators that serve the model with --dtype float32 (or float64).",
             )
 
+    def report(self) -> dict[str, float]:
+        """μ of the channel so far, ε at δ = 1e-5, and the AUC that no test of one label exceeds."""
+        if self.allow_single_operator:
+            return {}
+        mu = self.accountant.mu()
+        return {
+            "gradient_channel_mu": mu,
+            "gradient_channel_epsilon": epsilon(mu, REPORT_DELTA),
+            "gradient_channel_auc_bound": auc_bound(mu),
+        }
+
     def choose(self, operators: int, step: int) -> tuple[int, ...]:
         if operators < self.m:
             return (step % operators,)
         return tuple((step * self.m + j) % operators for j in range(self.m))
 
-    def send(self, cotangent: Tensor, batch: RemoteBatch, pool: OperatorPool, backward: BackwardCall) -> Tensor:
+    def teams(self, operators: int) -> list[tuple[int, ...]]:
+        return [(index,) for index in range(operators)]
+
+    def hidden(self, batch: RemoteBatch, pool: OperatorPool, *, retain: bool) -> Tensor:
+        return hidden_from_first(batch, pool, retain=retain)
+
+    def gradients(self, cotangent: Tensor, batch: RemoteBatch, pool: OperatorPool) -> Tensor:
         size = cotangent.shape[1]
         if not bool(torch.isfinite(cotangent).all()):
             raise NonFiniteTensor(
@@ -77,8 +96,7 @@ class SharedGradients:
         if len(batch.operators) < self.m and not self.allow_single_operator:
             raise _too_few(self.m, len(batch.operators))
         gradient = clip_per_example(cotangent * size, self.clip_norm)
-        receivers = [pool.operators[index].transport.url for index in batch.operators]
-        generator = self.generator.derive(b"shares", *_identity(gradient, batch, receivers))
+        generator = self.generator.derive(b"shares", *_identity(gradient, batch), *receivers(batch, pool))
         split = split_gradient(gradient, self.m, self.sigma, generator=generator)
         examples = [_example(row.ids) for row in batch.rows]
         if len(batch.operators) < self.m:  # the caller accepted that all shares meet here
@@ -88,7 +106,7 @@ class SharedGradients:
                     remedy="Add operators (--server), or leave the budget out.",
                 )
             self.accountant.record_meeting()
-            results = backward(batch.operators[0], split.shares)
+            results = batch.backward(pool, batch.operators[0], split.shares)
         else:
             carrier = batch.operators[split.carrier]
             after = self.accountant.mu_after(carrier, examples)
@@ -102,7 +120,7 @@ class SharedGradients:
             def call(j: int) -> Callable[[], Tensor]:
                 seed = split.seeds[j]
                 share = split.shares[j : j + 1] if seed is None else NoiseShare(seed=seed.hex(), sigma=self.sigma)
-                return lambda: backward(batch.operators[j], share)
+                return lambda: batch.backward(pool, batch.operators[j], share)
 
             results = torch.cat(pool.parallel([call(j) for j in range(self.m)]))  # (m, n, P)
         return combine(results, split.coefficients) / size
@@ -115,15 +133,21 @@ def _too_few(m: int, count: int) -> SingleOperator:
     )
 
 
-def _identity(gradient: Tensor, batch: RemoteBatch, receivers: list[str]) -> list[bytes]:
-    """What the noise is bound to."""
+def receivers(batch: RemoteBatch, pool: OperatorPool) -> list[bytes]:
+    """The batch's operators in their order, for what randomness is bound to."""
+    return [pool.operators[index].transport.url.encode() for index in batch.operators]
+
+
+def _identity(gradient: Tensor, batch: RemoteBatch) -> list[bytes]:
+    """What the noise is bound to, beside the operators."""
     tensors = [gradient, *batch.tokens.tensors().values()]
     adapters = b"".join(upload.sha256.encode() for upload in batch.uploads)
-    return [hashlib.sha256(t.contiguous().numpy().tobytes()).digest() for t in tensors] + [
-        adapters,
-        str(batch.seed).encode(),
-        *(url.encode() for url in receivers),
-    ]
+    return [*(fingerprint(tensor) for tensor in tensors), adapters, str(batch.seed).encode()]
+
+
+def fingerprint(tensor: Tensor) -> bytes:
+    """SHA-256 of a tensor's values."""
+    return hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).digest()
 
 
 def _example(ids: tuple[int, ...]) -> str:

@@ -18,10 +18,16 @@ class LoRA:
     """No defence: every operator that sees a step learns the labels of its batch."""
 
     name: ClassVar[str] = "lora"
+    default_rank: ClassVar[int] = 8
+    default_lr: ClassVar[float] = 3e-3
 
     @property
     def num_adapters(self) -> int:
         return 1
+
+    @property
+    def fixed_a(self) -> bool:
+        return False
 
     @property
     def needs_frozen(self) -> bool:
@@ -48,9 +54,6 @@ class LoRA:
     @property
     def auxiliary(self) -> nn.Module | None:
         return None
-
-    def task_weight(self) -> float:
-        return 1.0
 
     def report(self) -> dict[str, float]:
         return {}

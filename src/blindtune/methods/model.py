@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,9 +25,18 @@ class Method(Protocol):
     """A training algorithm: what is sent, how adapters are mixed, what is added to the loss."""
 
     name: ClassVar[str]
+    default_rank: ClassVar[int]
+    """Of the adapters, where a user names none; α is twice the rank."""
+    default_lr: ClassVar[float]
+    """Learning rate of the adapters, where a user names none."""
 
     @property
     def num_adapters(self) -> int: ...
+    @property
+    def fixed_a(self) -> bool:
+        """Whether adapters train B alone, over A matrices that follow from a public seed."""
+        ...
+
     @property
     def needs_frozen(self) -> bool:
         """Whether `penalties` wants frozen features."""
@@ -65,10 +75,6 @@ class Method(Protocol):
 
         With it, the head that predicts learns the true labels from detached features and sends adapters no gradient.
         """
-        ...
-
-    def task_weight(self) -> float:
-        """Weight of the task's loss at the step that is about to be taken."""
         ...
 
     def report(self) -> dict[str, float]:
@@ -131,7 +137,8 @@ class PrivateModel(nn.Module):
             method.check(backbone)
         self.auxiliary = method.auxiliary  # a submodule: its parameters are the optimizer's too
         public = torch.Generator().manual_seed(seed)
-        backbone.set_adapters(method.num_adapters, generator=public)
+        a_seed = hashlib.sha256(b"blindtune A" + seed.to_bytes(8, "little", signed=True)).hexdigest()
+        backbone.set_adapters(method.num_adapters, generator=public, a_seed=a_seed if method.fixed_a else None)
 
     def prepare(self, texts: Sequence[Text] | Sequence[TokenRow], labels: Sequence[int] | Tensor) -> None:
         """Fetches the frozen features of the training texts and starts the head and the method from them.
@@ -168,11 +175,10 @@ class PrivateModel(nn.Module):
         frozen = self.backbone.frozen(rows) if self.method.needs_frozen else None
         shown = self.method.adapter_labels(rows, target)  # while evaluating too: that loss has a gradient as well
         task = self.loss(logits, shown if self.auxiliary is None else target)
-        weight = self.method.task_weight() if self.training else 1.0
         penalties = self.method.penalties(hidden, frozen, target) if self.training else {}
         if self.auxiliary is not None and self.training:
             penalties["auxiliary"] = self.loss(self.auxiliary(mixed), shown)
-        total = torch.stack([weight * task, *penalties.values()]).sum()
+        total = torch.stack([task, *penalties.values()]).sum()
         parts = {name: float(value.detach()) for name, value in {"task": task, **penalties}.items()}
         return Output(logits, total, parts)
 

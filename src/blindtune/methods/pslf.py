@@ -16,6 +16,7 @@ from torch import Tensor
 from blindtune.client import Backbone
 from blindtune.methods.head import LinearHead
 from blindtune.methods.randomized_response import RandomizedResponse
+from blindtune.methods.state import under
 from blindtune.privacy.randomness import SecureGenerator
 
 
@@ -48,6 +49,6 @@ class PSLF(RandomizedResponse):
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         super().load_state(state)
-        weights = {n.removeprefix("auxiliary."): t for n, t in state.items() if n.startswith("auxiliary.")}
+        weights = under("auxiliary.", state)
         if weights:
             self._auxiliary.load_state_dict(weights)

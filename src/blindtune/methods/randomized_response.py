@@ -20,6 +20,7 @@ from blindtune.client import Backbone
 from blindtune.errors import ConfigError
 from blindtune.methods.lora import LoRA
 from blindtune.methods.options import is_number
+from blindtune.methods.state import under
 from blindtune.models.tokenizer import TokenRow
 from blindtune.privacy.randomized_response import NAME_BYTES, LabelRandomizer
 from blindtune.privacy.randomness import SecureGenerator
@@ -73,7 +74,7 @@ class RandomizedResponse(LoRA):
         return {f"randomized.{name}": tensor for name, tensor in self.randomizer.state().items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        drawn = {name.removeprefix("randomized."): t for name, t in state.items() if name.startswith("randomized.")}
+        drawn = under("randomized.", state)
         if drawn:
             self.randomizer.load_state(drawn)
 

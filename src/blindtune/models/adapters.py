@@ -37,9 +37,11 @@ _WITHOUT_EFFECT = {
 _PREFIX = "base_model.model."
 
 
-def lora_spec(config: LoraConfig, info: ModelInfo) -> LoraSpec:
+def lora_spec(config: LoraConfig, info: ModelInfo, *, a_seed: str | None = None) -> LoraSpec:
     """Resolves PEFT's rules for target modules against the hosted model's layers.
 
+    Args:
+        a_seed: see `LoraSpec`.
     Raises:
         UnknownTargetModule: no hosted layer matches.
         ConfigError: an option of `LoraConfig` that the API doesn't offer.
@@ -59,7 +61,8 @@ def lora_spec(config: LoraConfig, info: ModelInfo) -> LoraSpec:
             remedy=f"Choose among: {some}.",
         )
     root = math.sqrt(config.r) if config.use_rslora else config.r
-    return LoraSpec(modules=names, rank=config.r, scaling=config.lora_alpha / root, dropout=config.lora_dropout)
+    scaling = config.lora_alpha / root
+    return LoraSpec(modules=names, rank=config.r, scaling=scaling, dropout=config.lora_dropout, a_seed=a_seed)
 
 
 def _matching(config: LoraConfig, info: ModelInfo) -> list[str]:
@@ -84,19 +87,31 @@ class LoraAdapter(nn.Module):
     """One set of adapter weights θ: for each module A `(r, in)` and B `(out, r)`, float32.
 
     Initialised as PEFT does (`init_lora_weights`): A Kaiming-uniform, or Gaussian with standard deviation 1/r; B zero.
+
+    Args:
+        a_seed: 32 public bytes in hexadecimal that A is expanded from. Then A is fixed, only B is trained and travels
+            (LoRA-FA: Zhang et al. 2023), and P counts B alone.
     """
 
-    def __init__(self, config: LoraConfig, info: ModelInfo, *, generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self,
+        config: LoraConfig,
+        info: ModelInfo,
+        *,
+        generator: torch.Generator | None = None,
+        a_seed: str | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.info = info
-        self.layout = LoraLayout(lora_spec(config, info), info.modules)
+        self.layout = LoraLayout(lora_spec(config, info, a_seed=a_seed), info.modules)
         self._a: list[nn.Parameter] = []
         self._b: list[nn.Parameter] = []
+        fixed = self.layout.fixed_a()
         for index, (_, out_features, in_features) in enumerate(self.layout.shapes):
             a, b = _initial(config, out_features, in_features, generator)
-            self._a.append(nn.Parameter(a))
-            self._b.append(nn.Parameter(b))
+            self._a.append(nn.Parameter(fixed[index].clone() if fixed else a, requires_grad=not fixed))
+            self._b.append(nn.Parameter(torch.zeros_like(b) if fixed else b))
             self.register_parameter(f"a_{index}", self._a[-1])
             self.register_parameter(f"b_{index}", self._b[-1])
 
@@ -150,6 +165,10 @@ class LoraAdapter(nn.Module):
                     )
                 if not bool(torch.isfinite(tensor).all()):
                     raise CheckpointError(f"{path} has NaN or infinity in {key}.", remedy="Use an earlier checkpoint.")
+                if not parameter.requires_grad and not torch.equal(parameter, tensor):
+                    raise CheckpointError(
+                        f"{path} has another {key} than the seed of this run gives.", remedy="Use the run's own seed."
+                    )
                 found.append((cast(nn.Parameter, parameter), tensor))
         if tensors:
             raise CheckpointError(

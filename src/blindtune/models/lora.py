@@ -12,9 +12,11 @@ of its attention runs for one adapter after the other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blindtune.errors import AdapterMismatch, UnknownTargetModule
+from blindtune.keystream import Keystream
 from blindtune.wire import LoraSpec
 
 SHARED_ARGUMENTS = ("rel_embeddings", "relative_pos")
@@ -32,6 +35,8 @@ ModuleShapes = dict[str, tuple[int, int]]
 
 class LoraLayout:
     """Where each matrix lies in an adapter's weight vector `[P]`: for each module A `(r, in)`, then B `(out, r)`.
+
+    With a seed for A (`LoraSpec.a_seed`) the vector holds the B matrices alone.
 
     Raises:
         UnknownTargetModule: the spec names a module that the model doesn't have, or names one twice.
@@ -57,10 +62,17 @@ class LoraLayout:
                     remedy="Lower the rank.",
                 )
             self.shapes.append((name, out_features, in_features))
-        self.size = sum(spec.rank * (out_features + in_features) for _, out_features, in_features in self.shapes)
+        travelling = (out + (inside if spec.a_seed is None else 0) for _, out, inside in self.shapes)
+        self.size = spec.rank * sum(travelling)
+
+    def fixed_a(self) -> tuple[Tensor, ...]:
+        """The A matrices `(r, in)` that follow from the spec's seed, float32; none without a seed."""
+        if self.spec.a_seed is None:
+            return ()
+        return expand_a(self.spec.a_seed, self.spec.rank, tuple(inside for _, _, inside in self.shapes))
 
     def split(self, weights: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Views `A (..., r, in)` and `B (..., out, r)` of each module in weight vectors `(..., P)`.
+        """`A (..., r, in)` and `B (..., out, r)` of each module for weight vectors `(..., P)`.
 
         Raises:
             AdapterMismatch: the vectors don't have P entries.
@@ -71,14 +83,17 @@ class LoraLayout:
                 remedy="Upload the weights that belong to this rank and these target modules.",
             )
         matrices: dict[str, tuple[Tensor, Tensor]] = {}
+        fixed = self.fixed_a()
         position, rank, lead = 0, self.spec.rank, weights.shape[:-1]
-        for name, out_features, in_features in self.shapes:
-            middle = position + rank * in_features
-            end = middle + rank * out_features
-            a = weights[..., position:middle].reshape(*lead, rank, in_features)
-            b = weights[..., middle:end].reshape(*lead, out_features, rank)
+        for index, (name, out_features, in_features) in enumerate(self.shapes):
+            if fixed:
+                a = fixed[index].to(weights).expand(*lead, rank, in_features)
+            else:
+                a = weights[..., position : position + rank * in_features].reshape(*lead, rank, in_features)
+                position += rank * in_features
+            b = weights[..., position : position + rank * out_features].reshape(*lead, out_features, rank)
+            position += rank * out_features
             matrices[name] = (a, b)
-            position = end
         return matrices
 
     def join(self, matrices: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
@@ -86,8 +101,18 @@ class LoraLayout:
         parts: list[Tensor] = []
         for name, _, _ in self.shapes:
             a, b = matrices[name]
-            parts += [a.flatten(-2), b.flatten(-2)]
+            parts += [b.flatten(-2)] if self.spec.a_seed is not None else [a.flatten(-2), b.flatten(-2)]
         return torch.cat(parts, dim=-1)
+
+
+@lru_cache(maxsize=4)  # a run needs one; they aren't part of the server's budget for adapters
+def expand_a(seed: str, rank: int, in_features: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """A `(r, in)` for each of these sizes, uniform within ±1/√in as PEFT initialises it (Kaiming, a = √5).
+
+    Made of the seed's ChaCha20 keystream by operations that IEEE 754 rounds correctly, so equal on every machine.
+    """
+    stream = Keystream(bytes.fromhex(seed))
+    return tuple(((2.0 * stream.uniform(rank, size) - 1.0) / math.sqrt(size)).float() for size in in_features)
 
 
 @dataclass

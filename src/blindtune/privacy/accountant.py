@@ -1,11 +1,15 @@
-"""What the gradient channel gives away at most: Gaussian differential privacy of the labels (Dong, Roth, Su 2022).
+"""What operators can learn at most: two bounds, on two kinds of questions.
 
-One share at one operator is a Gaussian mechanism. Changing one example's label moves that example's row of the
-clipped gradient by at most 2C, so k views of it have μ = 2 C √k / σ.
+*One label, in the gradient channel*: Gaussian differential privacy (Dong, Roth, Su 2022). One share at one operator is
+a Gaussian mechanism. Changing one example's label moves that example's row of the clipped gradient by at most 2C, so k
+views of it have μ = 2 C √k / σ. This is about the shares' rows for one example, with the client's state (head,
+adapters, regularizer) and all other rows held fixed.
 
-What this bound is about: the shares' rows for one example, with the client's state (head, adapters, regularizer) and
-all other rows held fixed. A label also acts on later steps and other rows through that state, and true gradients move
-the adapters, which operators see: neither is covered. The audit measures what activations and adapters give away.
+*All labels together, in everything*: mutual information. Each message m_t of an operator is noise around something
+that depends on the labels and on all that went before. Its divergence from the noise alone is at most k_t, whatever
+went before, so by the chain rule I(all labels; m_1 … m_T) ≤ Σ k_t, also where a label acts on later steps
+through the client's state. A share has k = C² / 2σ² for each example in it, a padded adapter R² / 8 s² σ²
+(`blindtune.privacy.pads`). Labels that are independent given the texts share this sum among them.
 """
 
 from __future__ import annotations
@@ -53,14 +57,64 @@ class Accountant:
         """μ of the run so far, for the example and the operator where it is largest."""
         return math.inf if self.met else gaussian_mu(self.clip_norm, self.sigma, self.views())
 
+    def nats(self) -> float:
+        """What shares can tell one operator about all labels together, where it is most."""
+        views = max((sum(counts.values()) for counts in self._views.values()), default=0)
+        return math.inf if self.met else views * self.clip_norm**2 / (2.0 * self.sigma**2)
+
     def state(self) -> Tensor:
         """The counts as bytes (JSON), for a checkpoint."""
-        counts = {str(operator): dict(views) for operator, views in self._views.items()}
-        return torch.frombuffer(bytearray(json.dumps(counts).encode()), dtype=torch.uint8)
+        return _as_bytes({str(operator): dict(views) for operator, views in self._views.items()})
 
     def load_state(self, state: Tensor) -> None:
         counts: dict[str, dict[str, int]] = json.loads(bytes(state.numpy()))
         self._views = {int(operator): Counter(views) for operator, views in counts.items()}
+
+
+class InformationLedger:
+    """Counts what different messages can tell each operator about all labels together; equal messages count once."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, dict[str, float]] = {}
+        self.met = False
+        """Whether messages that must be kept apart went to one operator: then nothing is private."""
+
+    def after(self, operator: str, message: str, nats: float) -> float:
+        """What `nats` of this operator would be if `record` were called with these."""
+        seen = self._seen.get(operator, {})
+        return sum(seen.values()) + (0.0 if message in seen else nats)
+
+    def record(self, operator: str, message: str, nats: float) -> None:
+        """The operator is sent this message."""
+        self._seen.setdefault(operator, {})[message] = nats
+
+    def messages(self) -> int:
+        """Different messages that one operator has seen, where they are most."""
+        return max((len(seen) for seen in self._seen.values()), default=0)
+
+    def nats(self) -> float:
+        """The bound for the operator where it is largest."""
+        return math.inf if self.met else max((sum(seen.values()) for seen in self._seen.values()), default=0.0)
+
+    def state(self) -> Tensor:
+        """As bytes (JSON), for a checkpoint."""
+        return _as_bytes(self._seen)
+
+    def load_state(self, state: Tensor) -> None:
+        self._seen = json.loads(bytes(state.numpy()))
+
+
+def mean_advantage(nats: float, labels: int) -> float:
+    """How far above chance any attacker's guesses of `labels` labels, independent given the texts, are on average.
+
+    Pinsker's inequality for each label and Jensen's for their mean: √(nats / 2 labels), in units of probability. Chance
+    is what the best attacker guesses from the texts alone.
+    """
+    return min(1.0, math.sqrt(nats / (2.0 * labels))) if labels else 1.0
+
+
+def _as_bytes(value: object) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
 
 
 def gaussian_mu(clip_norm: float, sigma: float, views: int) -> float:

@@ -133,7 +133,7 @@ class Engine:
         for adapter in stored[1:]:
             if adapter.layout.spec != first.spec:
                 raise AdapterMismatch(
-                    "The adapters of one request differ in rank, scaling, dropout or target modules.",
+                    "The adapters of one request differ in rank, scaling, dropout or target modules, or in fixed A.",
                     remedy="Send adapters of different shape in requests of their own.",
                 )
         return first, torch.stack([adapter.weights for adapter in stored])

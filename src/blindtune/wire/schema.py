@@ -41,7 +41,8 @@ class Message(BaseModel):
 class LoraSpec(Message):
     """Which linear layers an adapter changes, and how. Weights travel apart, as one vector `[P]`.
 
-    The vector holds, for each module in the order given, A `(rank, in)` and then B `(out, rank)`, row by row.
+    The vector holds, for each module in the order given, A `(rank, in)` and then B `(out, rank)`, row by row; with
+    `a_seed` B alone.
     """
 
     kind: Literal["lora"] = "lora"
@@ -51,6 +52,8 @@ class LoraSpec(Message):
     """The factor before B A x: alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input; only in requests that carry a seed."""
+    a_seed: Sha256 | None = None
+    """The A matrices are fixed, and both sides expand them from this public seed (`blindtune.models.lora`)."""
 
 
 class AdapterUpload(Message):

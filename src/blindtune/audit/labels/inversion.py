@@ -6,6 +6,8 @@ over a run. Plain SGD moves the adapters by
 
     θ_{t+1} − θ_t = −η Σ_b r_b J_bᵀ u,        J_b = ∂h(x_b, θ_t)/∂θ_t, which the server can compute.
 
+Where gradients are taken at adapters that stand still, J_b is taken there too (`Update.at`).
+
 This is linear in r for known u and linear in u for known r. We alternate: least squares for the B residuals,
 conjugate gradients for u, starting from the direction into which the update itself moved the batch's hidden states.
 The next update starts from the last one's u. There are many more equations (n P) than unknowns (B + n d).

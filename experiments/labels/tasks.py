@@ -1,0 +1,56 @@
+"""The tasks: which rows to train, select and report on, with which model."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from blindtune.training import Columns, Examples, load_examples, split_examples
+
+DATA = Path(os.environ.get("BLINDTUNE_DATA", Path(__file__).parents[3] / "shared" / "data"))
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set and a model.
+
+    Attributes:
+        first: adapters sit on this block and those above; outputs of the blocks below are computed once for each text.
+        steps: of 32 examples.
+        held_out: part of the training rows to select on, for sets without validation rows.
+    """
+
+    data: str
+    model: str
+    first: int
+    steps: int
+    max_length: int
+    train: str = "train"
+    validation: str | None = "validation"
+    text: str = "text"
+    pair: str | None = None
+    held_out: float = 0.1
+    attacked: int = 1000
+
+    def load(self) -> tuple[Examples, Examples, Examples]:
+        """Training, validation and test examples."""
+        columns = Columns(self.text, "label", self.pair)
+        folder = DATA / self.data
+        train = load_examples(str(folder / f"{self.train}.jsonl.gz"), columns)
+        test = load_examples(str(folder / "test.jsonl.gz"), columns, classes=train.classes)
+        if self.validation is None:
+            train, validation = split_examples(train, self.held_out, 0)
+        else:
+            validation = load_examples(
+                str(folder / f"{self.validation}.jsonl.gz"), columns, classes=train.classes
+            )
+        return train, validation, test
+
+
+TASKS = {
+    "sst2": Task("sst2", "minilm", 3, steps=216, max_length=48, train="train_sentences"),
+    "mrpc": Task("mrpc", "minilm", 3, steps=230, max_length=96, text="text_a", pair="text_b"),
+    "trec": Task("trec", "minilm", 3, steps=310, max_length=32, validation=None),
+    "sst2-smollm2": Task("sst2", "smollm2", 26, steps=216, max_length=48, train="train_sentences"),
+}

@@ -1,0 +1,125 @@
+"""Padded adapters over operators: each sees the secret update under a pad; gradients are taken at a public point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from blindtune.client import OperatorPool, RemoteBatch
+from blindtune.errors import BudgetSpent, NonFiniteTensor, SingleOperator
+from blindtune.methods.gradients import SharedGradients, fingerprint, receivers
+from blindtune.privacy.accountant import InformationLedger
+from blindtune.privacy.pads import PadScale, bounded, pad_pair, unpad
+from blindtune.privacy.randomness import SecureGenerator
+
+MEMBERS = 2
+
+
+@dataclass
+class PaddedAdapters:
+    """A channel for one secret adapter δ (its B matrices; A is public) over pairs of operators.
+
+        first operator:   h(x, p + δ/2s),  h(x, 0);  one share of the gradient, at θ = 0
+        second operator:  h(x, p − δ/2s);            the other share, at θ = 0
+        client:           h' = h(x, 0) + s (h₊ − h₋)
+
+    Gradients are asked for at θ = 0, where the model is the pretrained one, so what an operator differentiates has
+    nothing to do with labels either. The pad is bound to δ, the adapters' shape and the operators in their order: the
+    same δ always travels as the same bytes, so a repeated step, an evaluation and the step after it are one view.
+
+    Attributes:
+        shares: how gradients travel.
+        pad_spread: standard deviation of what a pad adds to a layer's output, in units of the layer's input.
+        max_norm: bound on |scaling · δ|.
+        views: distinct δ that one operator may see within the budget.
+        max_nats: the budget: what all padded adapters that one operator sees may tell about all labels together.
+    """
+
+    shares: SharedGradients
+    generator: SecureGenerator
+    pad_spread: float
+    max_norm: float
+    views: int
+    max_nats: float
+    ledger: InformationLedger = field(init=False, default_factory=InformationLedger)
+
+    def scale(self, batch: RemoteBatch) -> PadScale:
+        """The run's public numbers for adapters of this shape."""
+        spec = batch.spec
+        sigma = self.pad_spread / (spec.scaling * spec.rank**0.5)
+        return PadScale.for_budget(sigma, self.max_norm / spec.scaling, self.views, self.max_nats)
+
+    def choose(self, operators: int, step: int) -> tuple[int, ...]:
+        return self.shares.choose(operators, step)
+
+    def teams(self, operators: int) -> list[tuple[int, ...]]:
+        if operators < MEMBERS:
+            if not self.shares.allow_single_operator:
+                raise SingleOperator(
+                    f"A padded adapter needs {MEMBERS} operators that don't collude; {operators} is given.",
+                    remedy="Add an operator (--server); this holds for predictions too.",
+                )
+            return [(0,)]
+        return [(first, first + 1) for first in range(0, operators - 1, MEMBERS)]
+
+    def hidden(self, batch: RemoteBatch, pool: OperatorPool, *, retain: bool) -> Tensor:
+        scale = self.scale(batch)
+        delta = batch.weights[0]
+        if not bool(torch.isfinite(delta).all()):
+            raise NonFiniteTensor(
+                "The adapter holds NaN or infinity; nothing was sent.", remedy="Resume the last step."
+            )
+        delta, _ = bounded(delta, scale.max_norm)
+        identity = fingerprint(delta)
+        generator = self.generator.derive(
+            b"pad", identity, repr((batch.spec.model_dump(), scale)).encode(), *receivers(batch, pool)
+        )
+        plus, minus = pad_pair(delta, scale, generator=generator)
+        base = _at_zero(batch)
+        self._record(batch, pool, identity.hex()[:32], scale)
+
+        def call(position: int, padded: Tensor | None) -> Callable[[], tuple[Tensor | None, Tensor | None]]:
+            def work() -> tuple[Tensor | None, Tensor | None]:
+                operator = batch.operators[position]
+                moved = None if padded is None else batch.with_weights(padded.unsqueeze(0)).forward(pool, operator)
+                frozen = (
+                    base.forward(pool, operator, retain=retain, want=position == 0) if retain or position == 0 else None
+                )
+                return moved, frozen
+
+            return work
+
+        if len(batch.operators) < MEMBERS:  # the caller accepted that both meet here
+            parts = [call(0, plus)(), (batch.with_weights(minus.unsqueeze(0)).forward(pool, batch.operators[0]), None)]
+        else:
+            padded = [plus, minus, *([None] * (len(batch.operators) - MEMBERS))]
+            parts = pool.parallel([call(position, weights) for position, weights in enumerate(padded)])
+        (first, frozen), (second, _) = parts[:2]
+        assert first is not None and second is not None and frozen is not None  # noqa: S101, PT018 - asked for
+        return unpad(frozen, first, second, scale)
+
+    def gradients(self, cotangent: Tensor, batch: RemoteBatch, pool: OperatorPool) -> Tensor:
+        _, factor = bounded(batch.weights[0], self.scale(batch).max_norm)
+        return factor * self.shares.gradients(cotangent, _at_zero(batch), pool)
+
+    def _record(self, batch: RemoteBatch, pool: OperatorPool, identity: str, scale: PadScale) -> None:
+        if len(batch.operators) < MEMBERS:
+            self.ledger.met = True
+            return
+        for index in batch.operators[:MEMBERS]:
+            operator = pool.operators[index].transport.url
+            if self.ledger.after(operator, identity, scale.nats) > self.max_nats * (1 + 1e-9):
+                raise BudgetSpent(
+                    f"The budget of {self.max_nats:.3g} nats is made for {self.views} adapters; they have been sent.",
+                    remedy="The last complete step is saved. Plan more steps (steps=…) before the run begins.",
+                )
+        for index in batch.operators[:MEMBERS]:
+            self.ledger.record(pool.operators[index].transport.url, identity, scale.nats)
+
+
+def _at_zero(batch: RemoteBatch) -> RemoteBatch:
+    """The same texts under the public adapter that changes nothing."""
+    return batch.with_weights(torch.zeros_like(batch.weights[:1]))
