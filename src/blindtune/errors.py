@@ -22,7 +22,7 @@ BlindtuneError
 │   ├── DuplicateOperator       one operator was listed twice
 │   └── OperatorsDiffer         the operators don't host the same weights
 ├── PrivacyError                a request that would break the promised privacy
-│   ├── SingleOperator          two shares of one gradient would meet at one operator
+│   ├── SingleOperator          two shares, or both halves of a pad, would meet at one operator
 │   └── BudgetSpent             the next step would reveal more than the run's budget allows
 ├── ConfigError                 an option has a value that can't work
 ├── DataError                   a data file can't be used as it is
@@ -158,11 +158,11 @@ class PrivacyError(BlindtuneError):
 
 
 class SingleOperator(PrivacyError):
-    """Two shares of one gradient would meet at one operator, which reveals the labels."""
+    """Shares of one gradient, or adapters under one pad, would meet at one operator, which reveals the labels."""
 
 
 class BudgetSpent(PrivacyError):
-    """The next step's shares would take the gradient channel's μ above the budget; nothing of it was sent."""
+    """The next message would take μ, or what adapters tell, above the budget; nothing of it was sent."""
 
 
 class ConfigError(BlindtuneError):

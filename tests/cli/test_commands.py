@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from transformers import AutoModel
 import blindtune
 from tests.conftest import Server
 
-SMALL = ["--steps", "6", "--batch-size", "12", "--max-length", "32", "--set", "decoys=1"]
+SMALL = ["--steps", "6", "--batch-size", "12", "--max-length", "32"]
 
 
 def run(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -67,23 +68,33 @@ def test_train_predict_and_audit_follow_each_other(recorded, notes, tiny_models,
     servers, folders = recorded
     out, results = tmp_path / "out", tmp_path / "train.json"
     trained = run("train", *to(servers), *columns(notes), *SMALL, "--output", out, "--json", results)
-    assert "sees texts, adapters, and one share of each gradient" in trained.stdout
+    assert trained.stdout.count("sees texts, one adapter under a pad, and one share of each gradient") == 2
     numbers = json.loads(results.read_text())
     assert numbers["steps"] == 6
     assert numbers["validation"]["accuracy"] > 0
     assert 0 < numbers["gradient_channel_mu"] < 0.2
+    assert 0.5 < numbers["information_bits"] < 1.1  # of the budget of 1, for the adapters of six steps
     assert json.loads((out / "blindtune.json").read_text())["classes"] == ["healthy", "sick"]
-    stock = PeftModel.from_pretrained(AutoModel.from_pretrained(tiny_models["bert"]), out / "adapter_0")
+    stock = PeftModel.from_pretrained(AutoModel.from_pretrained(tiny_models["bert"]), out)
     assert any("lora_B" in name and p.abs().sum() > 0 for name, p in stock.named_parameters())
 
     predicted, scores = tmp_path / "predicted.csv", tmp_path / "predict.json"
-    run("predict", out, *to(servers[:1]), *columns(notes), "--output", predicted, "--json", scores)
+    run("predict", out, *to(servers), *columns(notes), "--output", predicted, "--json", scores)
     with predicted.open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 120
     assert set(rows[0]) == {"prediction", "p_healthy", "p_sick"}
     assert all(abs(float(r["p_healthy"]) + float(r["p_sick"]) - 1) < 1e-4 for r in rows)
     assert json.loads(scores.read_text())["accuracy"] > 0
+
+    refused = run("predict", out, *to(servers[:1]), *columns(notes), check=False)
+    assert refused.returncode == 1
+    said = " ".join((refused.stdout + refused.stderr).split())
+    assert "A padded adapter needs 2 operators that don't collude; 1 is given." in said
+    assert "Remedy: Add an operator (--server); this holds for predictions too." in said
+    swapped = run("predict", out, *to(servers[::-1]), *columns(notes), check=False)
+    said = " ".join((swapped.stdout + swapped.stderr).split())
+    assert "over the operators that trained it, in their order" in said
 
     for server in servers:  # so that transcripts are complete
         server.stop()
@@ -104,7 +115,6 @@ def test_train_predict_and_audit_follow_each_other(recorded, notes, tiny_models,
 
 def test_ctrl_c_leaves_a_checkpoint_and_resume_ends_with_the_same_weights(two_servers, notes, tmp_path):
     common = [*to(two_servers), *columns(notes), *SMALL, "--steps", "12", "--method", "lora"]
-    common = [c for c in common if c not in ("--set", "decoys=1")]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run("train", *common, "--output", whole)
 
@@ -144,7 +154,10 @@ def test_ctrl_c_leaves_a_checkpoint_and_resume_ends_with_the_same_weights(two_se
     [
         (["--text", "nota"], "has no column 'nota'. Remedy: It has: note, diagnosis"),
         (["--method", "p4eft"], "There is no method 'p4eft'"),
-        (["--set", "n=1"], "P3EFT mixes at least two adapters"),
+        (["--method", "p3eft_published", "--set", "n=1"], "P3EFT mixes at least two adapters"),
+        (["--set", "n=2"], "p3eft has no option ['n']. Remedy: It has: allow_single_operator, clip_norm, m, max_bits"),
+        (["--set", "allow_single_operator=no"], "allow_single_operator = 'no' is neither true nor false"),
+        (["--set", "allow_single_operator=true", "--alpha", "0"], "lora_alpha = 0"),
         (["--method", "dc", "--set", "shift_weight=-1"], "shift_weight = -1 is no weight"),
         (["--method", "dc", "--set", "epsilon=1"], "dc has no option ['epsilon']. Remedy: It has: activation_weight"),
         (["--method", "pslf", "--set", "epsilon=0"], "epsilon = 0 can't randomise labels"),
@@ -174,6 +187,8 @@ def test_wrong_options_are_answered_with_the_value_and_the_remedy(tiny_server, n
         ("dc", "shift_weight=0.1", "gradients: it can learn the labels, if not from activations", {}),
         ("pslf", "epsilon=0.5", "gradients of labels that were randomised with epsilon 0.5", {"label_epsilon": 0.5}),
         ("randomized_response", "epsilon=2", "of labels that were randomised with epsilon 2", {"label_epsilon": 2.0}),
+        ("p3eft_published", "allow_single_operator=true", "all adapters, and every share: there is no", {}),
+        ("p3eft", "allow_single_operator=true", "both padded adapters, and every share: it can learn the labels", {}),
     ],
 )
 def test_the_baselines_train_and_predict(tiny_server, notes, tmp_path, method, setting, sees, report):
@@ -183,7 +198,7 @@ def test_the_baselines_train_and_predict(tiny_server, notes, tmp_path, method, s
 
     out, results, scores = tmp_path / "out", tmp_path / "train.json", tmp_path / "predict.json"
     arguments = [
-        "train", "--server", tiny_server.url, "--model", "bert", *map(str, columns(notes)), *SMALL[:-2],
+        "train", "--server", tiny_server.url, "--model", "bert", *map(str, columns(notes)), *SMALL,
         "--method", method, "--set", setting, "--output", str(out), "--json", str(results),
     ]  # fmt: skip
     trained = CliRunner().invoke(app, arguments, env={"COLUMNS": "300"})
@@ -192,7 +207,7 @@ def test_the_baselines_train_and_predict(tiny_server, notes, tmp_path, method, s
     numbers = json.loads(results.read_text())
     assert {name: numbers.get(name) for name in report} == report
     name, value = setting.split("=")
-    assert json.loads((out / "blindtune.json").read_text())["options"][name] == float(value)
+    assert json.loads((out / "blindtune.json").read_text())["options"][name] == json.loads(value)
     again = CliRunner().invoke(app, [*arguments, "--resume"], env={"COLUMNS": "300"})
     assert "Resumed after step 6" in again.output
     arguments = ["predict", out, "--server", tiny_server.url, *columns(notes)]
@@ -202,15 +217,92 @@ def test_the_baselines_train_and_predict(tiny_server, notes, tmp_path, method, s
     assert json.loads(scores.read_text())["accuracy"] > 0
 
 
-def test_one_server_is_not_enough_for_p3eft(tiny_server, notes, tmp_path):
+@pytest.mark.parametrize("method", ["p3eft", "p3eft_published"])
+def test_one_server_is_not_enough_for_p3eft(tiny_server, notes, tmp_path, method):
     from typer.testing import CliRunner
 
     from blindtune.cli import app
 
-    command = ["train", "--server", tiny_server.url, "--model", "bert", *map(str, columns(notes))]
+    command = ["train", "--server", tiny_server.url, "--model", "bert", *map(str, columns(notes)), "--method", method]
     result = CliRunner().invoke(app, [*command, "--output", str(tmp_path / "out")], env={"COLUMNS": "300"})
     assert result.exit_code == 1
     assert "2 shares of one gradient need 2 operators that don't collude" in result.output
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "rank", "alpha", "lr"),
+    [
+        ("p3eft", [], 32, 64, 2e-3),
+        ("p3eft", ["--rank", "4"], 4, 8, 2e-3),
+        ("p3eft", ["--alpha", "16", "--lr", "0.01"], 32, 16, 1e-2),
+        ("p3eft_published", [], 8, 16, 3e-3),
+        ("lora", [], 8, 16, 3e-3),
+        ("lora", ["--rank", "2", "--alpha", "3", "--lr", "0.02"], 2, 3, 2e-2),
+    ],
+)
+def test_a_method_has_its_own_defaults_and_options_overrule_them(
+    four_servers, notes, tmp_path, monkeypatch, method, arguments, rank, alpha, lr
+):
+    from typer.testing import CliRunner
+
+    from blindtune.cli import app
+    from blindtune.training import Trainer
+
+    rates = []
+    original = Trainer.__init__
+
+    def spy(self, model, train, config, **options):
+        rates.append(config.learning_rate)
+        original(self, model, train, config, **options)
+
+    monkeypatch.setattr(Trainer, "__init__", spy)
+    command = ["train", *to(four_servers[:2]), *map(str, columns(notes)), *SMALL, "--steps", "2", "--method", method]
+    command += [*arguments, "--output", str(tmp_path)]
+    for again in ([], ["--resume"]):
+        result = CliRunner().invoke(app, [*command, *again], env={"COLUMNS": "300"})
+        assert result.exit_code == 0, result.output
+    assert rates == [lr, lr]
+    folder = tmp_path / "adapter_0" if method == "p3eft_published" else tmp_path
+    adapter = json.loads((folder / "adapter_config.json").read_text())
+    assert (adapter["r"], adapter["lora_alpha"]) == (rank, alpha)
+    options = json.loads((tmp_path / "blindtune.json").read_text())["options"]
+    assert options.get("steps") == (None if method == "lora" else 2)
+
+
+def test_a_run_is_as_long_as_its_pads_are_made_for_unless_told_otherwise(four_servers, notes, tmp_path):
+    """`steps` of the method: the run's own, or what --set says."""
+    from typer.testing import CliRunner
+
+    from blindtune.cli import app
+
+    command = ["train", *to(four_servers[:2]), *map(str, columns(notes)), *SMALL, "--output", str(tmp_path)]
+    result = CliRunner().invoke(app, [*command, "--set", "steps=2"], env={"COLUMNS": "300"})
+    said = " ".join(result.output.split())
+    assert "Stopped after step 3. The budget of 0.693 nats is made for 3 adapters" in said  # δ_0, δ_1, δ_2
+    assert json.loads((tmp_path / "blindtune.json").read_text())["options"]["steps"] == 2
+
+
+def test_every_operator_is_told_what_it_sees():
+    from blindtune.cli.train import _sees
+    from blindtune.methods import METHODS
+
+    for name, kind in METHODS.items():
+        said = _sees(kind(), 2)
+        assert said.startswith("sees texts")
+        assert ("one share of each gradient" in said) == name.startswith("p3eft")
+        assert ("under a pad" in said) == (name == "p3eft")
+        assert ("adapters" in said) == (name not in ("p3eft", "head_only"))
+
+
+def test_the_manual_of_train_names_every_method():
+    from typer.testing import CliRunner
+
+    from blindtune.cli import app
+    from blindtune.methods import METHODS
+
+    manual = " ".join(CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "400"}).output.split())
+    for name in METHODS:
+        assert re.search(rf"\b{name}\b", manual), name
 
 
 def test_serve_refuses_to_be_open_to_the_world():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +301,38 @@ class TestWhatIsSent:
         assert raw <= sent[0] < 1.05 * raw
         assert sent[1] < 1000
 
+    def test_over_a_fixed_a_only_b_travels_and_nothing_else_is_different(
+        self, tiny_server: Server, connect: Connect, film_sentences: list[str]
+    ):
+        """Against the same A sent along."""
+        config = LoraConfig(r=4, target_modules=LAYERS)
+        short, whole = (connect(tiny_server, model="bert", adapter=config, max_length=16) for _ in range(2))
+        awake(whole, 2)
+        short.set_adapters(2, a_seed="5a" * 32)
+        with torch.no_grad():
+            for ours, theirs in zip(short.lora_adapters(), whole.lora_adapters(), strict=True):
+                for name, (a, b) in ours.named_matrices().items():
+                    b.copy_(theirs.named_matrices()[name][1])
+                    theirs.named_matrices()[name][0].copy_(a)
+        sizes: list[int] = []
+        hidden: list[Tensor] = []
+        for backbone in (short, whole):
+            before = backbone.traffic
+            hidden.append(backbone(film_sentences[:4]))
+            hidden[-1].square().sum().backward()
+            sizes.append(backbone.traffic.sent + backbone.traffic.received - before.sent - before.received)
+            assert torch.equal(backbone.infer(film_sentences[:4]), hidden[-1].detach())
+        assert torch.equal(*hidden)
+        saved = sum(a.numel() for adapter in short.lora_adapters() for a, _ in adapter.named_matrices().values())
+        assert sizes[1] - sizes[0] == pytest.approx(2 * 4 * saved, rel=0.01)  # neither A nor its gradient
+        for ours, theirs in zip(short.lora_adapters(), whole.lora_adapters(), strict=True):
+            for name, (a, b) in ours.named_matrices().items():
+                assert a.grad is None
+                assert b.grad is not None
+                assert torch.equal(b.grad, theirs.named_matrices()[name][1].grad)
+        short.set_adapters(0, a_seed="5a" * 32)
+        assert torch.equal(short(film_sentences[:4]), short.frozen(film_sentences[:4]))
+
     def test_plain_gradients_alternate_between_operators(
         self, two_servers: list[Server], connect: Connect, film_sentences: list[str]
     ):
@@ -405,6 +438,78 @@ class TestInference:
         frozen = backbone.frozen(texts)
         assert frozen.shape == (12, max(lengths), HIDDEN)
         assert backbone.frozen(texts[:1]).shape == (1, lengths[0], HIDDEN)
+
+
+class Pairs(PlainChannel):
+    """Both operators of a pair answer; their mean counts."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, ...]] = []
+
+    def teams(self, operators: int) -> list[tuple[int, ...]]:
+        return [(first, first + 1) for first in range(0, operators - 1, 2)]
+
+    def hidden(self, batch: RemoteBatch, pool: OperatorPool, *, retain: bool) -> Tensor:
+        self.asked.append(batch.operators)
+        answers = pool.parallel([lambda i=i: batch.forward(pool, i, retain=retain) for i in batch.operators])
+        assert all(answer is not None for answer in answers)
+        return torch.stack(answers).mean(0)  # type: ignore[arg-type]
+
+
+class TestTeams:
+    """Operators that answer one request together, over four of them."""
+
+    @pytest.mark.timeout(120)
+    def test_inference_uses_all_teams_at_the_same_time(
+        self, four_servers: list[Server], connect: Connect, film_sentences: list[str]
+    ):
+        channel = Pairs()
+        backbone = awake(connect(four_servers, max_length=32, channel=channel), 2)
+        before = [server.answered()["forward"] for server in four_servers]
+        hidden = backbone.infer(film_sentences[:60])
+        grown = [server.answered()["forward"] - b for server, b in zip(four_servers, before, strict=True)]
+        assert set(channel.asked) == {(0, 1), (2, 3)}
+        assert grown == [channel.asked.count(team) for team in ((0, 1), (0, 1), (2, 3), (2, 3))]
+        plain = connect(four_servers, max_length=32)
+        plain.adapters = backbone.adapters
+        assert error(hidden, plain.infer(film_sentences[:60])) <= 1e-5
+
+    @pytest.mark.timeout(120, method="thread")
+    def test_of_many_threads_never_wait_for_each_other(
+        self, four_servers: list[Server], connect: Connect, film_sentences: list[str]
+    ):
+        """As in a web service: more callers than the pool has threads, each with calls inside calls."""
+        backbone = awake(connect(four_servers, max_length=32, channel=Pairs()))
+        expected = backbone.infer(film_sentences[:8])
+        with ThreadPoolExecutor(12) as callers:
+            answers = list(callers.map(lambda _: backbone.infer(film_sentences[:8]), range(24)))
+        assert all(error(answer, expected) <= 1e-5 for answer in answers)
+
+    @pytest.mark.timeout(120)
+    def test_one_pass_without_gradient_goes_to_one_team_and_the_next_step_to_the_next(
+        self, four_servers: list[Server], connect: Connect, film_sentences: list[str]
+    ):
+        channel = Pairs()
+        backbone = awake(connect(four_servers, max_length=32, channel=channel))
+        for _ in range(3):
+            with torch.no_grad():
+                backbone(film_sentences[:2])
+            backbone(film_sentences[:2])
+        assert channel.asked == [(0, 1), (0,), (2, 3), (1,), (0, 1), (2,)]
+
+    def test_frozen_features_and_plain_inference_use_each_operator_by_itself(
+        self, four_servers: list[Server], connect: Connect, film_sentences: list[str]
+    ):
+        for channel in (Pairs(), PlainChannel()):
+            backbone = awake(connect(four_servers, max_length=32, channel=channel))
+            before = [server.answered()["forward"] for server in four_servers]
+            if isinstance(channel, Pairs):
+                backbone.frozen(film_sentences[:40])
+            else:
+                assert channel.teams(4) == [(0,), (1,), (2,), (3,)]
+                backbone.infer(film_sentences[:40])
+            after = [server.answered()["forward"] for server in four_servers]
+            assert all(b > a for a, b in zip(before, after, strict=True))
 
 
 class TestOptions:

@@ -1,5 +1,7 @@
 """Checkpoints: what is saved is what was trained, in PEFT's format, and secrets are for the owner alone."""
 
+import json
+import os
 import stat
 
 import pytest
@@ -8,7 +10,7 @@ from peft import PeftModel
 from transformers import AutoModel
 
 from blindtune.client import Backbone
-from blindtune.errors import CheckpointError
+from blindtune.errors import CheckpointError, SingleOperator
 from blindtune.methods import (
     P3EFT,
     HeadOnly,
@@ -66,13 +68,29 @@ def test_adapters_load_into_stock_peft_with_equal_hidden_states(connect, film_ex
 def test_secrets_are_readable_by_their_owner_only_and_adapters_hold_none(connect, film_examples, tmp_path):
     model = trained(connect(), film_examples, PublishedP3EFT())
     save_model(model, tmp_path, resume={})
-    for name in ("secret.safetensors", "resume.safetensors"):
+    for name in ("secret.safetensors", "resume.safetensors", "head.safetensors"):
         assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600
     mixing = model.method.mixing.numpy().tobytes()
     assert mixing in (tmp_path / "secret.safetensors").read_bytes()
     for path in tmp_path.rglob("*"):
         if path.is_file() and path.name not in ("secret.safetensors", "resume.safetensors"):
             assert mixing[:64] not in path.read_bytes(), path
+
+
+def test_an_adapter_that_no_operator_may_see_is_for_its_owner_alone_from_its_first_byte(
+    connect, film_examples, tmp_path, monkeypatch
+):
+    """Under P3EFT the adapter is the secret that pads hide."""
+    model = trained(connect(), film_examples, P3EFT())
+    monkeypatch.setattr(os, "replace", lambda *_: None)  # as if the crash came when all was written
+    save_model(model, tmp_path)
+    partial = [path for path in tmp_path.iterdir() if path.name.startswith("adapter_model")]
+    monkeypatch.undo()
+    save_model(model, tmp_path)
+    for path in [*partial, tmp_path / "adapter_model.safetensors"]:
+        if path.exists():
+            assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert [path.name for path in partial] == ["adapter_model.safetensors.part"], "it replaces the last one in one step"
 
 
 def test_a_checkpoint_of_another_model_is_refused(connect, film_examples, tmp_path, tiny_server):
@@ -100,6 +118,21 @@ def test_one_operator_is_enough_to_predict_with_a_model_that_two_trained(connect
     texts = [str(t) for t in film_examples.texts[:5]]
     with torch.no_grad():
         assert torch.equal(model(texts).logits, again(texts).logits)
+
+
+def test_a_padded_adapter_needs_two_operators_to_predict_too(connect, film_examples, tmp_path):
+    save_model(trained(connect(), film_examples, P3EFT()), tmp_path)
+    again = load_model(tmp_path, connect(count=1, adapter=adapter_config(tmp_path)), predict_only=True)
+    with pytest.raises(SingleOperator, match=r"needs 2 operators.*Add an operator \(--server\).*predictions too"):
+        again([str(film_examples.texts[0])])
+
+
+def test_another_seed_has_another_a_and_its_checkpoint_is_refused(connect, film_examples, tmp_path):
+    save_model(trained(connect(), film_examples, P3EFT()), tmp_path)
+    summary = json.loads((tmp_path / "blindtune.json").read_text())
+    (tmp_path / "blindtune.json").write_text(json.dumps({**summary, "seed": 1}))
+    with pytest.raises(CheckpointError, match="than the seed of this run gives"):
+        load_model(tmp_path, connect(adapter=adapter_config(tmp_path)))
 
 
 def test_a_foreign_head_must_be_brought_along(connect, film_examples, tmp_path):

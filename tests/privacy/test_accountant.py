@@ -129,6 +129,16 @@ class TestInformation:
         assert again.nats() == 0.25
         assert ledger.nats() == 0.125
 
+    def test_never_forgets_what_was_sent_when_an_older_count_is_read(self):
+        """As when a checkpoint's two files are read one after the other."""
+        ledger, older = InformationLedger(), InformationLedger()
+        ledger.record("a", "x", 0.25)
+        ledger.record("b", "x", 0.25)
+        older.record("a", "y", 0.25)
+        ledger.load_state(older.state())
+        assert (ledger.nats(), ledger.messages()) == (0.5, 2)
+        assert ledger.after("b", "x", 0.25) == 0.25
+
     def test_has_no_bound_where_messages_met_that_had_to_be_apart(self):
         ledger = InformationLedger()
         ledger.met = True

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import ThreadpoolController
 
 from blindtune.audit.channels import (
     MIN_TEXTS,
@@ -27,6 +28,9 @@ from blindtune.audit.statistics import CachedScores, Labels, Scores, best_auc, b
 from blindtune.errors import TranscriptError
 
 FROZEN = "frozen model"
+"""How channels begin that no label has anything to do with: what texts tell by themselves."""
+SHUFFLED = f"{FROZEN}, shuffled adapter"
+_LIBRARIES = ThreadpoolController()
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,8 @@ class Attacked:
                 continue
             key = (attack.name, digest)
             if key not in self.memory:  # operators that see the same adapters see the same vectors
-                self.memory[key] = attack.run(channel, labels)
+                with _LIBRARIES.limit(limits=1):  # threads slow matrices of this size down, up to twenty times
+                    self.memory[key] = attack.run(channel, labels)
             scores = self.memory[key]
             if scores is None:
                 continue
@@ -125,7 +130,7 @@ class Attacked:
             worst = self._worst.get((name, attack.name))
             if worst is None or value > worst[0].auc:
                 self._worst[name, attack.name] = (finding, scores[:, column], labels == label)
-            if attack.unsupervised and name != FROZEN:
+            if attack.unsupervised and not name.startswith(FROZEN):
                 self.cached.append(CachedScores(rows, scores))
                 self.labels.update(zip(rows, labels.tolist(), strict=True))
 
@@ -171,13 +176,18 @@ def scored_rows(view: View, plan: Plan) -> list[Row]:
 def attack_view(
     view: View, plan: Plan, recompute: Recomputation, on_cell: Callable[[], None] | None = None
 ) -> Attacked:
-    """Attacks everything that this server could compute or was sent."""
+    """Attacks everything that this server could compute or was sent.
+
+    The control is attacked as often: the same channels at the same looks, computed with adapters that have the received
+    ones' weights in random order. The best of many attacks is good by luck, and better on texts that tell their labels.
+    """
     rows = scored_rows(view, plan)
     checkpoints = audited_checkpoints(view, plan.points)
     recompute.ensure(view, [()], rows)
     chosen = np.linspace(len(checkpoints) - 1, 0, plan.probe_points if checkpoints else 0).round().astype(int)
     probed = {checkpoints[index].step for index in chosen}
     wanted: list[tuple[Adapter, ...]] = [checkpoint.adapters for checkpoint in [*view.moving[:1], *checkpoints]]
+    wanted += [checkpoint.shuffled for checkpoint in [*view.moving[:1], *checkpoints]]
     for checkpoint in checkpoints:
         wanted += extra_adapters(view, checkpoint, means=checkpoint.step in probed)
     recompute.ensure(view, wanted, rows)
@@ -189,10 +199,15 @@ def attack_view(
         visible = [row for row in rows if row in seen]
         moments = {"every look": True, "some looks": checkpoint.step in probed, "last look": late}
         attacks = [a for a in ATTACKS.values() if moments[a.when]]
-        computed = computed_channels(view, recompute, checkpoint, previous, visible)
+        earlier = {"the first step": view.moving[0], **({} if previous is None else {"the last look": previous})}
+        received = {name: past.adapters for name, past in earlier.items()}
+        computed = computed_channels(view, recompute, checkpoint.adapters, received, visible)
         computed |= collusion_channels(view, recompute, checkpoint, visible)
         if checkpoint.step in probed:
             computed |= mean_channels(view, recompute, checkpoint, visible)
+        unknowing = {name: past.shuffled for name, past in earlier.items()}
+        control = computed_channels(view, recompute, checkpoint.shuffled, unknowing, visible)
+        computed |= {f"{SHUFFLED}: {name}": features for name, features in control.items()}
         gathered = travelled_channels(view, plan.labels, checkpoint.step)
         gathered |= beyond_text_channels(view, recompute, gathered)
         if late:
@@ -200,7 +215,7 @@ def attack_view(
         for channel, (features, channel_rows) in _all(computed, visible, gathered):
             labels = _labels(plan, channel_rows)
             result.attack(channel, checkpoint.step, _channel(plan, features), channel_rows, labels, attacks)
-            if late or (channel, "early") not in result.pictures:
+            if not channel.startswith(FROZEN) and (late or (channel, "early") not in result.pictures):
                 result.pictures[channel, "late" if late else "early"] = (features, labels)
             if on_cell is not None:
                 on_cell()
@@ -237,7 +252,7 @@ def cells(view: View, plan: Plan) -> int:
     if not looks:
         return 1
     n = len(looks[0].adapters)
-    each = n * 5 + (5 if n > 1 else 0) + n * len(counterparts(view, looks[-1]))
+    each = n * 9 + (10 if n > 1 else 0) + n * len(counterparts(view, looks[-1]))
     return each * len(looks) + 2 * n * min(plan.probe_points, len(looks)) + 1
 
 

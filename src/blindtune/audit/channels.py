@@ -33,22 +33,28 @@ NEIGHBOURS = 4
 
 
 def computed_channels(
-    view: View, recompute: Recomputation, now: Checkpoint, previous: Checkpoint | None, rows: Sequence[Row]
+    view: View,
+    recompute: Recomputation,
+    now: tuple[Adapter, ...],
+    earlier: Mapping[str, tuple[Adapter, ...]],
+    rows: Sequence[Row],
 ) -> dict[str, Features]:
-    """Activations, shifts from θ = 0 and from earlier checkpoints, joints over adapters, and their differences."""
+    """Activations, shifts from θ = 0 and from earlier adapters, joints over adapters, and their differences.
+
+    Args:
+        earlier: how shifts from them are called -> adapters.
+    """
     if len(rows) < MIN_TEXTS:
         return {}
-    hidden = recompute.hidden(view, now.adapters, rows)  # (n, N, d)
+    hidden = recompute.hidden(view, now, rows)  # (n, N, d)
     frozen = recompute.hidden(view, (), rows)[0]
     channels: dict[str, Features] = {}
     references = {"": frozen}
-    first = view.moving[0]
-    if now.step != first.step and len(first.adapters) == len(hidden):
-        start = recompute.hidden(view, first.adapters, rows)
-        if not np.allclose(start, frozen, atol=1e-4):  # adapters usually begin without effect
-            references[" since the first step"] = start
-    if previous is not None and len(previous.adapters) == len(hidden):
-        references[" since the last look"] = recompute.hidden(view, previous.adapters, rows)
+    for name, adapters in earlier.items():
+        if adapters != now and len(adapters) == len(hidden):
+            start = recompute.hidden(view, adapters, rows)
+            if not np.allclose(start, frozen, atol=1e-4):  # adapters usually begin without effect
+                references[f" since {name}"] = start
     for i, vectors in enumerate(hidden):
         channels[f"activation {i}"] = vectors
         for suffix, reference in references.items():

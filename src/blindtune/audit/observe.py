@@ -39,8 +39,15 @@ class Mean:
     of: tuple[str, ...]
 
 
-Adapter = str | Mean
-"""Something with weights: an adapter's content hash, or what an attacker makes of several."""
+@dataclass(frozen=True)
+class Shuffled:
+    """A synthetic adapter that knows nothing: the weights of a received one, in random order within each matrix."""
+
+    of: str
+
+
+Adapter = str | Mean | Shuffled
+"""Something with weights: an adapter's content hash, what an attacker makes of several, or a control."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,11 @@ class Checkpoint:
     adapters: Adapters
     step: int
     """Position among the distinct sets of adapters that this server received, from 0."""
+
+    @property
+    def shuffled(self) -> tuple[Shuffled, ...]:
+        """Adapters of the same size that know nothing."""
+        return tuple(Shuffled(name) for name in self.adapters)
 
 
 @dataclass(frozen=True)
@@ -169,7 +181,7 @@ class View:
         return updates
 
     def adapter(self, name: Adapter) -> Tensor:
-        """Weights `(P,)` of the adapter with this content hash, or of a mean.
+        """Weights `(P,)` of the adapter with this content hash, or of a synthetic one.
 
         Raises:
             TranscriptError: its upload is not in the recording.
@@ -184,16 +196,21 @@ class View:
         """
         wanted = list(dict.fromkeys(names))
         means = [name for name in wanted if isinstance(name, Mean)]
+        shuffled = [name for name in wanted if isinstance(name, Shuffled)]
         sums: list[Tensor | None] = [None] * len(means)
         uses: dict[str, list[int]] = {name: [] for name in wanted if isinstance(name, str)}
         for place, mean in enumerate(means):
             for name in mean.of:
                 uses.setdefault(name, []).append(place)
+        for control in shuffled:
+            uses.setdefault(control.of, [])
         loaded: dict[Adapter, Tensor] = dict.fromkeys(wanted, torch.empty(0))
         for name, places in uses.items():
             weights = self._stored(name)
             if name in loaded:
                 loaded[name] = weights
+            if Shuffled(name) in loaded:
+                loaded[Shuffled(name)] = self._shuffle(name, weights)
             for place in places:
                 total = sums[place]
                 sums[place] = weights.to(torch.float64, copy=True) if total is None else total.add_(weights)
@@ -201,6 +218,14 @@ class View:
             if total is not None:
                 loaded[mean] = (total / len(mean.of)).to(torch.float32)
         return loaded
+
+    def _shuffle(self, name: str, weights: Tensor) -> Tensor:
+        """Each matrix's entries in an order that depends on the adapter's hash alone."""
+        stored = self.weights[name].event.spec
+        assert stored is not None  # noqa: S101 - recorded with every upload
+        random = torch.Generator().manual_seed(int(name[:15], 16))
+        parts = torch.chunk(weights, 2 * len(stored.modules))  # about matrix by matrix: sizes needn't be exact
+        return torch.cat([part[torch.randperm(len(part), generator=random)] for part in parts])
 
     def _stored(self, name: str) -> Tensor:
         stored = self.weights.get(name)

@@ -65,7 +65,7 @@ def _series(findings: Sequence[Finding]) -> dict[str, list[Finding]]:
 
 
 def _floor(findings: Sequence[Finding]) -> float:
-    return max((f.auc for f in findings if f.channel == FROZEN and f.knows == "nothing"), default=0.5)
+    return max((f.auc for f in findings if f.channel.startswith(FROZEN) and f.knows == "nothing"), default=0.5)
 
 
 KNOWLEDGE = ("nothing", "which component", *COUNTS.values(), "all other labels")

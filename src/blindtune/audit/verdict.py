@@ -34,28 +34,28 @@ class Verdict:
 
     @property
     def headline(self) -> Finding:
-        return strongest(f for f in self.findings if f.knows == "nothing" and f.channel != FROZEN)
+        return strongest(f for f in self.findings if f.knows == "nothing" and not f.channel.startswith(FROZEN))
 
     @property
     def component(self) -> Finding:
         """The best of the leading principal components, for an attacker who finds out which one it is."""
-        return strongest(f for f in self.findings if f.knows == "which component" and f.channel != FROZEN)
+        return strongest(f for f in self.findings if f.knows == "which component" and not f.channel.startswith(FROZEN))
 
     @property
     def frozen_component(self) -> Finding:
-        return strongest(f for f in self.findings if f.knows == "which component" and f.channel == FROZEN)
+        return strongest(f for f in self.findings if f.knows == "which component" and f.channel.startswith(FROZEN))
 
     @property
     def probe(self) -> Finding:
-        return strongest(f for f in self.findings if f.knows == "all other labels" and f.channel != FROZEN)
+        return strongest(f for f in self.findings if f.knows == "all other labels" and not f.channel.startswith(FROZEN))
 
     @property
     def frozen(self) -> Finding:
-        return strongest(f for f in self.findings if f.knows == "nothing" and f.channel == FROZEN)
+        return strongest(f for f in self.findings if f.knows == "nothing" and f.channel.startswith(FROZEN))
 
     @property
     def frozen_probe(self) -> Finding:
-        return strongest(f for f in self.findings if f.knows == "all other labels" and f.channel == FROZEN)
+        return strongest(f for f in self.findings if f.knows == "all other labels" and f.channel.startswith(FROZEN))
 
     @property
     def control_headline(self) -> Finding:
@@ -79,8 +79,8 @@ class Verdict:
         """For each number of known labels the best probe on what crossed the wire, and on the frozen model."""
         found: dict[str, tuple[Finding, Finding | None]] = {}
         for knows in COUNTS.values():
-            probes = [f for f in self.findings if f.knows == knows and f.channel != FROZEN]
-            frozen = [f for f in self.findings if f.knows == knows and f.channel == FROZEN]
+            probes = [f for f in self.findings if f.knows == knows and not f.channel.startswith(FROZEN)]
+            frozen = [f for f in self.findings if f.knows == knows and f.channel.startswith(FROZEN)]
             if probes:
                 found[knows] = (strongest(probes), strongest(frozen) if frozen else None)
         return found

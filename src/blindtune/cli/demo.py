@@ -32,8 +32,8 @@ def demo(
     steps: Annotated[int, typer.Option(help="Training steps of each method.")] = 150,
     train: Annotated[int, typer.Option(help="Training sentences.")] = 4800,
     test: Annotated[int, typer.Option(help="Test sentences.")] = 1500,
-    points: Annotated[int, typer.Option(help="Points in time to attack.")] = 6,
-    attacked: Annotated[int, typer.Option(help="Attack a random sample of so many training sentences.")] = 1000,
+    points: Annotated[int, typer.Option(help="Points in time to attack.")] = 5,
+    attacked: Annotated[int, typer.Option(help="Attack a random sample of so many training sentences.")] = 800,
     model: Annotated[str, typer.Option(help="Model that the operators host.")] = "minilm",
     cache: Annotated[Path, typer.Option(help="Where downloads are kept.")] = CACHE,
     json: Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")] = None,
@@ -120,7 +120,9 @@ def _train(name: str, plan: DemoPlan, train_set: "Examples", test_set: "Examples
         )
         method = make_method(name, {} if name == "lora" else {"steps": plan.steps})
         rank = METHODS[name].default_rank
-        backbone.adapter_config = make_lora_config(backbone.info, rank=rank, alpha=2 * rank, targets=None, layers="upper")
+        backbone.adapter_config = make_lora_config(
+            backbone.info, rank=rank, alpha=2 * rank, targets=None, layers="upper"
+        )
         head = LinearHead(backbone.hidden_size, len(train_set.classes))
         private = PrivateModel(backbone, head, method, seed=plan.seed)
         config = TrainConfig(steps=plan.steps, seed=plan.seed, learning_rate=METHODS[name].default_lr)
@@ -209,7 +211,17 @@ def _print(result: dict[str, Any]) -> None:
     from blindtune.cli.progress import human_bytes
 
     table = Table(title="What was taught, and what the operators learned", title_justify="left")
-    columns = ("method", "accuracy", "best attack", "on gradients", "with 64 labels", "μ", "bits", "bytes/step", "seconds")
+    columns = (
+        "method",
+        "accuracy",
+        "best attack",
+        "on gradients",
+        "with 64 labels",
+        "μ",
+        "bits",
+        "bytes/step",
+        "seconds",
+    )
     for column in columns:
         table.add_column(column, justify="left" if column == "method" else "right")
     frozen = [f"{result['frozen_attack_auc']:.2f}", _with_some_labels(result["frozen_few_label_auc"])]
@@ -233,9 +245,9 @@ def _print(result: dict[str, Any]) -> None:
         "Best attack: AUC of the strongest attack that knows no label (spectral, norm, k-means, the most two-humped "
         "component, what adapters share) on activations, shifts and received gradients of either operator, at its best "
         "moment of the run; 0.5 is guessing. With 64 labels: the best probe of an attacker who knows the labels of 64 "
-        "texts. The frozen model's row is what the texts tell by themselves. μ bounds what the shares of a gradient "
-        f"reveal of one label; bits bound what everything that one operator sees reveals of all {result['train']} labels "
-        "together."
+        "texts. The frozen model's row is what the texts tell by themselves, attacked as often, with adapters in "
+        "random order. μ bounds what the shares of a gradient reveal of one label; bits bound what everything that one "
+        f"operator sees reveals of all {result['train']} labels together."
     )
     console.print(f"{result['seconds']:.0f} s in all.")
 

@@ -187,7 +187,7 @@ def _run(
 ) -> dict[str, Any]:
     """Trains with progress and leaves a checkpoint, however it ends."""
     from blindtune.cli.progress import Interrupted, human_bytes, inference_progress, run_steps
-    from blindtune.methods import read_resume
+    from blindtune.methods import read_resume, save_secret
     from blindtune.training import Trainer, evaluate
 
     trainer = Trainer(private, examples, config, checkpoint=output, save_every=save_every)
@@ -225,8 +225,11 @@ def _run(
     traffic = backbone.traffic
     result |= {"bytes_sent": traffic.sent, "bytes_received": traffic.received, "output": str(output)}
     if held_out is not None:
-        with inference_progress(backbone, console, "validation", len(held_out)):
-            result["validation"] = evaluate(private, held_out)
+        try:
+            with inference_progress(backbone, console, "validation", len(held_out)):
+                result["validation"] = evaluate(private, held_out)
+        finally:
+            save_secret(private, output)
     console.print(
         f"Checkpoint: {output}  ({human_bytes(traffic.sent)} sent, {human_bytes(traffic.received)} received)",
         soft_wrap=True,
@@ -291,7 +294,7 @@ def predict(
         import torch
 
         from blindtune.cli.progress import inference_progress
-        from blindtune.methods import PrivateModel, adapter_config, load_model, read_summary
+        from blindtune.methods import PrivateModel, adapter_config, load_model, read_summary, save_secret
         from blindtune.training import Columns, load_examples, scores
         from blindtune.training import predict as run
 
@@ -312,9 +315,14 @@ def predict(
             model=model or summary["model"],
         )
         private: PrivateModel = load_model(checkpoint, backbone, predict_only=True)
-        with inference_progress(backbone, errors, "predicting", len(examples)):
-            chances = run(private, examples.texts)
-        _write_predictions(output, chances.tolist(), summary["classes"])
+        before = private.method.state()
+        try:
+            with inference_progress(backbone, errors, "predicting", len(examples)):
+                chances = run(private, examples.texts)
+            _write_predictions(output, chances.tolist(), summary["classes"])
+        finally:
+            if any(not torch.equal(tensor, before[name]) for name, tensor in private.method.state().items()):
+                save_secret(private, checkpoint)
         result: dict[str, Any] = {"examples": len(examples)}
         if examples.labels is not None:
             result |= scores(chances, torch.tensor(examples.labels))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -214,12 +214,16 @@ class OperatorPool:
         return len(self.operators)
 
     def parallel(self, calls: Sequence[Callable[[], T]]) -> list[T]:
-        """Runs the calls at the same time and waits for all; raises the first error."""
-        if len(calls) == 1:
-            return [calls[0]()]
-        futures = [self._threads.submit(call) for call in calls]
-        wait(futures)
-        return [future.result() for future in futures]
+        """Runs the calls at the same time and waits for all; raises the first error. Calls may call this again.
+
+        One runs in the caller's thread, and so does each that no thread was free for: nested calls never wait for each
+        other's threads.
+        """
+        futures = [self._threads.submit(call) for call in calls[1:]]
+        outcomes = [_outcome(calls[0])]
+        outcomes += [_outcome(c) if f.cancel() else f for c, f in zip(calls[1:], futures, strict=True)]
+        wait(outcomes)
+        return [outcome.result() for outcome in outcomes]
 
     def traffic(self) -> Traffic:
         """Sum over all operators."""
@@ -230,3 +234,13 @@ class OperatorPool:
         self._threads.shutdown(wait=False)
         for operator in self.operators:
             operator.transport.close()
+
+
+def _outcome(call: Callable[[], T]) -> Future[T]:
+    """What the call gives or raises in this thread."""
+    outcome = Future[T]()
+    try:
+        outcome.set_result(call())
+    except BaseException as error:  # of an interrupt too: it is raised when the other calls are done
+        outcome.set_exception(error)
+    return outcome

@@ -9,6 +9,7 @@ from blindtune.methods.checkpoint import (
     read_resume,
     read_summary,
     save_model,
+    save_secret,
 )
 from blindtune.methods.distance_correlation import DistanceCorrelation
 from blindtune.methods.gradients import SharedGradients
@@ -44,4 +45,5 @@ __all__ = [
     "read_resume",
     "read_summary",
     "save_model",
+    "save_secret",
 ]

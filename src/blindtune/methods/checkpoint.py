@@ -2,8 +2,8 @@
 
 out/
   blindtune.json              model, fingerprint, method and its options, classes, pooling, max_length
-  adapter_config.json         PEFT's files: here for one adapter,
-  adapter_model.safetensors   in adapter_0/, adapter_1/, … for several
+  adapter_config.json         PEFT's files: here for one adapter, in adapter_0/, adapter_1/, … for several;
+  adapter_model.safetensors   under p3eft as secret as the labels (mode 600)
   head.safetensors            the client's head; with the adapters it tells labels (mode 600)
   secret.safetensors          mixing weights, ledger of pads, randomised labels, key: as secret as the labels (mode 600)
   resume.safetensors          optimizer and adversary, for --resume (mode 600)
@@ -12,7 +12,6 @@ out/
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from blindtune.client import Backbone
 from blindtune.errors import CheckpointError, ConfigError
+from blindtune.files import PRIVATE, replace_file
 from blindtune.methods.distance_correlation import DistanceCorrelation
 from blindtune.methods.head import LinearHead
 from blindtune.methods.head_only import HeadOnly
@@ -85,14 +85,11 @@ def save_model(
     for adapter, place in zip(adapters, _adapter_folders(folder, len(adapters)), strict=True):
         adapter.save_pretrained(place)
     head = {name: tensor.detach().contiguous() for name, tensor in model.head.state_dict().items()}
-    _write(folder / HEAD, head, private=True)
-    state = method.state()
-    secret = {name: tensor for name, tensor in state.items() if not name.startswith(RESUME_ONLY)}
-    secret["key"] = torch.frombuffer(bytearray(model.generator.key), dtype=torch.uint8)
-    _write(folder / SECRET, secret, private=True)
+    _write(folder / HEAD, head)
+    save_secret(model, folder)
     if resume is not None:
-        learned = {f"method.{name}": tensor for name, tensor in state.items()}
-        _write(folder / RESUME, {**learned, **resume}, private=True)
+        learned = {f"method.{name}": tensor for name, tensor in method.state().items()}
+        _write(folder / RESUME, {**learned, **resume})
     options = {f.name: getattr(method, f.name) for f in fields(METHODS[method.name]) if f.init}
     summary = {
         "format": 1,
@@ -110,7 +107,24 @@ def save_model(
         "num_classes": model.classes,
         "classes": classes or [str(index) for index in range(model.classes)],
     }
-    _replace(folder / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode(), 0o644)
+    replace_file(folder / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
+
+
+def save_secret(model: PrivateModel, folder: Path) -> None:
+    """Writes the run's secrets once more: predictions too show operators adapters, and `ledger` counts them.
+
+    Raises:
+        CheckpointError: the folder can't be written.
+    """
+    secret = {name: tensor for name, tensor in model.method.state().items() if not name.startswith(RESUME_ONLY)}
+    secret["key"] = torch.frombuffer(bytearray(model.generator.key), dtype=torch.uint8)
+    try:
+        _write(folder / SECRET, secret)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder / SECRET} can't be written: {error}.",
+            remedy="Make it writable: it counts what operators have seen.",
+        ) from None
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
@@ -205,15 +219,6 @@ def _read(path: Path) -> dict[str, Tensor]:
     return load_file(path)
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor], *, private: bool = False) -> None:
-    _replace(
-        path, save({name: t.detach().clone().contiguous() for name, t in tensors.items()}), 0o600 if private else 0o644
-    )
-
-
-def _replace(path: Path, content: bytes, mode: int) -> None:
-    partial = path.with_name(path.name + ".part")
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-    os.replace(partial, path)
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    content = save({name: t.detach().clone().contiguous() for name, t in tensors.items()})
+    replace_file(path, content, PRIVATE)

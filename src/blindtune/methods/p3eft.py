@@ -91,6 +91,11 @@ class P3EFT:
         self.channel.shares.check_operators(len(backbone.pool), backbone.info.dtype)
         if backbone.pooling == "none":
             raise ConfigError("P3EFT reads one vector for each text.", remedy="Use another pooling than none.")
+        if backbone.adapter_config.lora_alpha <= 0:
+            raise ConfigError(
+                f"lora_alpha = {backbone.adapter_config.lora_alpha}: no pad is large enough for such adapters.",
+                remedy="Use a positive number, such as twice the rank.",
+            )
 
     def prepare(self, frozen: Tensor, labels: Tensor) -> None:
         """Nothing to learn from the frozen features."""

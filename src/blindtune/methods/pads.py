@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -27,8 +29,8 @@ class PaddedAdapters:
         client:           h' = h(x, 0) + s (h₊ − h₋)
 
     Gradients are asked for at θ = 0, where the model is the pretrained one, so what an operator differentiates has
-    nothing to do with labels either. The pad is bound to δ, the adapters' shape and the operators in their order: the
-    same δ always travels as the same bytes, so a repeated step, an evaluation and the step after it are one view.
+    nothing to do with labels either. The pad is bound to δ, the adapters' shape and the two operators in their order:
+    the same δ always travels as the same bytes, so a repeated step, an evaluation and the step after it are one view.
 
     Attributes:
         shares: how gradients travel.
@@ -45,6 +47,8 @@ class PaddedAdapters:
     views: int
     max_nats: float
     ledger: InformationLedger = field(init=False, default_factory=InformationLedger)
+    _lock: Lock = field(init=False, repr=False, default_factory=Lock)
+    """Of the ledger: inference asks for hidden states from several threads."""
 
     def scale(self, batch: RemoteBatch) -> PadScale:
         """The run's public numbers for adapters of this shape."""
@@ -56,16 +60,13 @@ class PaddedAdapters:
         return self.shares.choose(operators, step)
 
     def teams(self, operators: int) -> list[tuple[int, ...]]:
+        self._check_members(operators)
         if operators < MEMBERS:
-            if not self.shares.allow_single_operator:
-                raise SingleOperator(
-                    f"A padded adapter needs {MEMBERS} operators that don't collude; {operators} is given.",
-                    remedy="Add an operator (--server); this holds for predictions too.",
-                )
             return [(0,)]
         return [(first, first + 1) for first in range(0, operators - 1, MEMBERS)]
 
     def hidden(self, batch: RemoteBatch, pool: OperatorPool, *, retain: bool) -> Tensor:
+        self._check_members(len(batch.operators))
         scale = self.scale(batch)
         delta = batch.weights[0]
         if not bool(torch.isfinite(delta).all()):
@@ -73,13 +74,12 @@ class PaddedAdapters:
                 "The adapter holds NaN or infinity; nothing was sent.", remedy="Resume the last step."
             )
         delta, _ = bounded(delta, scale.max_norm)
-        identity = fingerprint(delta)
-        generator = self.generator.derive(
-            b"pad", identity, repr((batch.spec.model_dump(), scale)).encode(), *receivers(batch, pool)
-        )
+        members = receivers(batch, pool)[:MEMBERS]
+        context = [fingerprint(delta), repr((batch.spec.model_dump(), scale)).encode(), *members]
+        generator = self.generator.derive(b"pad", *context)
         plus, minus = pad_pair(delta, scale, generator=generator)
         base = _at_zero(batch)
-        self._record(batch, pool, identity.hex()[:32], scale)
+        self._record(batch, pool, hashlib.sha256(generator.key).hexdigest()[:32], scale)
 
         def call(position: int, padded: Tensor | None) -> Callable[[], tuple[Tensor | None, Tensor | None]]:
             def work() -> tuple[Tensor | None, Tensor | None]:
@@ -105,19 +105,29 @@ class PaddedAdapters:
         _, factor = bounded(batch.weights[0], self.scale(batch).max_norm)
         return factor * self.shares.gradients(cotangent, _at_zero(batch), pool)
 
+    def _check_members(self, operators: int) -> None:
+        """Raises `SingleOperator` if both halves of a pad would meet."""
+        if operators < MEMBERS and not self.shares.allow_single_operator:
+            raise SingleOperator(
+                f"A padded adapter needs {MEMBERS} operators that don't collude; {operators} is given.",
+                remedy="Add an operator (--server); this holds for predictions too.",
+            )
+
     def _record(self, batch: RemoteBatch, pool: OperatorPool, identity: str, scale: PadScale) -> None:
         if len(batch.operators) < MEMBERS:
             self.ledger.met = True
             return
-        for index in batch.operators[:MEMBERS]:
-            operator = pool.operators[index].transport.url
-            if self.ledger.after(operator, identity, scale.nats) > self.max_nats * (1 + 1e-9):
+        operators = [pool.operators[index].transport.url for index in batch.operators[:MEMBERS]]
+        with self._lock:
+            spent = max(self.ledger.after(operator, identity, scale.nats) for operator in operators)
+            if spent > self.max_nats * (1 + 1e-9):
                 raise BudgetSpent(
                     f"The budget of {self.max_nats:.3g} nats is made for {self.views} adapters; they have been sent.",
-                    remedy="The last complete step is saved. Plan more steps (steps=…) before the run begins.",
+                    remedy="What is saved can be used over the operators that trained it, in their order. For a longer "
+                    "run, plan more steps (steps=…) before it begins.",
                 )
-        for index in batch.operators[:MEMBERS]:
-            self.ledger.record(pool.operators[index].transport.url, identity, scale.nats)
+            for operator in operators:
+                self.ledger.record(operator, identity, scale.nats)
 
 
 def _at_zero(batch: RemoteBatch) -> RemoteBatch:

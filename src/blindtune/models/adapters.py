@@ -17,10 +17,11 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from blindtune.errors import CheckpointError, ConfigError, UnknownTargetModule
+from blindtune.files import PRIVATE, replace_file
 from blindtune.models.lora import LoraLayout
 from blindtune.wire import LoraSpec, ModelInfo
 
@@ -124,13 +125,13 @@ class LoraAdapter(nn.Module):
         return self.layout.join(self.named_matrices())
 
     def save_pretrained(self, folder: Path) -> None:
-        """Writes PEFT's `adapter_config.json` and `adapter_model.safetensors`."""
+        """Writes PEFT's `adapter_config.json` and `adapter_model.safetensors`, the latter for its owner alone."""
         folder.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, Tensor] = {}
         for name, (a, b) in self.named_matrices().items():
             tensors[f"{_PREFIX}{name}.lora_A.weight"] = a.detach().contiguous()
             tensors[f"{_PREFIX}{name}.lora_B.weight"] = b.detach().contiguous()
-        save_file(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
+        replace_file(folder / WEIGHTS_FILE, save(tensors, {"format": "pt"}), PRIVATE)
         config = copy.deepcopy(self.config)
         config.base_model_name_or_path = self.info.base_model_name
         config.target_modules = [str(name) for name in self.layout.spec.modules]

@@ -101,7 +101,10 @@ class InformationLedger:
         return _as_bytes(self._seen)
 
     def load_state(self, state: Tensor) -> None:
-        self._seen = json.loads(bytes(state.numpy()))
+        """Adds what `state` has counted: whatever was sent stays sent."""
+        counts: dict[str, dict[str, float]] = json.loads(bytes(state.numpy()))
+        for operator, seen in counts.items():
+            self._seen.setdefault(operator, {}).update(seen)
 
 
 def mean_advantage(nats: float, labels: int) -> float:

@@ -1,0 +1,758 @@
+"""P3EFT with padded adapters, over real operators: what the client gets back, and what each of them has recorded."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import combinations, pairwise
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import Tensor
+
+from blindtune.client import Backbone
+from blindtune.errors import BudgetSpent, ConfigError, NonFiniteTensor, SingleOperator
+from blindtune.methods import (
+    P3EFT,
+    LinearHead,
+    PaddedAdapters,
+    PrivateModel,
+    SharedGradients,
+    adapter_config,
+    load_model,
+    make_method,
+    read_resume,
+    save_model,
+    save_secret,
+)
+from blindtune.models import FrozenBackbone, LoraLayout, Tokens
+from blindtune.privacy.accountant import InformationLedger
+from blindtune.privacy.randomness import SecureGenerator
+from blindtune.training import Examples, TrainConfig, Trainer, evaluate, predict, scores
+from blindtune.wire import AdapterUpload, Transcript, decode
+from tests.conftest import several
+from tests.models.test_lora import error
+
+KEY = bytes(range(32))
+LAYERS = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+SCALING = 2.0
+STEPS = 6
+RATE = 5e-3
+SMALL_PADS = {"steps": 4, "pad_spread": 0.005, "max_bits": 1e4}
+"""Whatever the pads are, the tangent is nearly that at the pretrained model."""
+
+
+def start(backbone: Backbone, method: P3EFT, *, key: bytes = KEY, **options: Any) -> PrivateModel:
+    torch.manual_seed(0)
+    head = LinearHead(backbone.hidden_size, 2)
+    return PrivateModel(backbone, head, method, generator=SecureGenerator(key), **options)
+
+
+def delta(backbone: Backbone) -> Tensor:
+    """The secret update `(P,)`."""
+    return backbone.lora_adapters()[0].vector().detach().clone()
+
+
+def move(backbone: Backbone, length: float, seed: int = 0) -> Tensor:
+    """Sets the secret update to one of this norm."""
+    matrices = backbone.lora_adapters()[0].named_matrices()
+    generator = torch.Generator().manual_seed(seed)
+    drawn = {name: torch.randn(b.shape, generator=generator) for name, (_, b) in matrices.items()}
+    norm = math.sqrt(sum(float(b.square().sum()) for b in drawn.values()))
+    with torch.no_grad():
+        for name, (_, b) in matrices.items():
+            b.copy_(drawn[name] * length / norm)
+    return delta(backbone)
+
+
+def tokens_of(backbone: Backbone, texts: Sequence[str]) -> Tokens:
+    return backbone.tokenizer.pad(backbone.rows(texts))
+
+
+@dataclass
+class Seen:
+    """What one operator received between two moments: adapters in the order of arrival, and its calls."""
+
+    adapters: dict[str, Tensor] = field(default_factory=dict)
+    calls: list[tuple[str, str]] = field(default_factory=list)
+    """Kind, and the hash of the one adapter that it was for."""
+
+    @property
+    def padded(self) -> list[Tensor]:
+        """All adapters but the public one that changes nothing."""
+        return [weights.double() for weights in self.adapters.values() if torch.count_nonzero(weights)]
+
+    @property
+    def zero(self) -> list[str]:
+        return [name for name, weights in self.adapters.items() if not torch.count_nonzero(weights)]
+
+
+def seen(transcript: Transcript, begin: float, end: float) -> Seen:
+    found = Seen()
+    for event in transcript.events:
+        if not begin <= event.time <= end:
+            continue
+        if event.kind == "adapter":
+            found.adapters.setdefault(event.adapters[0], transcript.tensors(event)["weights"])
+        elif event.adapters:
+            (adapter,) = event.adapters
+            found.calls.append((event.kind, adapter))
+    return found
+
+
+@dataclass
+class Run:
+    """A short training run: the client's secrets, and after the servers' end what each operator has recorded."""
+
+    scale: Any
+    deltas: list[Tensor]
+    """δ_0 … δ_T."""
+    begin: float
+    end: float
+    seen: list[Seen] = field(default_factory=list)
+
+
+def train(urls: list[str], texts: list[str], labels: list[int], method: P3EFT, key: bytes) -> Run:
+    """`STEPS` steps on all texts, an evaluation after each second one and at the end.
+
+    The head is not fitted before: it would have opposite weights for opposite labels, and adapters equal gradients.
+    """
+    begin = time.time()
+    backbone = Backbone(urls, adapter=LAYERS, max_length=32)
+    model = start(backbone, method, key=key)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+    deltas = [delta(backbone)]
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        model(texts, labels).loss.backward()
+        optimizer.step()
+        deltas.append(delta(backbone))
+        if step % 2 or step == STEPS - 1:
+            predict(model, texts[:9])
+    scale = method.channel.scale(backbone.batch(backbone.rows(texts), (0, 1), None))
+    backbone.close()
+    return Run(scale, deltas, begin, time.time())
+
+
+@pytest.fixture(scope="module")
+def runs(film_examples, tiny_models, tmp_path_factory) -> dict[str, Run]:
+    """Three runs over the same two operators: as it should be, with opposite labels, and without real pads."""
+    texts, labels = [str(text) for text in film_examples.texts[:24]], film_examples.labels[:24]
+    folder = tmp_path_factory.mktemp("recorded")
+    found: dict[str, Run] = {}
+    with ExitStack() as stack:
+        servers = [
+            stack.enter_context(several(1, tiny_models["bert"], tmp_path_factory, record=folder / name))[0]
+            for name in "ab"
+        ]
+        urls = [server.url for server in servers]
+        found["true"] = train(urls, texts, labels, P3EFT(steps=STEPS), b"1" * 32)
+        found["opposite"] = train(urls, texts, [1 - label for label in labels], P3EFT(steps=STEPS), b"2" * 32)
+        bare = P3EFT(steps=STEPS, pad_spread=1e-6, max_bits=1e14)
+        found["bare"] = train(urls, texts, labels, bare, b"3" * 32)
+    for run in found.values():
+        run.seen = [seen(Transcript(folder / name), run.begin, run.end) for name in "ab"]
+    return found
+
+
+class TestWhatOperatorsSee:
+    def test_is_one_padded_adapter_for_each_update_and_a_public_one(self, runs):
+        """An evaluation and the step after it are one view."""
+        run = runs["true"]
+        assert len({d.numpy().tobytes() for d in run.deltas}) == STEPS + 1
+        for operator in run.seen:
+            assert len(operator.padded) == STEPS + 1
+            assert len(operator.zero) == 1
+
+    def test_gradients_are_taken_where_nothing_depends_on_labels(self, runs):
+        for run in runs.values():
+            for operator in run.seen:
+                backward = [adapter for kind, adapter in operator.calls if kind == "backward"]
+                assert backward == operator.zero * STEPS
+
+    def test_is_half_of_a_pair_and_never_both_halves(self, runs):
+        """Two adapters of one operator have independent pads; only both halves of one pad give an update."""
+        run = runs["true"]
+        one, other = (operator.padded for operator in run.seen)
+        for truth, plus, minus in zip(run.deltas, one, other, strict=True):
+            found = (plus - minus) * run.scale.amplification
+            assert float((found - truth.double()).norm()) < 1e-3 * max(1.0, float(truth.norm()))
+        for mine in (one, other):
+            for left, right in combinations(mine, 2):
+                assert float((left - right).std()) == pytest.approx(2**0.5 * run.scale.sigma, rel=0.1)
+        for t, plus in enumerate(one):
+            for s, minus in enumerate(other):
+                if s != t:
+                    assert float((plus - minus).std()) == pytest.approx(2**0.5 * run.scale.sigma, rel=0.1)
+
+    @pytest.mark.parametrize("labels", ["true", "opposite"])
+    def test_looks_like_a_pad_alone_whatever_the_labels(self, runs, labels):
+        """Norms, and the projection on the true update, which the best attacker would look at."""
+        run = runs[labels]
+        for operator in run.seen:
+            for padded, truth in zip(operator.padded, run.deltas, strict=True):
+                freedom = len(padded)
+                chi = float(padded.square().sum()) / run.scale.sigma**2
+                assert abs(chi - freedom) < 4 * (2 * freedom) ** 0.5
+                if float(truth.norm()):
+                    along = float(padded @ truth.double()) / float(truth.norm()) / run.scale.sigma  # N(tiny, 1)
+                    assert abs(along) < 4
+            for (before, after), (start, end) in zip(pairwise(operator.padded), pairwise(run.deltas), strict=True):
+                step, change = (end - start).double(), after - before
+                cosine = float(step @ change / step.norm() / change.norm())
+                assert abs(cosine) < 4 / freedom**0.5
+        assert float(run.deltas[-1].norm()) > 0.1, "something was learned"
+
+    def test_tells_the_update_where_the_pad_is_too_small(self, runs):
+        """The same attacks without the defence: what an operator sees moves as the secret moves."""
+        run = runs["bare"]
+        for sign, operator in zip((1, -1), run.seen, strict=True):
+            for (before, after), (start, end) in zip(pairwise(operator.padded), pairwise(run.deltas), strict=True):
+                step, change = (end - start).double(), after - before
+                assert sign * float(step @ change / step.norm() / change.norm()) > 0.95
+            last = operator.padded[-1]
+            along = float(last @ run.deltas[-1].double()) / float(run.deltas[-1].norm()) / run.scale.sigma
+            assert sign * along > 1000
+
+    def test_runs_with_opposite_labels_learn_opposite_things_and_look_alike(self, runs):
+        ends = [runs[name].deltas[-1] for name in ("true", "opposite")]
+        assert float(torch.nn.functional.cosine_similarity(*ends, dim=0)) < -0.3
+        for position in (0, 1):
+            left, right = (runs[name].seen[position].padded[-1] for name in ("true", "opposite"))
+            assert abs(float(torch.nn.functional.cosine_similarity(left, right, dim=0))) < 4 / len(left) ** 0.5
+
+
+@dataclass
+class Tap:
+    """What the client sends over one connection, beside what it asks at the start."""
+
+    uploads: list[bytes] = field(default_factory=list)
+    posts: list[bytes] = field(default_factory=list)
+
+
+@contextmanager
+def tapped(backbone: Backbone):
+    taps: list[Tap] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for operator in backbone.pool.operators:
+            tap, transport = Tap(), operator.transport
+            patch.setattr(transport, "put", _listening(transport.put, tap.uploads))
+            patch.setattr(transport, "post", _listening(transport.post, tap.posts))
+            taps.append(tap)
+        yield taps
+
+
+def _listening(send: Callable[..., Any], heard: list[bytes]) -> Callable[..., Any]:
+    def listen(path: str, body: bytes) -> Any:
+        heard.append(body)
+        return send(path, body)
+
+    return listen
+
+
+def padded_weights(backbone: Backbone, texts: Sequence[str]) -> list[Tensor]:
+    """The padded adapter that each operator is sent for these texts, in the order of the operators."""
+    found: list[Tensor] = []
+    with tapped(backbone) as taps:
+        for operator in backbone.pool.operators:
+            operator._uploaded.clear()
+        with torch.no_grad():
+            backbone(texts)
+    for tap in taps:
+        weights = [decode(body, AdapterUpload)[1]["weights"].double() for body in tap.uploads]
+        found += [w for w in weights if torch.count_nonzero(w)]
+    return found
+
+
+class TestHiddenStates:
+    def in_process(self, backbone: Backbone, texts: Sequence[str], loaded: FrozenBackbone):
+        layout = LoraLayout(backbone.lora_adapters()[0].layout.spec, loaded.lora.shapes)
+        tokens = tokens_of(backbone, texts)
+
+        def hidden(weights: Tensor) -> Tensor:
+            return loaded.forward(tokens, backbone.pooling, layout, weights.unsqueeze(0))[0]
+
+        return hidden
+
+    @pytest.mark.parametrize("length", [1.0, 3.0])
+    def test_are_the_frozen_models_and_a_jacobian_vector_product(self, connect, film_sentences, tiny_backbone, length):
+        """In float64, by central differences, at the pad (which the two operators' adapters give away together)."""
+        backbone = connect(adapter=LAYERS)
+        start(backbone, P3EFT(steps=50))
+        direction = move(backbone, length).double()
+        texts = film_sentences[:16]
+        plus, minus = padded_weights(backbone, texts)
+        pad = (plus + minus) / 2
+        with torch.no_grad():
+            found = backbone(texts).double()
+            hidden = self.in_process(backbone, texts, tiny_backbone("bert", "float64"))
+            base = hidden(torch.zeros_like(pad))
+            small = 1e-4 / length
+            product = (hidden(pad + small * direction) - hidden(pad - small * direction)) / (2 * small)
+        assert error(found - base, product) < 1e-2
+        assert float(product.norm()) > 0.05 * float(base.norm())
+
+    def test_come_near_the_tangent_at_the_pretrained_model_as_pads_shrink(self, connect, film_sentences, tiny_backbone):
+        errors: list[float] = []
+        for spread in (0.64, 0.16, 0.04):
+            backbone = connect(adapter=LAYERS)
+            start(backbone, P3EFT(pad_spread=spread))
+            direction = move(backbone, 1.0).double()
+            with torch.no_grad():
+                found = backbone(film_sentences[:16]).double()
+                hidden = self.in_process(backbone, film_sentences[:16], tiny_backbone("bert", "float64"))
+                tangent = (hidden(1e-4 * direction) - hidden(-1e-4 * direction)) / 2e-4
+                errors.append(error(found - hidden(torch.zeros_like(direction)), tangent))
+        assert errors[0] > 2 * errors[1] > 4 * errors[2]
+        assert errors[2] < 0.1
+
+    def test_of_an_update_of_zero_are_the_frozen_models_but_for_rounding_that_s_amplifies(
+        self, connect, film_sentences
+    ):
+        """Of a run of 1000 steps under 1 bit: s = 3800, and float32 has 24 bits."""
+        backbone = connect(adapter=LAYERS)
+        model = start(backbone, P3EFT(steps=1000))
+        texts = film_sentences[:16]
+        frozen = backbone.frozen(texts)
+        with torch.no_grad():
+            noise = backbone(texts) - frozen
+        amplification = model.method.channel.scale(backbone.batch(backbone.rows(texts), (0, 1), None)).amplification
+        assert 3500 < amplification < 4000
+        assert 0 < float(noise.norm() / frozen.norm()) < amplification * 2**-21
+
+    def test_of_a_longer_update_are_those_of_one_that_is_scaled_down(self, connect, film_sentences):
+        backbone = connect(adapter=LAYERS)
+        start(backbone, P3EFT(max_norm=SCALING * 0.5))
+        found: list[Tensor] = []
+        for length in (0.5, 2.0):
+            move(backbone, length)
+            with torch.no_grad():
+                found.append(backbone(film_sentences[:8]) - backbone.frozen(film_sentences[:8]))
+        assert error(found[1], found[0]) < 0.02
+
+    def test_do_not_depend_on_who_asks_or_how(self, connect, film_sentences):
+        """With gradient, without, and in `infer`: the same adapters, the same answer."""
+        backbone = connect(adapter=LAYERS)
+        start(backbone, P3EFT())
+        move(backbone, 1.0)
+        texts = film_sentences[:6]
+        differentiable = backbone.all_adapters(texts)
+        with torch.no_grad():
+            assert torch.equal(backbone.all_adapters(texts), differentiable)
+        assert error(backbone.infer(texts), differentiable) < 1e-2
+
+
+class TestGradients:
+    @pytest.mark.parametrize("max_norm", [16.0, 0.5])
+    def test_that_arrive_in_b_are_those_of_the_tangent(self, connect, film_sentences, tiny_backbone, max_norm):
+        """J₀ᵀ g, times the factor by which a longer update was scaled down."""
+        backbone = connect(adapter=LAYERS)
+        start(backbone, P3EFT(max_norm=max_norm))
+        secret = move(backbone, 1.0)
+        texts = film_sentences[:8]
+        hidden = backbone(texts)
+        cotangent = 0.1 * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
+        hidden.backward(cotangent)
+        adapter = backbone.lora_adapters()[0]
+        assert all(a.grad is None for a, _ in adapter.named_matrices().values())
+        gradients = {name: (a, b.grad) for name, (a, b) in adapter.named_matrices().items()}
+        found = adapter.layout.join(gradients)
+
+        loaded = tiny_backbone("bert", "float64")
+        leaf = torch.zeros(1, len(secret), dtype=torch.float64, requires_grad=True)
+        layout = LoraLayout(adapter.layout.spec, loaded.lora.shapes)
+        in_process = loaded.forward(tokens_of(backbone, texts), backbone.pooling, layout, leaf)
+        (expected,) = torch.autograd.grad(in_process, leaf, cotangent.double().unsqueeze(0))
+        factor = min(1.0, max_norm / SCALING / float(secret.norm()))
+        assert factor == pytest.approx(1.0 if max_norm == 16.0 else 0.25, rel=1e-5)
+        assert error(found, factor * expected[0]) < 1e-3
+
+
+def learn(model: PrivateModel, texts: Sequence[str], labels: Sequence[int], steps: int = 1) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(texts, labels).loss.backward()
+        optimizer.step()
+
+
+def some(film_examples: Examples, count: int) -> tuple[list[str], list[int]]:
+    return [str(text) for text in film_examples.texts[:count]], film_examples.labels[:count]
+
+
+class TestOneView:
+    """The same update always travels as the same bytes; whatever else is sent is counted as another view."""
+
+    def test_evaluations_and_the_next_step_repeat_each_other(self, connect, film_examples):
+        texts, labels = some(film_examples, 8)
+        backbone = connect(adapter=LAYERS)
+        model = start(backbone, P3EFT(steps=10))
+        with tapped(backbone) as taps:
+            for _ in range(3):
+                predict(model, texts)
+                with torch.no_grad():
+                    model(texts)
+                learn(model, texts, labels)
+                model.eval()
+                predict(model, texts[:3])
+        for tap in taps:
+            assert len(tap.uploads) == len(set(tap.uploads)) == 4 + 1  # δ_0 … δ_3, and the public zero once
+        assert model.method.channel.ledger.messages() == 4
+
+    def test_operators_in_another_order_get_other_pads_which_are_counted(self, operators, film_sentences):
+        """Or the first would have both halves of one pad."""
+        halves: dict[str, list[Tensor]] = {url: [] for url in operators.urls}
+        ledger = None
+        for urls in (operators.urls, operators.urls[::-1], operators.urls):
+            backbone = Backbone(urls, adapter=LAYERS, max_length=32)
+            model = start(backbone, P3EFT(steps=20))
+            if ledger is not None:
+                model.method.channel.ledger.load_state(ledger)
+            move(backbone, 1.0)
+            for url, weights in zip(urls, padded_weights(backbone, film_sentences[:4]), strict=True):
+                halves[url].append(weights)
+            ledger = model.method.channel.ledger.state()
+            scale = model.method.channel.scale(backbone.batch(backbone.rows(["x"]), (0, 1), None))
+            messages, spent = model.method.channel.ledger.messages(), model.method.channel.ledger.nats()
+            backbone.close()
+        for first, swapped, again in halves.values():
+            assert torch.equal(first, again)
+            assert float((first - swapped).std()) == pytest.approx(2**0.5 * scale.sigma, rel=0.05)
+        assert messages == 2, "two orders, two views of one update"
+        assert spent == pytest.approx(2 * scale.nats)
+
+    def test_a_step_that_is_repeated_after_a_failure_sends_the_same_bytes(self, connect, film_examples):
+        backbone = connect(adapter=LAYERS)
+        model = start(backbone, P3EFT(steps=10))
+        trainer = Trainer(model, film_examples.take(range(24)), TrainConfig(steps=4, batch_size=8))
+        steps = trainer.steps()
+        next(steps)
+        second = backbone.pool.operators[1]
+        bits = model.method.report()["information_bits"]
+        with tapped(backbone) as failed, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(second, "backward", _pulled)
+            with pytest.raises(ConnectionError):
+                next(steps)
+        assert model.method.report()["information_bits"] > bits, "what was sent stays sent"
+        bits = model.method.channel.ledger.nats()
+        with tapped(backbone) as repeated:
+            next(trainer.steps())
+        assert model.method.channel.ledger.nats() == bits
+        assert [len(tap.posts) for tap in failed] == [3, 2]
+        assert [len(tap.posts) for tap in repeated] == [3, 3]
+        for before, after in zip(failed, repeated, strict=True):
+            assert after.posts[: len(before.posts)] == before.posts
+            assert len(before.uploads) == 1
+            assert after.uploads == [], "the servers have them"
+
+    def test_a_resumed_run_goes_on_with_its_ledger(self, connect, film_examples, tmp_path):
+        examples = film_examples.take(range(24))
+        config = TrainConfig(steps=6, batch_size=8)
+        model = start(connect(adapter=LAYERS), P3EFT(steps=6))
+        trainer = Trainer(model, examples, config, checkpoint=tmp_path, save_every=3)
+        for _, step in zip(range(3), trainer.steps(), strict=False):
+            report = step.report
+        trainer.save()
+        before = model.method.channel.ledger
+        again = load_model(tmp_path, connect(adapter=adapter_config(tmp_path)))
+        resumed = Trainer(again, examples, config, checkpoint=tmp_path)
+        resumed.load(*read_resume(tmp_path))
+        ledger = again.method.channel.ledger
+        assert again.method.report() == report
+        assert (ledger.nats(), ledger.messages()) == (before.nats(), 3)
+        assert torch.equal(ledger.state(), before.state())
+        evaluate(again, examples)
+        next(resumed.steps())
+        assert ledger.messages() == 4, "the evaluation and the step after it are one view"
+        assert ledger.nats() == pytest.approx(before.nats() * 4 / 3)
+
+    def test_a_loaded_model_predicts_what_the_trained_one_does_at_no_cost(self, connect, film_examples, tmp_path):
+        """The checkpoint remembers what was sent, so that another order of operators is counted too."""
+        texts, labels = some(film_examples, 16)
+        model = start(connect(adapter=LAYERS), P3EFT(steps=2))
+        learn(model, texts, labels, steps=2)
+        chances = predict(model, texts)
+        save_model(model, tmp_path)
+        again = load_model(tmp_path, connect(adapter=adapter_config(tmp_path)), predict_only=True)
+        bits = again.method.report()["information_bits"]
+        assert bits == pytest.approx(model.method.report()["information_bits"], abs=0.01)
+        assert torch.equal(predict(again, texts), chances)
+        assert again.method.report()["information_bits"] == bits
+        target = torch.tensor(labels)
+        assert evaluate(again, Examples(texts, labels, ["0", "1"])) == scores(chances, target)
+
+    def test_predictions_over_other_operators_are_kept_in_the_checkpoint_and_a_resumed_run_knows_of_them(
+        self, connect, operators, film_examples, tmp_path
+    ):
+        """Or the budget would begin anew with each `blindtune predict`."""
+        examples = film_examples.take(range(16))
+        config = TrainConfig(steps=8, batch_size=8)
+        trainer = Trainer(start(connect(adapter=LAYERS), P3EFT(steps=8)), examples, config, checkpoint=tmp_path)
+        next(trainer.steps())
+        trainer.save()
+        backbone = Backbone(operators.urls[::-1], adapter=adapter_config(tmp_path), max_length=32)
+        again = load_model(tmp_path, backbone, predict_only=True)
+        predict(again, examples.texts)
+        assert again.method.channel.ledger.messages() == 2
+        save_secret(again, tmp_path)
+        backbone.close()
+        model = load_model(tmp_path, connect(adapter=adapter_config(tmp_path)))
+        assert model.method.channel.ledger.messages() == 2
+        resumed = Trainer(model, examples, config, checkpoint=tmp_path)
+        resumed.load(*read_resume(tmp_path))
+        assert model.method.channel.ledger.messages() == 2
+        next(resumed.steps())
+        assert model.method.channel.ledger.messages() == 3
+
+
+def _pulled(*_: Any) -> Any:
+    raise ConnectionError("the cable was pulled")
+
+
+class TestBudget:
+    def test_ends_before_anything_of_one_adapter_too_many_is_sent(self, connect, film_examples):
+        texts, labels = some(film_examples, 8)
+        backbone = connect(adapter=LAYERS)
+        model = start(backbone, P3EFT(steps=2))
+        learn(model, texts, labels, steps=2)
+        predict(model, texts)
+        move(backbone, 1.0)
+        bits = model.method.report()["information_bits"]
+        before = backbone.traffic.requests
+        for call in (
+            lambda: model(texts, labels),
+            lambda: predict(model, texts),
+            lambda: backbone.infer(texts),
+        ):
+            with pytest.raises(BudgetSpent, match=r"made for 3 adapters.*steps="):
+                call()
+        assert backbone.traffic.requests == before
+        assert model.method.report()["information_bits"] == bits
+
+    def test_is_kept_to_the_last_bit_and_shares_come_on_top(self, connect, film_examples):
+        texts, labels = some(film_examples, 8)
+        method = P3EFT(steps=4, max_bits=0.5)
+        model = start(connect(adapter=LAYERS), method)
+        assert method.report()["information_bits"] == 0.0
+        for step in range(1, 5):
+            learn(model, texts, labels)
+            shares = method.channel.shares.accountant.nats() / math.log(2.0)
+            assert method.report()["information_bits"] == pytest.approx(0.5 * step / 5 + shares)
+        predict(model, texts)
+        found = method.report()
+        assert found["information_bits"] == pytest.approx(0.5 + shares)
+        assert 0 < shares <= 4 * 8 / (2 * 100.0**2) / math.log(2.0)
+        assert 0 < found["gradient_channel_mu"] <= 2 * 2 / 100.0
+
+    def test_in_bits_is_the_same_for_every_shape_of_adapter(self, connect, film_sentences):
+        for config in (LAYERS, LoraConfig(r=2, lora_alpha=1), LoraConfig(r=4, lora_alpha=64, use_rslora=True)):
+            backbone = connect(adapter=config)
+            model = start(backbone, P3EFT(steps=9, max_bits=2.0))
+            predict(model, film_sentences[:2])
+            assert model.method.report()["information_bits"] == pytest.approx(0.2)
+
+
+class TestOneOperator:
+    def test_is_refused_for_training(self, connect):
+        with pytest.raises(SingleOperator, match=r"need 2 operators.*allow_single_operator=True"):
+            start(connect(count=1), P3EFT())
+
+    @pytest.mark.parametrize("gradient", [True, False])
+    def test_is_refused_for_predictions_before_anything_is_sent(self, connect, film_examples, tmp_path, gradient):
+        """Also with gradient switched on, as in any loop that forgets to switch it off."""
+        texts, labels = some(film_examples, 8)
+        model = start(connect(adapter=LAYERS), P3EFT(steps=2))
+        learn(model, texts, labels, steps=2)
+        save_model(model, tmp_path)
+        backbone = connect(count=1, adapter=adapter_config(tmp_path))
+        again = load_model(tmp_path, backbone, predict_only=True)
+        before = backbone.traffic.requests
+        with torch.set_grad_enabled(gradient):
+            for call in (lambda: again(texts), lambda: backbone.infer(texts), lambda: backbone(texts)):
+                with pytest.raises(SingleOperator, match=r"padded adapter needs 2 operators.*1 is given") as caught:
+                    call()
+                assert "--server" in caught.value.remedy
+        assert backbone.traffic.requests == before
+
+    def test_works_if_the_caller_gives_up_privacy_and_then_no_number_is_claimed(self, connect, film_examples):
+        texts, labels = some(film_examples, 8)
+        one, two = connect(count=1, adapter=LAYERS), connect(adapter=LAYERS)
+        method = P3EFT(allow_single_operator=True, **SMALL_PADS)
+        model, apart = start(one, method), start(two, P3EFT(**SMALL_PADS))
+        move(one, 1.0)
+        move(two, 1.0)
+        for each in (model, apart):
+            each(texts, labels).loss.backward()
+        assert method.report() == {}
+        assert method.channel.ledger.nats() == method.channel.shares.accountant.mu() == math.inf
+        with torch.no_grad():
+            assert error(one(texts) - one.frozen(texts), two(texts) - two.frozen(texts)) < 0.02
+        grads = [torch.cat([p.grad.flatten() for p in b.parameters() if p.grad is not None]) for b in (one, two)]
+        assert error(*grads) < 0.02
+
+
+class TestMoreOperators:
+    def participants(self, backbone: Backbone, model: PrivateModel, texts: list[str], labels: list[int], steps: int):
+        """Who was asked for gradients in each step, and who was sent a padded adapter."""
+        rounds: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+        for _ in range(steps):
+            with tapped(backbone) as taps:
+                learn(model, texts, labels)
+            shares = tuple(
+                i for i, tap in enumerate(taps) if any(b"cotangents" in post or b"noise" in post for post in tap.posts)
+            )
+            rounds.append((shares, tuple(i for i, tap in enumerate(taps) if tap.posts)))
+        return rounds
+
+    def test_take_turns(self, four_servers, film_examples):
+        texts, labels = some(film_examples, 8)
+        urls = [server.url for server in four_servers]
+        for count, expected in ((3, [(0, 1), (0, 2), (1, 2)]), (4, [(0, 1), (2, 3), (0, 1)])):
+            backbone = Backbone(urls[:count], adapter=LAYERS, max_length=32)
+            model = start(backbone, P3EFT(steps=4))
+            assert self.participants(backbone, model, texts, labels, 3) == [(pair, pair) for pair in expected]
+            backbone.close()
+
+    def test_give_the_same_answers_and_gradients_as_two(self, four_servers, film_examples):
+        texts, labels = some(film_examples, 8)
+        urls = [server.url for server in four_servers]
+        answers: list[tuple[Tensor, Tensor, Tensor]] = []
+        for count in (2, 3, 4):
+            backbone = Backbone(urls[:count], adapter=LAYERS, max_length=32)
+            model = start(backbone, P3EFT(**SMALL_PADS))
+            move(backbone, 1.0)
+            shift = backbone(texts).detach() - backbone.frozen(texts)
+            model(texts, labels).loss.backward()
+            grads = torch.cat([p.grad.flatten() for p in backbone.parameters() if p.grad is not None])
+            answers.append((shift, grads, backbone.infer(texts)[0] - backbone.frozen(texts)))
+            backbone.close()
+        for other in answers[1:]:
+            for found, expected in zip(other, answers[0], strict=True):
+                assert error(found, expected) < 0.03
+
+    def test_evaluate_in_teams(self, four_servers, film_sentences):
+        backbone = Backbone([server.url for server in four_servers], adapter=LAYERS, max_length=32)
+        model = start(backbone, P3EFT(steps=4))
+        move(backbone, 1.0)
+        with tapped(backbone) as taps:
+            predict(model, film_sentences[:40])
+        assert all(tap.uploads and tap.posts for tap in taps)
+        ledger = model.method.channel.ledger
+        assert ledger.messages() == 1
+        assert ledger.nats() == pytest.approx(model.method.max_bits * math.log(2.0) / 5)
+        backbone.close()
+
+    @pytest.mark.parametrize(("count", "m"), [(4, 2), (3, 3), (4, 3)])
+    def test_are_sent_the_same_bytes_by_an_evaluation_and_by_a_step_of_the_same_pair(
+        self, four_servers, film_examples, count, m
+    ):
+        """Also where more operators take part than get an adapter: the pad is the pair's."""
+        texts, labels = some(film_examples, 8)
+        backbone = Backbone([server.url for server in four_servers][:count], adapter=LAYERS, max_length=32)
+        model = start(backbone, P3EFT(steps=4, m=m))
+        move(backbone, 1.0)
+        with tapped(backbone) as evaluated:
+            backbone.infer(texts)
+        with tapped(backbone) as trained:
+            learn(model, texts, labels)
+        assert all(evaluated[i].uploads for i in (0, 1))
+        for tap in trained[:2]:
+            assert len(tap.uploads) <= 1, "only the public adapter is new"
+        assert model.method.channel.ledger.messages() == 1
+        backbone.close()
+
+    def test_who_see_one_update_in_two_pairs_are_charged_for_both(self, four_servers, film_sentences):
+        """Of three operators the first meets the second, then the third; their halves have pads of their own."""
+        backbone = Backbone([server.url for server in four_servers][:3], adapter=LAYERS, max_length=32)
+        model = start(backbone, P3EFT(steps=4))
+        move(backbone, 1.0)
+        for _ in range(3):
+            backbone(film_sentences[:2])
+        assert model.method.channel.ledger.messages() == 2
+        backbone.close()
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("bad", [math.nan, math.inf])
+    def test_an_adapter_that_is_not_finite_is_never_sent(self, connect, film_examples, bad):
+        texts, labels = some(film_examples, 4)
+        backbone = connect(adapter=LAYERS)
+        model = start(backbone, P3EFT())
+        with torch.no_grad():
+            next(iter(backbone.lora_adapters()[0].named_matrices().values()))[1][0, 0] = bad
+        before = backbone.traffic.requests
+        for call in (lambda: model(texts, labels), lambda: predict(model, texts)):
+            with pytest.raises(NonFiniteTensor, match="nothing was sent"):
+                call()
+        assert backbone.traffic.requests == before
+        assert model.method.report()["information_bits"] == 0.0
+
+    def test_a_vector_for_each_position_is(self, connect):
+        with pytest.raises(ConfigError, match="one vector for each text"):
+            start(connect(pooling="none"), P3EFT())
+
+    def test_adapters_without_effect_are(self, connect, film_sentences):
+        with pytest.raises(ConfigError, match="lora_alpha"):
+            start(connect(adapter=LoraConfig(r=4, lora_alpha=0)), P3EFT())
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            ({"steps": 0}, "steps = 0 is no count"),
+            ({"steps": 1.5}, r"steps = 1\.5 is no count"),
+            ({"m": "two"}, "m = 'two' is no count"),
+            ({"max_bits": 0}, "max_bits = 0 can't work"),
+            ({"max_bits": math.inf}, "max_bits = inf can't work"),
+            ({"pad_spread": -0.1}, r"pad_spread = -0\.1 can't work"),
+            ({"max_norm": "long"}, "max_norm = 'long' can't work"),
+            ({"clip_norm": 0}, "clip_norm = 0 can't work"),
+            ({"noise_ratio": True}, "noise_ratio = True can't work"),
+            ({"max_mu": "little"}, "max_mu = 'little' is no budget"),
+            ({"max_mu": 0}, "max_mu = 0 is no budget"),
+            ({"allow_single_operator": "no"}, "allow_single_operator = 'no' is neither true nor false"),
+        ],
+    )
+    def test_options_that_make_no_sense_are_named(self, options, words):
+        with pytest.raises(ConfigError, match=words):
+            P3EFT(**options)
+        with pytest.raises(ConfigError, match=words):
+            make_method("p3eft", options)
+
+    def test_one_share_is_no_share(self, connect):
+        with pytest.raises(ConfigError, match="m = 1"):
+            start(connect(), P3EFT(m=1))
+
+
+def test_callers_in_many_threads_do_not_overspend(connect, film_sentences, monkeypatch):
+    """Unless they wait for each other, all see the same room in the budget before any of them has taken it."""
+    shares = SharedGradients(2, 1.0, 100.0, SecureGenerator(KEY))
+    backbone = connect(adapter=LAYERS)
+    backbone.set_adapters(1, a_seed="00" * 32)
+    channel = PaddedAdapters(shares, SecureGenerator(KEY), 0.16, 16.0, views=5, max_nats=1.0)
+    move(backbone, 1.0)
+    batch = backbone.batch(backbone.rows(film_sentences[:1]), (0, 1), None)
+    others = [batch.with_weights(batch.weights * (1 + index)) for index in range(8)]
+
+    def slowly(*arguments: Any) -> float:
+        after = InformationLedger.after(channel.ledger, *arguments)
+        time.sleep(0.05)
+        return after
+
+    def ask(one: Any) -> bool:
+        try:
+            channel.hidden(one, backbone.pool, retain=False)
+        except BudgetSpent:
+            return False
+        return True
+
+    monkeypatch.setattr(channel.ledger, "after", slowly)
+    with ThreadPoolExecutor(8) as threads:
+        answered = list(threads.map(ask, others))
+    assert sum(answered) == 5
+    assert channel.ledger.nats() == pytest.approx(1.0)
