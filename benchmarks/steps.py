@@ -48,8 +48,8 @@ def lora_step(urls: list[str], texts: list[str]) -> dict[str, float]:
 def p3eft_step(urls: list[str], texts: list[str], layers: str) -> dict[str, float]:
     """What one operator does in a P3EFT step, against two LoRA steps there.
 
-    P3EFT (two padded adapters, one for each operator): a pass with the padded adapter, a pass at θ = 0 with its graph, one
-    share of the gradient. All calls go to one server, one after the other, as the operator would get them.
+    P3EFT (two padded adapters, one for each operator): a pass with the padded adapter, a pass at θ = 0 with its graph,
+    one share of the gradient. All calls go to one server, one after the other, as the operator would get them.
     """
     backbone = Backbone(urls[:1], max_length=48, num_adapters=0)
     backbone.adapter_config = make_lora_config(backbone.info, rank=RANK, alpha=2 * RANK, targets=None, layers=layers)

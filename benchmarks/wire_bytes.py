@@ -62,7 +62,7 @@ def measure(urls: list[str], texts: list[str], labels: list[int], name: str) -> 
     hidden = len(rows) * backbone.hidden_size * 4
     tokens = sum(tensor.nbytes for tensor in backbone.tokenizer.pad(rows).tensors().values())
     if name == "P3EFT":
-        # each operator: a padded adapter, tokens for it and for θ = 0, one share of the gradient (one of them as a seed),
+        # each operator: a padded adapter, tokens for it and for θ = 0, one share of the gradient (one as a seed),
         # gradients; hidden states under both padded adapters and, from one operator, without adapter
         raw = 2 * (weights + 3 * tokens + weights) + hidden + 3 * hidden
     else:

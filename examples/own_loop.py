@@ -19,7 +19,7 @@ labels = [1, 0, 1, 0] * 16  # never leave this process
 
 backbone = bt.Backbone(["http://127.0.0.1:8001", "http://127.0.0.1:8002"])
 model = bt.PrivateModel(backbone, head=bt.LinearHead(backbone.hidden_size, 2), method=bt.P3EFT(steps=10))
-model.prepare(texts, labels)  # frozen features of the texts; starts the head and the decoys
+model.prepare(texts, labels)  # frozen features of the texts; starts the head
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 
 for step in range(10):

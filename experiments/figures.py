@@ -25,7 +25,7 @@ def demo_table() -> str:
     """Mean and range over seeds."""
     summary = read("experiments/results/demo/summary.json")
     lines = [
-        "| | test accuracy | spectral, norm, k-means | all without labels | on gradients | 64 known labels | μ | bits |",
+        "| | test accuracy | spectral, norm, k-means | all without labels | gradients | 64 known labels | μ | bits |",
         "|---|---|---|---|---|---|---|---|",
         f"| frozen model | {span(summary['frozen_accuracy'], 3)} | – | {span(summary['frozen_attack_auc'])} | – "
         f"| {span(summary['frozen_few_label_auc'])} | – | – |",

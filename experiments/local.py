@@ -1,7 +1,7 @@
 """Operators in this process, for experiments: the server's engine and recorder without the network between.
 
-Methods, training, transcripts and audit are the real ones. Lower layers, which no adapter touches, are computed once for
-each text and kept.
+Methods, training, transcripts and audit are the real ones. Lower layers, which no adapter touches, are computed once
+for each text and kept.
 """
 
 from __future__ import annotations

@@ -6,10 +6,12 @@ must get the gradients that it would have got alone, from the graph that the ser
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
 import socket
+import warnings
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -183,6 +185,20 @@ class TestAdapterShapes:
     def test_weights_that_do_not_fit_their_description(self, size: int, transport: Transport):
         call = upload(transport, torch.ones(size))
         refused(AdapterMismatch, f"{size} weights", str(SIZE), remedy="rank and these target modules", call=call)
+
+    @pytest.mark.parametrize("size", [SIZE, SIZE // 2 - 1, 0])
+    def test_other_weights_than_b_alone_over_a_fixed_a(self, size: int, transport: Transport):
+        call = upload(transport, torch.ones(size), a_seed="5a" * 32)
+        refused(AdapterMismatch, f"{size} weights", str(SIZE // 2), remedy="rank and these target modules", call=call)
+
+    @pytest.mark.parametrize("seed", ["5a" * 31, "5A" * 32, "xy" * 32, 7])
+    def test_a_seed_that_is_no_seed(self, seed: Any, transport: Transport):
+        spec = LoraSpec.model_construct(kind="lora", modules=[MODULE], rank=4, scaling=1.0, dropout=0.0, a_seed=seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pydantic, about what is sent here
+            body = encode(AdapterUpload.model_construct(model="bert", spec=spec), {"weights": torch.ones(SIZE // 2)})
+        name = hashlib.sha256(body).hexdigest()
+        refused(MalformedMessage, "a_seed", remedy="", call=lambda: transport.put(f"/v1/adapters/{name}", body))
 
     def test_a_matrix_in_place_of_a_vector(self, transport: Transport):
         refused(InvalidTensor, "'weights'", "(4, 64)", remedy="(any)", call=upload(transport, torch.ones(4, 64)))

@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import CACHE
 
-SHORT = ["--steps", "75", "--train", "2400", "--test", "400", "--points", "2", "--attacked", "600"]
+SHORT = ["--steps", "60", "--train", "1920", "--test", "300", "--points", "2", "--attacked", "500"]
 
 
 @pytest.fixture(scope="module")

@@ -58,7 +58,8 @@ ARMS: dict[str, Arm] = {
     **{f"dc-{weight}": Arm("dc", {"activation_weight": weight}) for weight in (0.01, 0.03, 0.1, 0.3, 1.0)},
     **{f"pslf-{epsilon}": Arm("pslf", {"epsilon": epsilon}) for epsilon in (0.5, 1.0, 2.0, 4.0)},
     **{
-        f"randomized_response-{epsilon}": Arm("randomized_response", {"epsilon": epsilon}) for epsilon in (1.0, 2.0, 4.0)
+        f"randomized_response-{epsilon}": Arm("randomized_response", {"epsilon": epsilon})
+        for epsilon in (1.0, 2.0, 4.0)
     },
     **{
         f"published-{weight}": Arm("p3eft_published", {"activation_weight": weight})
@@ -93,7 +94,10 @@ def set_stage(name: str) -> Stage:
     start = time.perf_counter()
     for part in (train, validation, test):
         lower.compute(tokenizer.rows(part.texts, max_length=task.max_length), tokenizer)
-    print(f"{name}: {len(lower.known)} texts through {task.first} blocks in {time.perf_counter() - start:.0f} s", flush=True)
+    print(
+        f"{name}: {len(lower.known)} texts through {task.first} blocks in {time.perf_counter() - start:.0f} s",
+        flush=True,
+    )
     return Stage(name, task, backbone, train, validation, test)
 
 

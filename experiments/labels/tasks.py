@@ -42,9 +42,7 @@ class Task:
         if self.validation is None:
             train, validation = split_examples(train, self.held_out, 0)
         else:
-            validation = load_examples(
-                str(folder / f"{self.validation}.jsonl.gz"), columns, classes=train.classes
-            )
+            validation = load_examples(str(folder / f"{self.validation}.jsonl.gz"), columns, classes=train.classes)
         return train, validation, test
 
 

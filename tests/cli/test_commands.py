@@ -282,6 +282,31 @@ def test_a_run_is_as_long_as_its_pads_are_made_for_unless_told_otherwise(four_se
     assert json.loads((tmp_path / "blindtune.json").read_text())["options"]["steps"] == 2
 
 
+def test_predictions_over_other_operators_are_counted_in_the_checkpoint(four_servers, notes, tmp_path):
+    from typer.testing import CliRunner
+
+    from blindtune.cli import app
+    from blindtune.privacy.accountant import InformationLedger
+
+    def call(*arguments: object) -> int:
+        result = CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "300"})
+        assert result.exit_code == 0, result.output
+        ledger = InformationLedger()
+        ledger.load_state(load_file(tmp_path / "secret.safetensors")["ledger"])
+        return ledger.messages()
+
+    train = ["train", *to(four_servers[:2]), *columns(notes), *SMALL, "--steps", "2", "--output", tmp_path]
+    assert call(*train, "--set", "steps=5") == 3  # two steps and a validation
+    written = (tmp_path / "secret.safetensors").stat().st_mtime_ns
+    predict = ["predict", tmp_path, *columns(notes), "--output", tmp_path / "predicted.csv"]
+    assert call(*predict, *to(four_servers[:2])) == 3, "the adapter that was validated, as the same bytes"
+    assert (tmp_path / "secret.safetensors").stat().st_mtime_ns == written
+    first, second, third, fourth = four_servers
+    assert call(*predict, *to([second, first])) == 4
+    assert call(*predict, *to([third, fourth])) == 4
+    assert call(*predict, *to([first, third])) == 5
+
+
 def test_every_operator_is_told_what_it_sees():
     from blindtune.cli.train import _sees
     from blindtune.methods import METHODS

@@ -336,6 +336,22 @@ class TestHiddenStates:
                 found.append(backbone(film_sentences[:8]) - backbone.frozen(film_sentences[:8]))
         assert error(found[1], found[0]) < 0.02
 
+    def test_under_dropout_have_the_same_mask_at_both_operators(self, connect, film_sentences):
+        """Or s would amplify what masks do, here 86 times. (A seed switches the model's own dropout on, too.)"""
+        config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.3, target_modules="all-linear")
+        backbone = connect(adapter=config)
+        start(backbone, P3EFT(**SMALL_PADS))
+        texts = film_sentences[:8]
+        seeds = (None, 7, 8)
+        with torch.no_grad():
+            base = [backbone.all_adapters(texts, seed=seed) for seed in seeds]
+            move(backbone, 1.0)
+            moved = [backbone.all_adapters(texts, seed=seed) for seed in seeds]
+        plain, seeded, other = (after - before for after, before in zip(moved, base, strict=True))
+        assert torch.equal(backbone.all_adapters(texts, seed=7).detach(), moved[1])
+        assert 0.1 < error(seeded, plain) < 1.2
+        assert 0.1 < error(seeded, other) < 1.5
+
     def test_do_not_depend_on_who_asks_or_how(self, connect, film_sentences):
         """With gradient, without, and in `infer`: the same adapters, the same answer."""
         backbone = connect(adapter=LAYERS)

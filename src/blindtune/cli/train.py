@@ -188,6 +188,7 @@ def _run(
     """Trains with progress and leaves a checkpoint, however it ends."""
     from blindtune.cli.progress import Interrupted, human_bytes, inference_progress, run_steps
     from blindtune.methods import read_resume, save_secret
+    from blindtune.methods.placement import placement
     from blindtune.training import Trainer, evaluate
 
     trainer = Trainer(private, examples, config, checkpoint=output, save_every=save_every)
@@ -197,8 +198,11 @@ def _run(
         f"{method.name} over {len(backbone.pool)} operator(s) that host {backbone.info.base_model_name} "
         f"(fingerprint {backbone.info.fingerprint[:12]}…)"
     )
-    for index, operator in enumerate(backbone.pool.operators):
-        console.print(f"  operator {index}: {operator.transport.url}  {_sees(method, len(backbone.pool))}")
+    parts = placement(backbone.channel, len(backbone.pool), config.steps)
+    for index, (operator, part) in enumerate(zip(backbone.pool.operators, parts, strict=True)):
+        turns = f", {part}" if method.num_adapters else ""
+        sees = f"{_sees(method, len(backbone.pool))}{turns}"
+        console.print(f"  operator {index}: {operator.transport.url}  {sees}", soft_wrap=True)
     if resume:
         trainer.load(*read_resume(output))
         console.print(f"Resumed after step {trainer.done}.")

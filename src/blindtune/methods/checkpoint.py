@@ -38,7 +38,7 @@ from blindtune.models.adapters import read_lora_config
 from blindtune.privacy.randomness import SecureGenerator
 
 SUMMARY, HEAD, SECRET, RESUME = "blindtune.json", "head.safetensors", "secret.safetensors", "resume.safetensors"
-METHODS: dict[str, type[LoRA] | type[P3EFT] | type[PublishedP3EFT]] = {
+METHODS: dict[str, type[LoRA]] = {
     m.name: m for m in (LoRA, HeadOnly, P3EFT, PublishedP3EFT, DistanceCorrelation, PSLF, RandomizedResponse)
 }
 RESUME_ONLY = ("adversary.", "joint_adversary.", "accountant")
@@ -46,7 +46,7 @@ RESUME_ONLY = ("adversary.", "joint_adversary.", "accountant")
 goes on.)"""
 
 
-def method_class(name: str) -> type[LoRA] | type[P3EFT] | type[PublishedP3EFT]:
+def method_class(name: str) -> type[LoRA]:
     """A method's class by name.
 
     Raises:
@@ -72,13 +72,18 @@ def make_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
 
 
 def save_model(
-    model: PrivateModel, folder: Path, *, classes: list[str] | None = None, resume: Mapping[str, Tensor] | None = None
+    model: PrivateModel,
+    folder: str | Path,
+    *,
+    classes: list[str] | None = None,
+    resume: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Writes the checkpoint; each file replaces its predecessor in one step.
 
     Args:
         resume: further tensors of a run under way; `resume.safetensors` is left out without them.
     """
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     backbone, method = model.backbone, model.method
     adapters = backbone.lora_adapters()
@@ -110,30 +115,30 @@ def save_model(
     replace_file(folder / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
 
 
-def save_secret(model: PrivateModel, folder: Path) -> None:
+def save_secret(model: PrivateModel, folder: str | Path) -> None:
     """Writes the run's secrets once more: predictions too show operators adapters, and `ledger` counts them.
 
     Raises:
         CheckpointError: the folder can't be written.
     """
+    path = Path(folder) / SECRET
     secret = {name: tensor for name, tensor in model.method.state().items() if not name.startswith(RESUME_ONLY)}
     secret["key"] = torch.frombuffer(bytearray(model.generator.key), dtype=torch.uint8)
     try:
-        _write(folder / SECRET, secret)
+        _write(path, secret)
     except OSError as error:
         raise CheckpointError(
-            f"{folder / SECRET} can't be written: {error}.",
-            remedy="Make it writable: it counts what operators have seen.",
+            f"{path} can't be written: {error}.", remedy="Make it writable: it counts what operators have seen."
         ) from None
 
 
-def read_summary(folder: Path) -> dict[str, Any]:
+def read_summary(folder: str | Path) -> dict[str, Any]:
     """`blindtune.json`.
 
     Raises:
         CheckpointError: it isn't there or isn't ours.
     """
-    path = folder / SUMMARY
+    path = Path(folder) / SUMMARY
     if not path.is_file():
         raise CheckpointError(f"There is no {path}.", remedy="Name a folder that `blindtune train` wrote.")
     try:
@@ -156,7 +161,7 @@ def check_fingerprint(summary: Mapping[str, Any], backbone: Backbone, folder: Pa
 
 
 def load_model(
-    folder: Path, backbone: Backbone, *, head: torch.nn.Module | None = None, predict_only: bool = False
+    folder: str | Path, backbone: Backbone, *, head: torch.nn.Module | None = None, predict_only: bool = False
 ) -> PrivateModel:
     """The trained model again, over operators that host the same weights .
 
@@ -166,6 +171,7 @@ def load_model(
     Raises:
         CheckpointError: missing files, another model, or a head that doesn't fit.
     """
+    folder = Path(folder)
     summary = read_summary(folder)
     check_fingerprint(summary, backbone, folder)
     secret = _read(folder / SECRET)
@@ -189,24 +195,24 @@ def load_model(
     return model
 
 
-def read_resume(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def read_resume(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Method state and the other tensors that `save_model(resume=…)` wrote.
 
     Raises:
         CheckpointError: the folder holds no run that can go on.
     """
-    tensors = _read(folder / RESUME)
+    tensors = _read(Path(folder) / RESUME)
     return under("method.", tensors), {
         name: tensor for name, tensor in tensors.items() if not name.startswith("method.")
     }
 
 
-def adapter_config(folder: Path) -> Any:
+def adapter_config(folder: str | Path) -> Any:
     """The `LoraConfig` of a checkpoint; None for a run without adapters."""
     summary = read_summary(folder)
     if summary["adapters"] == 0:
         return None
-    return read_lora_config(_adapter_folders(folder, summary["adapters"])[0])
+    return read_lora_config(_adapter_folders(Path(folder), summary["adapters"])[0])
 
 
 def _adapter_folders(folder: Path, count: int) -> list[Path]:

@@ -15,7 +15,7 @@ from blindtune.privacy.randomness import SecureGenerator
 
 @dataclass
 class LoRA:
-    """No defence: every operator that sees a step learns the labels of its batch."""
+    """No defence: every operator that sees a step learns the labels of its batch. Other methods begin from here."""
 
     name: ClassVar[str] = "lora"
     default_rank: ClassVar[int] = 8

@@ -186,7 +186,7 @@ class PrivateModel(nn.Module):
         """Writes PEFT adapters, the head and the run's secrets; `blindtune.load_model` reads them again."""
         from blindtune.methods.checkpoint import save_model  # which knows every method, and so this module
 
-        save_model(self, Path(folder), classes=classes)
+        save_model(self, folder, classes=classes)
 
     def _labels(self, labels: Sequence[int] | Tensor) -> Tensor:
         target = torch.as_tensor(labels)

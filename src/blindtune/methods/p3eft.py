@@ -13,24 +13,23 @@ pretrained model), and operators must not collude, which gradient shares ask for
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from blindtune.client import Backbone
 from blindtune.errors import ConfigError
 from blindtune.methods.gradients import SharedGradients
+from blindtune.methods.lora import LoRA
 from blindtune.methods.options import check_budget, check_counts, check_positive, check_switches
 from blindtune.methods.pads import PaddedAdapters
-from blindtune.models.tokenizer import TokenRow
 from blindtune.privacy.randomness import SecureGenerator
 
 
 @dataclass
-class P3EFT:
-    """Label-private fine-tuning with padded adapters.
+class P3EFT(LoRA):
+    """Label-private fine-tuning with one padded adapter.
 
     Args:
         steps: length of the run. The pads are made for so many different adapters; a longer run is refused.
@@ -68,16 +67,8 @@ class P3EFT:
         check_budget(self.max_mu)
 
     @property
-    def num_adapters(self) -> int:
-        return 1
-
-    @property
     def fixed_a(self) -> bool:
         return True
-
-    @property
-    def needs_frozen(self) -> bool:
-        return False
 
     def attach(self, backbone: Backbone, classes: int, generator: SecureGenerator) -> None:
         shares = SharedGradients(
@@ -97,22 +88,6 @@ class P3EFT:
                 remedy="Use a positive number, such as twice the rank.",
             )
 
-    def prepare(self, frozen: Tensor, labels: Tensor) -> None:
-        """Nothing to learn from the frozen features."""
-
-    def mix(self, hidden: Tensor) -> Tensor:
-        return hidden[0]
-
-    def penalties(self, hidden: Tensor, frozen: Tensor | None, labels: Tensor) -> dict[str, Tensor]:
-        return {}
-
-    def adapter_labels(self, rows: Sequence[TokenRow], labels: Tensor) -> Tensor:
-        return labels
-
-    @property
-    def auxiliary(self) -> nn.Module | None:
-        return None
-
     def report(self) -> dict[str, float]:
         if self.allow_single_operator:
             return {}
@@ -121,9 +96,6 @@ class P3EFT:
 
     def state(self) -> dict[str, Tensor]:
         return {"accountant": self.channel.shares.accountant.state(), "ledger": self.channel.ledger.state()}
-
-    def snapshot(self) -> dict[str, Tensor]:
-        return {}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         if "accountant" in state:

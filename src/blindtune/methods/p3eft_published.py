@@ -11,26 +11,25 @@ tell nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from blindtune.client import Backbone
 from blindtune.errors import ConfigError
 from blindtune.methods.gradients import SharedGradients
+from blindtune.methods.lora import LoRA
 from blindtune.methods.options import check_budget, check_counts, check_positive, check_switches, check_weights
 from blindtune.methods.state import under
-from blindtune.models.tokenizer import TokenRow
 from blindtune.privacy.adversary import Adversary, Form, stack_channels
 from blindtune.privacy.mixing import mix, mixing_weights
 from blindtune.privacy.randomness import SecureGenerator
 
 
 @dataclass
-class PublishedP3EFT:
+class PublishedP3EFT(LoRA):
     """Label-private fine-tuning as in the paper, with its options.
 
     Args:
@@ -66,8 +65,6 @@ class PublishedP3EFT:
     allow_single_operator: bool = False
 
     name: ClassVar[str] = "p3eft_published"
-    default_rank: ClassVar[int] = 8
-    default_lr: ClassVar[float] = 3e-3
     channel: SharedGradients = field(init=False, repr=False)
     mixing: Tensor = field(init=False, repr=False)
 
@@ -99,10 +96,6 @@ class PublishedP3EFT:
         return self.n
 
     @property
-    def fixed_a(self) -> bool:
-        return False
-
-    @property
     def needs_frozen(self) -> bool:
         return self.shift_weight > 0 or self.joint_weight > 0
 
@@ -122,9 +115,6 @@ class PublishedP3EFT:
     def check(self, backbone: Backbone) -> None:
         self.channel.check_operators(len(backbone.pool), backbone.info.dtype)
 
-    def prepare(self, frozen: Tensor, labels: Tensor) -> None:
-        """Nothing to learn from the frozen features."""
-
     def mix(self, hidden: Tensor) -> Tensor:
         return mix(hidden, self.mixing)
 
@@ -143,13 +133,6 @@ class PublishedP3EFT:
             together = shifts.transpose(0, 1).flatten(1).unsqueeze(0)  # (1, B, n · d)
             penalties["joint"] = risen * self.joint_weight * self._joint.penalty(together, labels).sum()
         return penalties
-
-    def adapter_labels(self, rows: Sequence[TokenRow], labels: Tensor) -> Tensor:
-        return labels
-
-    @property
-    def auxiliary(self) -> nn.Module | None:
-        return None
 
     def report(self) -> dict[str, float]:
         return self.channel.report()

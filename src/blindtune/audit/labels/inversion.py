@@ -14,8 +14,7 @@ The next update starts from the last one's u. There are many more equations (n P
 
 Adam divides each coordinate by its running size and adds a running mean. The same inversion is then a guess, with a
 wrong weight for each equation, where SGD's is exact: on MiniLM with real texts it read the labels at AUC 0.92 in the
-first ten steps, 1.00 under SGD. P3EFT's other gradients (decoys) are not of this form: AUC 0.57 over six of its steps,
-which is within chance.
+first ten steps, 1.00 under SGD. Padded adapters move by their pads, so there is no update to invert.
 
 Works for two classes, a linear head (or any whose gradients at the hidden states have one direction), and a server
 that sees consecutive steps. Regularizers that pull on hidden states in other directions are not modelled.

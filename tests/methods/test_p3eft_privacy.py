@@ -1,0 +1,106 @@
+"""From end to end on MiniLM: the attacks that read labels off plain LoRA read nothing off P3EFT's adapters."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from blindtune.audit import Recomputation, Row, View, read_view
+from blindtune.audit.labels import ATTACKS, Channel
+from blindtune.audit.statistics import best_auc, mean_auc
+from blindtune.cli.options import make_lora_config
+from blindtune.client import Backbone
+from blindtune.methods import P3EFT, LinearHead, LoRA, PrivateModel
+from blindtune.models import FrozenBackbone
+from blindtune.privacy.randomness import SecureGenerator
+from blindtune.training import Examples, TrainConfig, Trainer
+from blindtune.wire import Transcript
+from tests.conftest import several
+
+STEPS, ROWS = 15, 300
+LOOKS = (6, -1)
+"""Of the adapters that an operator received."""
+
+
+@dataclass
+class Run:
+    """What two operators recorded of a short run, and what only the client knows."""
+
+    views: list[View]
+    labels: dict[Row, int]
+    own: np.ndarray
+    """h' − h(x, 0) of all texts at the end, as the client has it."""
+
+    def seen(self, view: View, recompute: Recomputation) -> tuple[list[np.ndarray], np.ndarray, list[int]]:
+        """For the texts that this operator saw: shifts under its adapters, frozen features, labels."""
+        rows = [row for row in self.labels if row in view.types]
+        frozen = recompute.hidden(view, (), rows)[0]
+        shifts = [recompute.hidden(view, view.moving[look].adapters, rows)[0] - frozen for look in LOOKS]
+        return shifts, frozen, [self.labels[row] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def runs(film_examples: Examples, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    examples = film_examples.take(range(ROWS))
+    return {method.name: run(method, examples, tmp_path_factory) for method in (LoRA(), P3EFT(steps=STEPS))}
+
+
+def run(method: LoRA | P3EFT, examples: Examples, folders: pytest.TempPathFactory) -> Run:
+    records = [folders.mktemp(method.name) for _ in range(2)]
+    with ExitStack() as stack:
+        servers = [stack.enter_context(several(1, "minilm", folders, record=record))[0] for record in records]
+        backbone = Backbone([server.url for server in servers], max_length=32, num_adapters=0)
+        rank = method.default_rank
+        backbone.adapter_config = make_lora_config(
+            backbone.info, rank=rank, alpha=2 * rank, targets=None, layers="upper"
+        )
+        head = LinearHead(backbone.hidden_size, 2)
+        model = PrivateModel(backbone, head, method, generator=SecureGenerator(bytes(range(32))))
+        trainer = Trainer(model, examples, TrainConfig(steps=STEPS, learning_rate=method.default_lr))
+        trainer.prepare()
+        list(trainer.steps())
+        own = backbone.infer(examples.texts)[0] - backbone.frozen(examples.texts)
+        rows = [row.ids for row in backbone.rows(examples.texts)]
+        backbone.close()
+    views = [read_view(Transcript(record), record.name) for record in records]
+    return Run(views, dict(zip(rows, examples.labels, strict=True)), own.numpy())
+
+
+@pytest.fixture(scope="module")
+def recompute(minilm: FrozenBackbone) -> Recomputation:
+    return Recomputation(minilm)
+
+
+def score(name: str, features: np.ndarray, labels: list[int]) -> float:
+    attack, truth = ATTACKS[name], np.array(labels)
+    scores = attack.run(Channel(features), truth)
+    assert scores is not None
+    return mean_auc(scores, truth)[0] if scores.ndim == 3 else best_auc(scores, truth, symmetric=attack.symmetric)[0]
+
+
+def test_under_lora_shifts_tell_the_labels(runs: dict[str, Run], recompute: Recomputation):
+    """To an attacker who knows none, and to one who knows most of them better than the text does."""
+    for view in runs["lora"].views:
+        shifts, frozen, labels = runs["lora"].seen(view, recompute)
+        assert score("spectral", shifts[-1], labels) > 0.8
+        assert score("logistic regression", shifts[-1], labels) > score("logistic regression", frozen, labels) + 0.06
+
+
+def test_under_p3eft_they_tell_what_the_text_tells_and_no_more(runs: dict[str, Run], recompute: Recomputation):
+    for view in runs["p3eft"].views:
+        shifts, frozen, labels = runs["p3eft"].seen(view, recompute)
+        for shift in shifts:
+            assert score("spectral", shift, labels) < 0.62
+            assert (
+                abs(score("logistic regression", shift, labels) - score("logistic regression", frozen, labels)) < 0.04
+            )
+
+
+def test_under_p3eft_the_client_has_learned_what_operators_have_not(runs: dict[str, Run]):
+    """The same attack on what only the difference of both operators' answers gives."""
+    labels = list(runs["p3eft"].labels.values())
+    assert len(labels) == len(runs["p3eft"].own)
+    assert score("spectral", runs["p3eft"].own, labels) > 0.8

@@ -1,0 +1,36 @@
+"""The examples run as they are written."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import blindtune as bt
+from blindtune.methods import adapter_config
+from tests.conftest import Server
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def test_a_loop_of_ones_own(two_servers: list[Server], tmp_path: Path):
+    """But for the addresses, which it expects to be free."""
+    program = (EXAMPLES / "own_loop.py").read_text()
+    for port, server in zip((8001, 8002), two_servers, strict=True):
+        program = program.replace(f"http://127.0.0.1:{port}", server.url)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, env=environment, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    bits = [float(value) for value in re.findall(r"'information_bits': ([\d.]+)", result.stdout)]
+    assert len(bits) == 10
+    assert bits == sorted(bits)
+    assert bits[-1] < 1.1
+    out = tmp_path / "out" / "own-loop"
+    backbone = bt.Backbone([server.url for server in two_servers], adapter=adapter_config(str(out)))
+    model = bt.load_model(str(out), backbone, predict_only=True)
+    assert model(["a dull ache in the lower back", "sleeping well"]).logits.argmax(-1).tolist() == [1, 0]
+    backbone.close()
