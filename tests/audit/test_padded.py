@@ -63,7 +63,8 @@ def best(features: np.ndarray, truth: np.ndarray) -> float:
 def at_last_look(task: Task, view: View, recompute: Recomputation) -> dict[str, float]:
     """The best attack on each channel that is recomputed at the last look; the one before is half-way."""
     now, rows = view.moving[-1], [row.ids for row in task.rows]
-    found = computed_channels(view, recompute, now, view.moving[len(view.moving) // 2], rows)
+    earlier = {"the first step": view.moving[0].adapters, "the last look": view.moving[len(view.moving) // 2].adapters}
+    found = computed_channels(view, recompute, now.adapters, earlier, rows)
     found |= mean_channels(view, recompute, now, rows) | collusion_channels(view, recompute, now, rows)
     return {name: best(features, task.truth.numpy()) for name, features in found.items()}
 
@@ -114,6 +115,18 @@ def test_averages_are_over_all_adapters_so_far_and_over_the_latter_half(views):
     torch.testing.assert_close(loaded[mean], expected)
     torch.testing.assert_close(view.adapter(mean), expected)
     assert torch.equal(loaded[mean.of[0]], view.adapter(mean.of[0]))
+
+
+def test_shuffled_adapters_are_as_large_and_know_nothing(task, views, recompute):
+    view = views(0.0)[0]
+    now, rows = view.moving[-1], [row.ids for row in task.rows]
+    [name], [control] = now.adapters, now.shuffled
+    loaded = view.load([name, control])
+    assert torch.equal(loaded[name].sort().values, loaded[control].sort().values)
+    assert not torch.equal(loaded[name], loaded[control])
+    assert torch.equal(view.load([control])[control], loaded[control])  # the same for everybody
+    found = computed_channels(view, recompute, now.shuffled, {}, rows)
+    assert best(found["shift 0"], task.truth.numpy()) < 0.75  # where the adapter itself tells all, see above
 
 
 def test_operators_that_collude_take_the_pads_off(task, views, recompute):

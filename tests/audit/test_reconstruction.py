@@ -163,7 +163,7 @@ def test_operators_that_collude_take_pads_off(apart, minilm):
     recompute, found = Recomputation(minilm), {}
     for view in [join_views(views), *views]:
         rows, now = [row for row in view.first_seen if row in labels], view.moving[-1]
-        channels = computed_channels(view, recompute, now, None, rows)
+        channels = computed_channels(view, recompute, now.adapters, {}, rows)
         channels |= collusion_channels(view, recompute, now, rows)
         found[view.operator] = {name: strongest({name: (x, rows)}, labels) for name, x in channels.items()}
     assert found["a + b"].pop("activation of a minus b") > 0.7  # twelve steps teach little

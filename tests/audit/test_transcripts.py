@@ -95,6 +95,9 @@ def test_plain_lora_gives_its_labels_away(view, lora_run, minilm):
     assert verdict.valid
     assert verdict.best_on("gradient").auc > 0.95
     assert verdict.best_on("shift").auc > verdict.frozen.auc + 0.1
+    looks = {f.step for f in attacked.findings if f.channel == "shift 0"}
+    assert {f.step for f in attacked.findings if f.channel == "frozen model, shuffled adapter: shift 0"} == looks
+    assert verdict.frozen.channel.startswith("frozen model")
     assert verdict.headline.low <= verdict.headline.auc <= verdict.headline.high
     assert all(finding.low is not None for finding in verdict.table())
     assert {f.channel for f in attacked.findings} >= {"activation 0", "shift 0", "gradient 0", "sent activation 0"}

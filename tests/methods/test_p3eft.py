@@ -193,20 +193,20 @@ class TestWhatOperatorsSee:
 
     @pytest.mark.parametrize("labels", ["true", "opposite"])
     def test_looks_like_a_pad_alone_whatever_the_labels(self, runs, labels):
-        """Norms, and the projection on the true update, which the best attacker would look at."""
+        """Norms, and the projection on the true update, which the best attacker would look at: to five deviations."""
         run = runs[labels]
         for operator in run.seen:
             for padded, truth in zip(operator.padded, run.deltas, strict=True):
                 freedom = len(padded)
                 chi = float(padded.square().sum()) / run.scale.sigma**2
-                assert abs(chi - freedom) < 4 * (2 * freedom) ** 0.5
+                assert abs(chi - freedom) < 5 * (2 * freedom) ** 0.5
                 if float(truth.norm()):
                     along = float(padded @ truth.double()) / float(truth.norm()) / run.scale.sigma  # N(tiny, 1)
-                    assert abs(along) < 4
+                    assert abs(along) < 5
             for (before, after), (start, end) in zip(pairwise(operator.padded), pairwise(run.deltas), strict=True):
                 step, change = (end - start).double(), after - before
                 cosine = float(step @ change / step.norm() / change.norm())
-                assert abs(cosine) < 4 / freedom**0.5
+                assert abs(cosine) < 5 / freedom**0.5
         assert float(run.deltas[-1].norm()) > 0.1, "something was learned"
 
     def test_tells_the_update_where_the_pad_is_too_small(self, runs):
@@ -225,7 +225,7 @@ class TestWhatOperatorsSee:
         assert float(torch.nn.functional.cosine_similarity(*ends, dim=0)) < -0.3
         for position in (0, 1):
             left, right = (runs[name].seen[position].padded[-1] for name in ("true", "opposite"))
-            assert abs(float(torch.nn.functional.cosine_similarity(left, right, dim=0))) < 4 / len(left) ** 0.5
+            assert abs(float(torch.nn.functional.cosine_similarity(left, right, dim=0))) < 5 / len(left) ** 0.5
 
 
 @dataclass
@@ -302,14 +302,15 @@ class TestHiddenStates:
         errors: list[float] = []
         for spread in (0.64, 0.16, 0.04):
             backbone = connect(adapter=LAYERS)
-            start(backbone, P3EFT(pad_spread=spread))
+            start(backbone, P3EFT(steps=10, max_bits=10.0, pad_spread=spread))
             direction = move(backbone, 1.0).double()
             with torch.no_grad():
                 found = backbone(film_sentences[:16]).double()
                 hidden = self.in_process(backbone, film_sentences[:16], tiny_backbone("bert", "float64"))
                 tangent = (hidden(1e-4 * direction) - hidden(-1e-4 * direction)) / 2e-4
                 errors.append(error(found - hidden(torch.zeros_like(direction)), tangent))
-        assert errors[0] > 2 * errors[1] > 4 * errors[2]
+        assert errors[0] > 1.5 * errors[1] > 2 * errors[2]
+        assert errors[1] < 0.4
         assert errors[2] < 0.1
 
     def test_of_an_update_of_zero_are_the_frozen_models_but_for_rounding_that_s_amplifies(
@@ -550,6 +551,22 @@ class TestBudget:
                 call()
         assert backbone.traffic.requests == before
         assert model.method.report()["information_bits"] == bits
+
+    def test_is_not_spent_on_a_step_whose_result_could_never_be_used(self, connect, film_examples):
+        """A longer run than planned stops while its adapter may still be sent, so that it can predict."""
+        texts, labels = some(film_examples, 8)
+        backbone = connect(adapter=LAYERS)
+        model = start(backbone, P3EFT(steps=2))
+        learn(model, texts, labels, steps=2)
+        secret = delta(backbone)
+        with tapped(backbone) as taps, pytest.raises(BudgetSpent, match=r"planned for 2 steps.*steps=") as caught:
+            learn(model, texts, labels)
+        assert "in their order" in caught.value.remedy
+        assert not any(b"cotangents" in post or b"noise" in post for tap in taps for post in tap.posts)
+        assert torch.equal(delta(backbone), secret)
+        predict(model, texts)
+        model(texts)  # also by a user who leaves gradients on
+        assert model.method.channel.ledger.messages() == 3
 
     def test_is_kept_to_the_last_bit_and_shares_come_on_top(self, connect, film_examples):
         texts, labels = some(film_examples, 8)

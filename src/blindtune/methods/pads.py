@@ -12,12 +12,16 @@ from torch import Tensor
 
 from blindtune.client import OperatorPool, RemoteBatch
 from blindtune.errors import BudgetSpent, NonFiniteTensor, SingleOperator
-from blindtune.methods.gradients import SharedGradients, fingerprint, receivers
+from blindtune.methods.gradients import SharedGradients, fingerprint
 from blindtune.privacy.accountant import InformationLedger
 from blindtune.privacy.pads import PadScale, bounded, pad_pair, unpad
 from blindtune.privacy.randomness import SecureGenerator
 
 MEMBERS = 2
+SPENT = (
+    "What was learned can be used over the operators that trained it, in their order. For a longer run, plan more "
+    "steps (steps=…) before it begins."
+)
 
 
 @dataclass
@@ -74,7 +78,7 @@ class PaddedAdapters:
                 "The adapter holds NaN or infinity; nothing was sent.", remedy="Resume the last step."
             )
         delta, _ = bounded(delta, scale.max_norm)
-        members = receivers(batch, pool)[:MEMBERS]
+        members = [operator.encode() for operator in self._members(batch, pool)]
         context = [fingerprint(delta), repr((batch.spec.model_dump(), scale)).encode(), *members]
         generator = self.generator.derive(b"pad", *context)
         plus, minus = pad_pair(delta, scale, generator=generator)
@@ -102,7 +106,9 @@ class PaddedAdapters:
         return unpad(frozen, first, second, scale)
 
     def gradients(self, cotangent: Tensor, batch: RemoteBatch, pool: OperatorPool) -> Tensor:
-        _, factor = bounded(batch.weights[0], self.scale(batch).max_norm)
+        scale = self.scale(batch)
+        self._check_room(batch, pool, scale)
+        _, factor = bounded(batch.weights[0], scale.max_norm)
         return factor * self.shares.gradients(cotangent, _at_zero(batch), pool)
 
     def _check_members(self, operators: int) -> None:
@@ -114,20 +120,35 @@ class PaddedAdapters:
             )
 
     def _record(self, batch: RemoteBatch, pool: OperatorPool, identity: str, scale: PadScale) -> None:
+        """Counts the adapter, before it is sent."""
         if len(batch.operators) < MEMBERS:
             self.ledger.met = True
             return
-        operators = [pool.operators[index].transport.url for index in batch.operators[:MEMBERS]]
         with self._lock:
-            spent = max(self.ledger.after(operator, identity, scale.nats) for operator in operators)
-            if spent > self.max_nats * (1 + 1e-9):
+            if self._exceeds(batch, pool, identity, scale):
                 raise BudgetSpent(
                     f"The budget of {self.max_nats:.3g} nats is made for {self.views} adapters; they have been sent.",
-                    remedy="What is saved can be used over the operators that trained it, in their order. For a longer "
-                    "run, plan more steps (steps=…) before it begins.",
+                    remedy=SPENT,
                 )
-            for operator in operators:
+            for operator in self._members(batch, pool):
                 self.ledger.record(operator, identity, scale.nats)
+
+    def _check_room(self, batch: RemoteBatch, pool: OperatorPool, scale: PadScale) -> None:
+        """Raises `BudgetSpent` if the adapter that a step leads to could never be sent, not even to predict."""
+        if not self.ledger.met and self._exceeds(batch, pool, "the next", scale):
+            raise BudgetSpent(
+                f"The run was planned for {self.views - 1} steps, and its budget of {self.max_nats:.3g} nats is spent.",
+                remedy=SPENT,
+            )
+
+    def _exceeds(self, batch: RemoteBatch, pool: OperatorPool, identity: str, scale: PadScale) -> bool:
+        spent = max(self.ledger.after(operator, identity, scale.nats) for operator in self._members(batch, pool))
+        return spent > self.max_nats * (1 + 1e-9)
+
+    @staticmethod
+    def _members(batch: RemoteBatch, pool: OperatorPool) -> list[str]:
+        """Addresses of the two operators that see the adapter."""
+        return [pool.operators[index].transport.url for index in batch.operators[:MEMBERS]]
 
 
 def _at_zero(batch: RemoteBatch) -> RemoteBatch:
