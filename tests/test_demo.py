@@ -49,9 +49,12 @@ def test_the_attack_succeeds_against_plain_lora(demo):
 
 
 def test_the_same_attacks_fail_against_p3eft(demo):
+    """The search for two humps picks one of ten directions at each look; by luck some say what the texts say."""
     lora, p3eft = (demo[0]["methods"][name] for name in ("lora", "p3eft"))
-    assert p3eft["activations_and_shifts_auc"] < 0.68  # chance, over all looks: the texts alone reach 0.57
-    assert p3eft["activations_and_shifts_auc"] < lora["activations_and_shifts_auc"] - 0.15
+    by_attack = p3eft["activations_and_shifts_auc_by_attack"]
+    assert max(by_attack[name] for name in ("spectral", "norm", "k-means")) < 0.68
+    assert p3eft["activations_and_shifts_auc"] < demo[0]["frozen_attack_auc"] + 0.12
+    assert p3eft["activations_and_shifts_auc"] < lora["activations_and_shifts_auc"] - 0.1
     assert p3eft["gradients_auc"] < 0.6
 
 
