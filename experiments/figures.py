@@ -106,9 +106,11 @@ def cost_sentence() -> str:
         f"Measured ratios (`make bench`): a remote LoRA step takes {lora:.2f} times as long as one with stock PEFT in "
         f"one process; an operator's part in a P3EFT step {p3eft:.2f} times two LoRA steps; backward from a retained "
         f"graph {retained:.2f} times recomputation; bytes on the wire {wire['P3EFT step']['ratio']:.3f} times the raw "
-        f"tensors. Gradients equal stock PEFT's to {gradients['without shares']:.0e}, in shares at the default noise to "
+        f"tensors. Gradients equal stock PEFT's to {gradients['without shares']:.0e}, in shares at the "
+        f"default noise to "
         f"{gradients['shares at sigma/C = 100']:.0e}; weights after 50 steps to "
-        f"{same['training']['plain']['final_weights_relative_error']:.0e}. An operator that is killed in the middle of a "
+        f"{same['training']['plain']['final_weights_relative_error']:.0e}. An operator that is killed "
+        f"in the middle of a "
         f"step and started again {unchanged} of the result. All of it in [docs/results.md](docs/results.md)."
     )
 
