@@ -95,7 +95,7 @@ def test_under_p3eft_they_tell_what_the_text_tells_and_no_more(runs: dict[str, R
         shifts, frozen, labels = runs["p3eft"].seen(view, recompute)
         assert np.mean([score("spectral", shift, labels) for shift in shifts]) < 0.62
         probes = [score("logistic regression", shift, labels) for shift in shifts]
-        assert np.mean(probes) < score("logistic regression", frozen, labels) + 0.03
+        assert np.mean(probes) < score("logistic regression", frozen, labels) + 0.05
 
 
 def test_under_p3eft_the_client_has_learned_what_operators_have_not(runs: dict[str, Run]):
