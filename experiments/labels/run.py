@@ -1,16 +1,19 @@
 """Trains methods on tasks and attacks what two operators recorded. One JSON file for each run; finished runs are kept.
 
-python -m experiments.labels.run TASK [--arms lora,p3eft] [--seeds 1,2,3] [--selection]
+python -m experiments.labels.run TASK [--arms lora,p3eft,dc+activation_weight=0.1] [--seeds 1,2,3] [--selection]
+
+An arm is a method's name, then what differs from its defaults: `rank`, `lr`, `warmup`, `epochs`, or one of its options.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import shutil
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,36 +40,35 @@ from experiments.labels.tasks import TASKS, Task
 from experiments.local import LowerLayers, close_pool, local_pool
 
 RESULTS = Path(__file__).parents[1] / "results" / "labels"
-LOOKS = 5
+LOOKS = 4
+WITH_SHARES = ("p3eft", "p3eft_published")
+"""Methods that need two operators; the others use one, which sees every step."""
 COMPUTED = ("activation", "shift", "sent activation")
+
+
+MAIN = "lora,p3eft,p3eft_published,dc,pslf,head_only"
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A method with its settings; `rank` and `lr` are the method's own if left out."""
+    """A method with its settings; what is None is the method's own, or the task's."""
 
+    name: str
     method: str
-    options: dict[str, Any] = field(default_factory=dict[str, Any])
+    options: dict[str, Any]
     rank: int | None = None
     lr: float | None = None
+    warmup: int = TrainConfig.warmup
+    epochs: float = 1.0
+    """Factor on the task's steps."""
 
-
-ARMS: dict[str, Arm] = {
-    "head_only": Arm("head_only"),
-    "lora": Arm("lora"),
-    "p3eft": Arm("p3eft"),
-    **{f"dc-{weight}": Arm("dc", {"activation_weight": weight}) for weight in (0.01, 0.03, 0.1, 0.3, 1.0)},
-    **{f"pslf-{epsilon}": Arm("pslf", {"epsilon": epsilon}) for epsilon in (0.5, 1.0, 2.0, 4.0)},
-    **{
-        f"randomized_response-{epsilon}": Arm("randomized_response", {"epsilon": epsilon})
-        for epsilon in (1.0, 2.0, 4.0)
-    },
-    **{
-        f"published-{weight}": Arm("p3eft_published", {"activation_weight": weight})
-        for weight in (0.01, 0.03, 0.1, 0.3, 1.0)
-    },
-}
-MAIN = ["lora", "p3eft", "published-0.3", "dc-0.1", "pslf-1.0", "head_only"]
+    @staticmethod
+    def parse(name: str) -> Arm:
+        """`method+key=value+…`, values in JSON."""
+        method, *settings = name.split("+")
+        given = {key: json.loads(value) for key, value in (setting.split("=") for setting in settings)}
+        own = {key: given.pop(key) for key in ("rank", "lr", "warmup", "epochs") if key in given}
+        return Arm(name, method, given, **own)
 
 
 @dataclass
@@ -101,16 +103,15 @@ def set_stage(name: str) -> Stage:
     return Stage(name, task, backbone, train, validation, test)
 
 
-def run(stage: Stage, arm_name: str, seed: int, *, selection: bool = False) -> dict[str, Any]:
+def run(stage: Stage, arm: Arm, seed: int, *, selection: bool = False, attacked: bool = True) -> dict[str, Any]:
     """One run: trained, evaluated on validation (and, unless for selection, on test), attacked."""
-    arm, task = ARMS[arm_name], stage.task
-    kind = METHODS[arm.method]
-    rank, lr = arm.rank or kind.default_rank, arm.lr or kind.default_lr
+    task, kind = stage.task, METHODS[arm.method]
+    rank, lr, steps = arm.rank or kind.default_rank, arm.lr or kind.default_lr, round(arm.epochs * task.steps)
     options = dict(arm.options)
     if "steps" in kind.__dataclass_fields__:
-        options.setdefault("steps", task.steps)
+        options.setdefault("steps", steps)
     work = Path(tempfile.mkdtemp(prefix="blindtune-"))
-    folders = [work / "a", work / "b"]
+    folders = [work / name for name in ("a", "b")[: 2 if arm.method in WITH_SHARES else 1]]
     try:
         pool = local_pool(stage.backbone, folders)
         backbone = Backbone(pool, num_adapters=0, max_length=task.max_length)
@@ -120,7 +121,7 @@ def run(stage: Stage, arm_name: str, seed: int, *, selection: bool = False) -> d
         )
         head = LinearHead(backbone.hidden_size, len(stage.train.classes))
         model = PrivateModel(backbone, head, make_method(arm.method, options), seed=seed)
-        config = TrainConfig(steps=task.steps, seed=seed, learning_rate=lr)
+        config = TrainConfig(steps=steps, seed=seed, learning_rate=lr, warmup=arm.warmup)
         trainer = Trainer(model, stage.train, config)
         start = time.perf_counter()
         trainer.prepare()
@@ -130,18 +131,18 @@ def run(stage: Stage, arm_name: str, seed: int, *, selection: bool = False) -> d
             for step in trainer.steps():
                 losses.append(round(step.losses["task"], 4))
                 if step.step % 50 == 0:
-                    print(f"  {arm_name} seed {seed}: step {step.step}, loss {sum(losses[-50:]) / 50:.3f}", flush=True)
+                    print(f"  {arm.name} seed {seed}: step {step.step}, loss {sum(losses[-50:]) / 50:.3f}", flush=True)
         seconds = time.perf_counter() - start
         result: dict[str, Any] = {
-            "task": stage.name, "arm": arm_name, "method": arm.method, "options": options, "seed": seed, "rank": rank,
-            "learning_rate": lr, "steps": task.steps, "train_examples": len(stage.train),
+            "task": stage.name, "arm": arm.name, "method": arm.method, "options": options, "seed": seed, "rank": rank,
+            "learning_rate": lr, "warmup": arm.warmup, "steps": steps, "train_examples": len(stage.train),
             "validation": evaluate(model, stage.validation),
         }  # fmt: skip
         if not selection:
             result |= {"test": evaluate(model, stage.test), "frozen_test": frozen}
         result |= {"report": model.method.report(), "losses": losses, "train_seconds": round(seconds, 1)}
         close_pool(pool)
-        if model.method.num_adapters:
+        if model.method.num_adapters and attacked:
             result["audit"] = audit(stage, folders)
         result["seconds"] = round(time.perf_counter() - start, 1)
         return result
@@ -162,7 +163,7 @@ def evaluate(model: PrivateModel, examples: Examples) -> dict[str, float]:
 
 def audit(stage: Stage, folders: list[Path]) -> dict[str, Any]:
     """Both operators, and both together, at `LOOKS` moments on a sample of the training texts."""
-    views = [read_view(Transcript(folder), name) for folder, name in zip(folders, ("A", "B"), strict=True)]
+    views = [read_view(Transcript(folder), name) for folder, name in zip(folders, ("A", "B"), strict=False)]
     views = [view for view in views if view.checkpoints]
     plan = Plan(label_rows(stage.train, views, stage.backbone), LOOKS, 1, stage.task.attacked)
     recompute = Recomputation(stage.backbone)
@@ -213,33 +214,60 @@ def curves(findings: list[Finding]) -> dict[str, dict[int, float]]:
     return found
 
 
+@dataclass(frozen=True)
+class Job:
+    """One run that isn't there yet."""
+
+    path: Path
+    arm: Arm
+    seed: int
+    selection: bool
+    attacked: bool
+
+
+_stage: list[Stage] = []
+"""The one stage of this process, which workers inherit."""
+
+
+def work(job: Job) -> str:
+    """Does a job in a worker and writes its file; one line about it."""
+    result = run(_stage[0], job.arm, job.seed, selection=job.selection, attacked=job.attacked)
+    job.path.write_text(json.dumps(result, indent=1) + "\n")
+    shown = result.get("test") or result["validation"]
+    attacks = result.get("audit", {}).get("unsupervised", {})
+    best = f"best attack {max(attacks.values(), default=0.5):.3f}, " if job.attacked else ""
+    return (
+        f"{result['task']} {job.arm.name} seed {job.seed}: accuracy {shown['accuracy']:.4f}, loss {shown['loss']:.4f}, "
+        f"{best}{result['seconds']:.0f} s"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("task", choices=TASKS)
-    parser.add_argument("--arms", default=",".join(MAIN))
+    parser.add_argument("--arms", default=MAIN)
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--selection", action="store_true", help="validation only, into selection/")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--no-audit", action="store_true", help="train and evaluate only (with --selection)")
+    parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    if options.no_audit and not options.selection:
+        parser.error("--no-audit needs --selection: results are reported with their attacks.")
+    torch.set_num_threads(1)
     folder = RESULTS / ("selection" if options.selection else "") / options.task
     folder.mkdir(parents=True, exist_ok=True)
-    stage: Stage | None = None
-    for seed in options.seeds.split(","):
-        for arm in options.arms.split(","):
-            path = folder / f"{arm}-seed{seed}.json"
-            if path.exists():
-                continue
-            stage = stage or set_stage(options.task)
-            result = run(stage, arm, int(seed), selection=options.selection)
-            path.write_text(json.dumps(result, indent=1) + "\n")
-            shown = result.get("test") or result["validation"]
-            attacks = result.get("audit", {}).get("unsupervised", {})
-            print(
-                f"{options.task} {arm} seed {seed}: accuracy {shown['accuracy']:.4f}, "
-                f"best attack {max(attacks.values(), default=0.5):.3f}, {result['seconds']:.0f} s",
-                flush=True,
-            )
+    jobs = [
+        Job(folder / f"{arm}-seed{seed}.json", Arm.parse(arm), int(seed), options.selection, not options.no_audit)
+        for seed in options.seeds.split(",")
+        for arm in options.arms.split(",")
+    ]
+    jobs = [job for job in jobs if not job.path.exists()]
+    if not jobs:
+        return
+    _stage.append(set_stage(options.task))
+    with multiprocessing.get_context("fork").Pool(min(options.workers, len(jobs))) as workers:
+        for line in workers.imap_unordered(work, jobs):
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,9 @@ class Task:
     pair: str | None = None
     held_out: float = 0.1
     attacked: int = 1000
+    most_train: int | None = None
+    most_test: int | None = None
+    """Random rows to use of those there are; of validation as of test."""
 
     def load(self) -> tuple[Examples, Examples, Examples]:
         """Training, validation and test examples."""
@@ -43,12 +46,29 @@ class Task:
             train, validation = split_examples(train, self.held_out, 0)
         else:
             validation = load_examples(str(folder / f"{self.validation}.jsonl.gz"), columns, classes=train.classes)
-        return train, validation, test
+        return _some(train, self.most_train), _some(validation, self.most_test), _some(test, self.most_test)
+
+
+def _some(examples: Examples, most: int | None) -> Examples:
+    """A random part, the same at each call."""
+    if most is None or len(examples) <= most:
+        return examples
+    return split_examples(examples, most / len(examples), 0)[1]
 
 
 TASKS = {
     "sst2": Task("sst2", "minilm", 3, steps=216, max_length=48, train="train_sentences"),
-    "mrpc": Task("mrpc", "minilm", 3, steps=230, max_length=96, text="text_a", pair="text_b"),
-    "trec": Task("trec", "minilm", 3, steps=310, max_length=32, validation=None),
-    "sst2-smollm2": Task("sst2", "smollm2", 26, steps=216, max_length=48, train="train_sentences"),
+    "mrpc": Task("mrpc", "minilm", 3, steps=230, max_length=80, text="text_a", pair="text_b", attacked=700),
+    "trec": Task("trec", "minilm", 3, steps=310, max_length=32, validation=None, attacked=700),
+    "sst2-smollm2": Task(
+        "sst2",
+        "smollm2",
+        26,
+        steps=125,
+        max_length=40,
+        train="train_sentences",
+        attacked=700,
+        most_train=2000,
+        most_test=800,
+    ),
 }

@@ -21,6 +21,7 @@ from blindtune.audit.channels import (
 )
 from blindtune.audit.labels import ATTACKS, Channel
 from blindtune.audit.observe import Mean
+from blindtune.audit.recompute import adapter_weights
 from blindtune.audit.statistics import best_auc
 from tests.audit.padded import BATCH, Task, record, slowly, trained_by_sgd
 
@@ -121,10 +122,14 @@ def test_shuffled_adapters_are_as_large_and_know_nothing(task, views, recompute)
     view = views(0.0)[0]
     now, rows = view.moving[-1], [row.ids for row in task.rows]
     [name], [control] = now.adapters, now.shuffled
-    loaded = view.load([name, control])
-    assert torch.equal(loaded[name].sort().values, loaded[control].sort().values)
-    assert not torch.equal(loaded[name], loaded[control])
-    assert torch.equal(view.load([control])[control], loaded[control])  # the same for everybody
+    layout = recompute.layout(view)
+    own, shuffled = adapter_weights(view, layout, [name, control])
+    matrices = zip(layout.split(own).values(), layout.split(shuffled).values(), strict=True)
+    assert len({b.shape for _, b in layout.split(own).values()}) > 1
+    for (_, b), (_, of_control) in matrices:  # A is fixed
+        assert torch.equal(b.flatten().sort().values, of_control.flatten().sort().values)
+        assert not torch.equal(b, of_control)
+    assert torch.equal(adapter_weights(view, layout, [control])[0], shuffled)  # the same for everybody
     found = computed_channels(view, recompute, now.shuffled, {}, rows)
     assert best(found["shift 0"], task.truth.numpy()) < 0.75  # where the adapter itself tells all, see above
 

@@ -155,7 +155,7 @@ def _near(view: View, checkpoints: Sequence[Checkpoint], to: Checkpoint) -> list
     return sorted(checkpoints, key=lambda c: abs(min(view.received[c.adapters].values()) - time))
 
 
-def _distance(weights: Mapping[Adapter, Tensor], one: Checkpoint, other: Checkpoint) -> float:
+def _distance(weights: Mapping[str | Mean, Tensor], one: Checkpoint, other: Checkpoint) -> float:
     pairs = zip(one.adapters, other.adapters, strict=True)
     return sum(float((weights[a] - weights[b]).norm()) for a, b in pairs)
 

@@ -180,15 +180,15 @@ class View:
                     updates.append(Update(now.step, rows, now.adapters, after.adapters, at))
         return updates
 
-    def adapter(self, name: Adapter) -> Tensor:
-        """Weights `(P,)` of the adapter with this content hash, or of a synthetic one.
+    def adapter(self, name: str | Mean) -> Tensor:
+        """Weights `(P,)` of the adapter with this content hash, or of an average.
 
         Raises:
             TranscriptError: its upload is not in the recording.
         """
         return self.load([name])[name]
 
-    def load(self, names: Iterable[Adapter]) -> dict[Adapter, Tensor]:
+    def load(self, names: Iterable[str | Mean]) -> dict[str | Mean, Tensor]:
         """Weights `(P,)` of several adapters; each recorded one is read once, for itself and for all means of it.
 
         Raises:
@@ -196,21 +196,16 @@ class View:
         """
         wanted = list(dict.fromkeys(names))
         means = [name for name in wanted if isinstance(name, Mean)]
-        shuffled = [name for name in wanted if isinstance(name, Shuffled)]
         sums: list[Tensor | None] = [None] * len(means)
         uses: dict[str, list[int]] = {name: [] for name in wanted if isinstance(name, str)}
         for place, mean in enumerate(means):
             for name in mean.of:
                 uses.setdefault(name, []).append(place)
-        for control in shuffled:
-            uses.setdefault(control.of, [])
-        loaded: dict[Adapter, Tensor] = dict.fromkeys(wanted, torch.empty(0))
+        loaded: dict[str | Mean, Tensor] = dict.fromkeys(wanted, torch.empty(0))
         for name, places in uses.items():
             weights = self._stored(name)
             if name in loaded:
                 loaded[name] = weights
-            if Shuffled(name) in loaded:
-                loaded[Shuffled(name)] = self._shuffle(name, weights)
             for place in places:
                 total = sums[place]
                 sums[place] = weights.to(torch.float64, copy=True) if total is None else total.add_(weights)
@@ -218,14 +213,6 @@ class View:
             if total is not None:
                 loaded[mean] = (total / len(mean.of)).to(torch.float32)
         return loaded
-
-    def _shuffle(self, name: str, weights: Tensor) -> Tensor:
-        """Each matrix's entries in an order that depends on the adapter's hash alone."""
-        stored = self.weights[name].event.spec
-        assert stored is not None  # noqa: S101 - recorded with every upload
-        random = torch.Generator().manual_seed(int(name[:15], 16))
-        parts = torch.chunk(weights, 2 * len(stored.modules))  # about matrix by matrix: sizes needn't be exact
-        return torch.cat([part[torch.randperm(len(part), generator=random)] for part in parts])
 
     def _stored(self, name: str) -> Tensor:
         stored = self.weights.get(name)

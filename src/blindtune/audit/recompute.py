@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from blindtune.audit.observe import Adapter, Features, Row, View
+from blindtune.audit.observe import Adapter, Features, Mean, Row, Shuffled, View
 from blindtune.audit.statistics import Scores
 from blindtune.errors import TranscriptError
 from blindtune.models import FrozenBackbone, LoraLayout, Tokens
@@ -61,16 +61,48 @@ class Recomputation:
                     self.on_texts(len(part))
 
     def _stack(self, view: View, group: Sequence[tuple[Adapter, ...]]) -> tuple[LoraLayout, Tensor]:
+        """The adapters' layout, and the weights `(n * len(group), P)` of all checkpoints."""
+        layout = self.layout(view)
+        return layout, adapter_weights(view, layout, [name for checkpoint in group for name in checkpoint])
+
+    def layout(self, view: View) -> LoraLayout:
+        """Where each matrix of the run's adapters lies.
+
+        Raises:
+            TranscriptError: it has none.
+        """
         if view.spec is None:
             raise TranscriptError(f"{view.transcript.folder} holds no adapters.", remedy="Record a whole run.")
-        layout = LoraLayout(view.spec, self.backbone.lora.shapes)
-        vectors = view.load(name for checkpoint in group for name in checkpoint)
-        return layout, torch.stack([vectors[name] for checkpoint in group for name in checkpoint])
+        return LoraLayout(view.spec, self.backbone.lora.shapes)
 
     def jacobian(self, view: View, checkpoint: tuple[Adapter, ...], rows: Sequence[Row]) -> Jacobian:
         """∂h/∂θ of a batch under a checkpoint."""
         layout, weights = self._stack(view, [checkpoint])
         return Jacobian(self.backbone, view, layout, weights, rows)
+
+
+def adapter_weights(view: View, layout: LoraLayout, names: Sequence[Adapter]) -> Tensor:
+    """Weights `(n, P)` of adapters, received or synthetic."""
+    stored = view.load(_source(name) for name in names)
+    return torch.stack(
+        [_shuffled(stored[name.of], name.of, layout) if isinstance(name, Shuffled) else stored[name] for name in names]
+    )
+
+
+def _source(name: Adapter) -> str | Mean:
+    """What is read from the recording."""
+    return name.of if isinstance(name, Shuffled) else name
+
+
+def _shuffled(weights: Tensor, name: str, layout: LoraLayout) -> Tensor:
+    """Each matrix's entries in an order that depends on the adapter's hash alone."""
+    random = torch.Generator().manual_seed(int(name[:15], 16))
+
+    def reordered(matrix: Tensor) -> Tensor:
+        return matrix.flatten()[torch.randperm(matrix.numel(), generator=random)].reshape(matrix.shape)
+
+    matrices = layout.split(weights)
+    return layout.join({module: (reordered(a), reordered(b)) for module, (a, b) in matrices.items()})
 
 
 def _portions(rows: list[Row], copies: int) -> Iterator[list[Row]]:

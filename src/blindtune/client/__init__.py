@@ -1,7 +1,7 @@
 """The data owner's side: hosted models as torch modules, over one or several operators."""
 
 from blindtune.client.backbone import Backbone
-from blindtune.client.channel import Channel, PlainChannel, RemoteBatch, hidden_from_first
+from blindtune.client.channel import Channel, PlainChannel, RemoteBatch
 from blindtune.client.operators import Operator, OperatorPool, Upload
 from blindtune.client.transport import Patience, Traffic, Transport
 
@@ -16,5 +16,4 @@ __all__ = [
     "Traffic",
     "Transport",
     "Upload",
-    "hidden_from_first",
 ]

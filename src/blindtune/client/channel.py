@@ -90,19 +90,15 @@ class PlainChannel:
         return [(index,) for index in range(operators)]
 
     def hidden(self, batch: RemoteBatch, pool: OperatorPool, *, retain: bool) -> Tensor:
-        return hidden_from_first(batch, pool, retain=retain)
+        """All operators of the batch compute, and keep the graph if asked; the first one sends hidden states."""
+
+        def call(index: int) -> Callable[[], Tensor | None]:
+            first = index == batch.operators[0]
+            return lambda: batch.forward(pool, index, retain=retain, want=first)
+
+        hidden = pool.parallel([call(index) for index in (batch.operators if retain else batch.operators[:1])])[0]
+        assert hidden is not None  # noqa: S101 - it was asked for
+        return hidden
 
     def gradients(self, cotangent: Tensor, batch: RemoteBatch, pool: OperatorPool) -> Tensor:
         return batch.backward(pool, batch.operators[0], cotangent.unsqueeze(0))[0]
-
-
-def hidden_from_first(batch: RemoteBatch, pool: OperatorPool, *, retain: bool) -> Tensor:
-    """All operators of the batch compute, and keep the graph if asked; the first one sends hidden states."""
-
-    def call(index: int) -> Callable[[], Tensor | None]:
-        first = index == batch.operators[0]
-        return lambda: batch.forward(pool, index, retain=retain, want=first)
-
-    hidden = pool.parallel([call(index) for index in (batch.operators if retain else batch.operators[:1])])[0]
-    assert hidden is not None  # noqa: S101 - it was asked for
-    return hidden

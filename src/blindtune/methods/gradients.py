@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from blindtune.client import OperatorPool, RemoteBatch, hidden_from_first
+from blindtune.client import OperatorPool, PlainChannel, RemoteBatch
 from blindtune.errors import BudgetSpent, ConfigError, NonFiniteTensor, SingleOperator
 from blindtune.privacy.accountant import Accountant, auc_bound, epsilon
 from blindtune.privacy.randomness import SecureGenerator
@@ -20,7 +20,7 @@ REPORT_DELTA = 1e-5
 
 
 @dataclass
-class SharedGradients:
+class SharedGradients(PlainChannel):
     """A channel in which no operator sees more than one share of a gradient; adapters travel in the clear.
 
     The loss is taken to be a mean over the batch: an example's gradient is B times its row of the cotangent. These
@@ -79,12 +79,6 @@ class SharedGradients:
         if operators < self.m:
             return (step % operators,)
         return tuple((step * self.m + j) % operators for j in range(self.m))
-
-    def teams(self, operators: int) -> list[tuple[int, ...]]:
-        return [(index,) for index in range(operators)]
-
-    def hidden(self, batch: RemoteBatch, pool: OperatorPool, *, retain: bool) -> Tensor:
-        return hidden_from_first(batch, pool, retain=retain)
 
     def gradients(self, cotangent: Tensor, batch: RemoteBatch, pool: OperatorPool) -> Tensor:
         size = cotangent.shape[1]

@@ -1,0 +1,354 @@
+"""Draws the experiments' figures and fills their tables in docs/label-privacy.md, from the JSON of finished runs.
+
+python -m experiments.labels.figures
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from experiments.figures import ROOT, fill
+from experiments.labels.run import RESULTS, WITH_SHARES
+
+matplotlib.use("Agg")
+matplotlib.rcParams.update({"svg.hashsalt": "blindtune", "svg.fonttype": "none", "font.size": 9})
+from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+PAGE = ROOT / "docs" / "label-privacy.md"
+PICTURES = ROOT / "docs" / "images"
+PUBLISHED_ATTACKS = ("spectral", "norm", "k-means")
+NAMES = {
+    "head_only": "frozen",
+    "lora": "LoRA",
+    "dc": "distance correlation",
+    "pslf": "PSLF",
+    "randomized_response": "randomised response",
+    "p3eft_published": "P3EFT, published",
+    "p3eft": "P3EFT, padded",
+}
+COLOURS = {
+    "head_only": "#718096",
+    "lora": "#c53030",
+    "dc": "#2b6cb0",
+    "pslf": "#2f855a",
+    "randomized_response": "#319795",
+    "p3eft_published": "#b7791f",
+    "p3eft": "#6b46c1",
+}
+TASKS = {
+    "sst2": "SST-2, MiniLM",
+    "mrpc": "MRPC, MiniLM",
+    "trec": "TREC (6 classes), MiniLM",
+    "sst2-smollm2": "SST-2, SmolLM2-135M",
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """All seeds of one method with one setting on one task."""
+
+    name: str
+    runs: list[dict[str, Any]]
+
+    @property
+    def method(self) -> str:
+        return self.runs[0]["method"]
+
+    @property
+    def setting(self) -> str:
+        return self.name.partition("+")[2].replace("+", ", ").replace("_", " ")
+
+    @property
+    def label(self) -> str:
+        return NAMES[self.method] + (f" ({self.setting})" if self.setting else "")
+
+    def values(self, read: Callable[[dict[str, Any]], float | None]) -> list[float]:
+        return [value for value in map(read, self.runs) if value is not None]
+
+
+def load(task: str) -> dict[str, Arm]:
+    """Arm -> its runs, by seed."""
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for path in sorted((RESULTS / task).glob("*.json")):
+        run = json.loads(path.read_text())
+        found[run["arm"]].append(run)
+    return {name: Arm(name, runs) for name, runs in found.items()}
+
+
+def accuracy(run: dict[str, Any]) -> float:
+    return run["test"]["accuracy"]
+
+
+def leak(run: dict[str, Any], *, of: str = "unsupervised", attacks: Sequence[str] | None = None) -> float | None:
+    """The best attack without labels over moments, operators and channels of a kind."""
+    found = run.get("audit", {}).get(of, {})
+    values = [auc for attack, auc in found.items() if attacks is None or attack in attacks]
+    return max(values, default=None)
+
+
+def published_leak(run: dict[str, Any]) -> float | None:
+    """With the paper's attacks only."""
+    return leak(run, attacks=PUBLISHED_ATTACKS)
+
+
+def any_leak(run: dict[str, Any]) -> float | None:
+    return leak(run)
+
+
+def gradient_leak(run: dict[str, Any]) -> float | None:
+    return leak(run, of="gradients")
+
+
+def chance(run: dict[str, Any]) -> float | None:
+    """The same attacks on what knows no labels: the frozen model, and adapters in random order if they were run."""
+    return run["audit"]["frozen"]["auc"] if "audit" in run else None
+
+
+def few(run: dict[str, Any]) -> float | None:
+    """How much better a probe with 64 labels is than on frozen features; the worst of 16, 64 and 256."""
+    found = run.get("audit", {}).get("few_labels", {})
+    return max((f["strongest"]["auc"] - f["frozen"] for f in found.values()), default=None)
+
+
+def span(values: Sequence[float], digits: int = 3) -> str:
+    """Mean, and the range where there are several."""
+    if not values:
+        return "–"
+    mean = f"{np.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+
+
+def frozen_accuracy(arms: dict[str, Arm]) -> list[float]:
+    return [run["frozen_test"]["accuracy"] for run in arms["lora"].runs] if "lora" in arms else []
+
+
+def table(arms: dict[str, Arm], order: Sequence[Arm]) -> str:
+    """Accuracy and leaks, mean (range) over seeds."""
+    lines = [
+        "| method | seeds | test accuracy | paper's attacks | all attacks without labels | on gradients "
+        "| with labels: gain over frozen |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    if frozen_accuracy(arms):
+        lines.append(
+            f"| frozen features, logistic regression | – | {span(frozen_accuracy(arms)[:1])} | – | – | – | – |"
+        )
+    for arm in order:
+        gain = [f"{value:+.3f}" for value in ([float(np.mean(arm.values(few)))] if arm.values(few) else [])]
+        lines.append(
+            f"| {arm.label} | {len(arm.runs)} | {span(arm.values(accuracy))} | {span(arm.values(published_leak), 2)} "
+            f"| {span(arm.values(any_leak), 2)} | {span(arm.values(gradient_leak), 2)} | {''.join(gain) or '–'} |"
+        )
+    return "\n".join(lines)
+
+
+def bars(tasks: dict[str, dict[str, Arm]]) -> Figure:
+    """Figures 4 and 6: accuracy, and the strongest attack, for each method on each task."""
+    figure, axes = plt.subplots(2, len(tasks), figsize=(3.1 * len(tasks), 5.2), squeeze=False)
+    for column, (task, arms) in enumerate(tasks.items()):
+        order = main_arms(arms)
+        for row, (title, read) in enumerate((("test accuracy", accuracy), ("best attack without labels", any_leak))):
+            axis = axes[row][column]
+            for place, arm in enumerate(order):
+                values = arm.values(read) or [0.5]
+                mean = float(np.mean(values))
+                axis.bar(place, mean, color=COLOURS[arm.method], width=0.75)
+                axis.vlines(place, min(values), max(values), color="black", linewidth=1.2)
+                axis.text(place, max(values) + 0.005, f"{mean:.2f}", ha="center", fontsize=7)
+            axis.set_xticks(
+                range(len(order)), [NAMES[arm.method] for arm in order], rotation=40, ha="right", fontsize=7
+            )
+            lowest = min((min(arm.values(accuracy)) for arm in order), default=0.5)
+            axis.set_ylim(*((max(0.0, lowest - 0.1), min(1.0, lowest + 0.35)) if row == 0 else (0.5, 1.03)))
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.set_title(f"{TASKS[task]}\n{title}" if row == 0 else title, fontsize=9)
+    figure.tight_layout()
+    return figure
+
+
+def main_arms(arms: dict[str, Arm]) -> list[Arm]:
+    """One setting of each method: the one with the most seeds, of those the shortest name."""
+    chosen: list[Arm] = []
+    for method in NAMES:
+        candidates = [arm for arm in arms.values() if arm.method == method]
+        if candidates:
+            chosen.append(max(candidates, key=lambda arm: (len(arm.runs), -len(arm.name))))
+    return chosen
+
+
+def swept(arms: dict[str, Arm], method: str, key: str) -> list[Arm]:
+    """A method's arms that differ in one option alone, in its order."""
+    found = [arm for arm in arms.values() if arm.method == method and (arm.name == method or _only(arm.name) == key)]
+    return sorted(found, key=lambda arm: arm.runs[0]["options"].get(key, float("nan")))
+
+
+def _only(name: str) -> str:
+    """The one option that an arm's name sets; empty if it sets several."""
+    settings = name.split("+")[1:]
+    return settings[0].split("=")[0] if len(settings) == 1 else ""
+
+
+SWEEPS = {"dc": "activation_weight", "pslf": "epsilon", "p3eft_published": "activation_weight"}
+
+
+def tradeoff(arms: dict[str, Arm]) -> Figure:
+    """Figure 5: accuracy against leak while each method's strength sweeps."""
+    figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.6), sharey=True)
+    for axis, (title, read) in zip(
+        axes, (("attacks of the paper", published_leak), ("all attacks without labels", any_leak)), strict=True
+    ):
+        for method in ("lora", "dc", "pslf", "p3eft_published", "p3eft"):
+            points = [
+                (float(np.mean(arm.values(read))), float(np.mean(arm.values(accuracy))), len(arm.runs))
+                for arm in (swept(arms, method, SWEEPS[method]) if method in SWEEPS else
+                            [arm for arm in main_arms(arms) if arm.method == method])
+            ]  # fmt: skip
+            points.sort()
+            if points:
+                x, y, _ = zip(*points, strict=True)
+                style = "o-" if len(points) > 1 else ("*" if method == "p3eft" else "s")
+                axis.plot(x, y, style, color=COLOURS[method], label=NAMES[method], markersize=11 if style == "*" else 5)
+        frozen = frozen_accuracy(arms)
+        if frozen:
+            axis.axhline(frozen[0], color=COLOURS["head_only"], linestyle=":", label="frozen")
+        axis.set(xlabel="leak: AUC on activations and shifts", title=title)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("test accuracy")
+    axes[1].legend(fontsize=7, loc="lower right")
+    figure.tight_layout()
+    return figure
+
+
+LEVELS = np.linspace(0.55, 0.75, 41)
+
+
+def envelope(points: Sequence[tuple[float, float]], fallback: float) -> Any:
+    """The best accuracy at each of `LEVELS` among settings that leak no more; frozen features' where there is none."""
+    reached = [[accuracy for leak, accuracy in points if leak <= level] for level in LEVELS]
+    return np.array([max(found, default=fallback) for found in reached])
+
+
+def area(arms: dict[str, Arm], other: str, read: Callable[[dict[str, Any]], float | None]) -> dict[str, Any]:
+    """P3EFT's curve minus another method's: the mean over levels with a 95% interval over resampled seeds."""
+    ours = [arm for arm in arms.values() if arm.method == "p3eft" and arm in main_arms(arms)]
+    theirs = swept(arms, other, SWEEPS[other])
+    fallback = float(np.mean(frozen_accuracy(arms)))
+
+    def curve(chosen: Sequence[Arm], random: np.random.Generator | None) -> Any:
+        points: list[tuple[float, float]] = []
+        for arm in chosen:
+            drawn = (
+                arm.runs
+                if random is None
+                else [arm.runs[i] for i in random.integers(len(arm.runs), size=len(arm.runs))]
+            )
+            leaks = [value for value in map(read, drawn) if value is not None]
+            points.append((float(np.mean(leaks)), float(np.mean([accuracy(run) for run in drawn]))))
+        return envelope(points, fallback)
+
+    gap = curve(ours, None) - curve(theirs, None)
+    random = np.random.default_rng(0)
+    drawn = [float((curve(ours, random) - curve(theirs, random)).mean()) for _ in range(2000)]
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return {"mean": float(gap.mean()), "low": float(low), "high": float(high), "worst": float(gap.min()),
+            "wins": float((gap > 0).mean()), "loses": float((gap < 0).mean())}  # fmt: skip
+
+
+def areas(arms: dict[str, Arm]) -> str:
+    lines = ["| against | attacks | accuracy gained, mean over leaks of .55–.75 | better at | worse at | worst level |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
+    for other in ("dc", "pslf", "p3eft_published"):
+        for name, read in (("the paper's", published_leak), ("all without labels", any_leak)):
+            a = area(arms, other, read)
+            lines.append(
+                f"| {NAMES[other]} | {name} | {a['mean']:+.3f} [{a['low']:+.3f}, {a['high']:+.3f}] "
+                f"| {a['wins']:.0%} of levels | {a['loses']:.0%} | {a['worst']:+.3f} |"
+            )
+    return "\n".join(lines)
+
+
+def planes(pictures: dict[str, Any], rows: Sequence[tuple[str, str]]) -> Figure:
+    """Figures 1 and 3: two principal components at several steps, coloured by the true label."""
+    steps = sorted(pictures, key=int)
+    figure, axes = plt.subplots(len(rows), len(steps), figsize=(2.3 * len(steps), 2.35 * len(rows)), squeeze=False)
+    for row, (name, title) in enumerate(rows):
+        for column, step in enumerate(steps):
+            axis, entry = axes[row][column], pictures[step][name]
+            points = np.array(entry["points"])
+            axis.scatter(points[:, 0], points[:, 1], c=np.array(entry["labels"]), cmap="coolwarm", s=4, alpha=0.7)
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.set_title(f"step {step}: best attack {entry['auc']:.2f}", fontsize=8)
+            if column == 0:
+                axis.set_ylabel(title, fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def gradients_table(result: dict[str, Any]) -> str:
+    """XGBoost on what travelled, mean (range) over seeds."""
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for entry in result["xgboost"]:
+        groups[entry["of"]].append(entry)
+    lines = [
+        "| fitted on | accuracy on its training texts | accuracy, balanced test texts | AUC |",
+        "|---|---|---|---|",
+    ]
+    for name, entries in groups.items():
+        cells = [span([e[key] for e in entries]) for key in ("train_accuracy", "test_accuracy", "test_auc")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    apart = [run["mean_difference"] for run in result["losses"].values()]
+    largest = [run["largest_difference"] for run in result["losses"].values()]
+    lines += [
+        "",
+        f"Training losses with shares and without differ by {np.mean(apart):.4f} on average over the steps, "
+        f"{max(largest):.3f} at most.",
+    ]
+    return "\n".join(lines)
+
+
+def save(figure: Figure, name: str) -> None:
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    figure.savefig(PICTURES / f"{name}.svg", metadata={"Date": None})
+    figure.savefig(PICTURES / f"{name}.png", dpi=130, metadata={"Software": None})
+    plt.close(figure)
+
+
+def main() -> None:
+    tasks = {task: arms for task in TASKS if (arms := load(task))}
+    save(bars(tasks), "accuracy-and-leak")
+    for task, arms in tasks.items():
+        fill(PAGE, task, table(arms, main_arms(arms)))
+    sst2 = tasks["sst2"]
+    save(tradeoff(sst2), "tradeoff")
+    fill(PAGE, "areas", areas(sst2))
+    for method, key in SWEEPS.items():
+        fill(PAGE, f"sweep-{method}", table({}, swept(sst2, method, key)))
+    ablated = [arm for name, arm in sorted(sst2.items()) if arm.method in WITH_SHARES and "+" in name]
+    ablated = [arm for arm in ablated if arm not in swept(sst2, "p3eft_published", "activation_weight")]
+    fill(PAGE, "ablation", table({}, ablated))
+    path = RESULTS / "gradients.json"
+    if path.exists():
+        result = json.loads(path.read_text())
+        fill(PAGE, "xgboost", gradients_table(result))
+        save(
+            planes(
+                result["pictures"],
+                [("gradients", "gradients"), ("shares", "one share"), ("activations", "activations")],
+            ),
+            "gradients-and-activations",
+        )
+        kinds = [(f"parameter gradients, {kind}", kind) for kind in ("normal", "private")]
+        save(planes(result["pictures"], kinds), "parameter-gradients")
+
+
+if __name__ == "__main__":
+    main()
