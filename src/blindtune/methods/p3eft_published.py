@@ -65,6 +65,7 @@ class PublishedP3EFT(LoRA):
     allow_single_operator: bool = False
 
     name: ClassVar[str] = "p3eft_published"
+    default_lr: ClassVar[float] = 5e-4  # adapters move their mixture by as much as the mixing weights are large
     channel: SharedGradients = field(init=False, repr=False)
     mixing: Tensor = field(init=False, repr=False)
 
