@@ -1,15 +1,16 @@
-"""Operators in this process, which experiments use, are the same as real ones."""
+"""Operators in this process, which experiments use, are the same as real ones; arms by name, curves, audits."""
 
 import pytest
 import torch
 
 from blindtune.cli.options import make_lora_config
 from blindtune.client import Backbone
-from blindtune.methods import P3EFT, LinearHead, PrivateModel
+from blindtune.methods import P3EFT, LinearHead, PrivateModel, make_method
 from blindtune.models import load_backbone
 from blindtune.privacy.randomness import SecureGenerator
 from blindtune.training import TrainConfig, Trainer
 from blindtune.wire import Transcript
+from experiments.labels.run import Arm
 from experiments.local import LowerLayers, close_pool, local_pool
 
 STEPS = 4
@@ -68,3 +69,11 @@ def test_known_lower_layers_change_nothing(tiny_models, film_sentences, tmp_path
     close_pool(pool)
     assert ran == ["embeddings"]
     assert torch.allclose(before, after, atol=1e-5)
+
+
+def test_an_arm_is_read_from_its_name():
+    arm = Arm.parse('p3eft_published+lr=0.001+epochs=2+mixing_scale=1.0+regularizer="flip"')
+    assert (arm.method, arm.lr, arm.epochs, arm.rank) == ("p3eft_published", 0.001, 2, None)
+    assert arm.options == {"mixing_scale": 1.0, "regularizer": "flip"}
+    assert Arm.parse("lora") == Arm("lora", "lora", {})
+    make_method(arm.method, arm.options)

@@ -107,6 +107,10 @@ def gradient_leak(run: dict[str, Any]) -> float | None:
     return leak(run, of="gradients")
 
 
+def colluding_leak(run: dict[str, Any]) -> float | None:
+    return leak(run, of="colluding")
+
+
 def chance(run: dict[str, Any]) -> float | None:
     """The same attacks on what knows no labels: the frozen model, and adapters in random order if they were run."""
     return run["audit"]["frozen"]["auc"] if "audit" in run else None
@@ -134,18 +138,24 @@ def table(arms: dict[str, Arm], order: Sequence[Arm]) -> str:
     """Accuracy and leaks, mean (range) over seeds."""
     lines = [
         "| method | seeds | test accuracy | paper's attacks | all attacks without labels | on gradients "
-        "| with labels: gain over frozen |",
-        "|---|---|---|---|---|---|---|",
+        "| if both operators collude | probes with 16, 64 or 256 labels: most over frozen |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     if frozen_accuracy(arms):
         lines.append(
             f"| frozen features, logistic regression | – | {span(frozen_accuracy(arms)[:1])} | – | – | – | – |"
         )
+    controls = [value for arm in order if arm.method == "p3eft" for value in arm.values(chance)]
+    if controls:
+        lines.append(
+            f"| control: P3EFT's adapters in random order | {len(controls)} | – | – | {span(controls, 2)} | – | – | – |"
+        )
     for arm in order:
         gain = [f"{value:+.3f}" for value in ([float(np.mean(arm.values(few)))] if arm.values(few) else [])]
         lines.append(
             f"| {arm.label} | {len(arm.runs)} | {span(arm.values(accuracy))} | {span(arm.values(published_leak), 2)} "
-            f"| {span(arm.values(any_leak), 2)} | {span(arm.values(gradient_leak), 2)} | {''.join(gain) or '–'} |"
+            f"| {span(arm.values(any_leak), 2)} | {span(arm.values(gradient_leak), 2)} "
+            f"| {span(arm.values(colluding_leak), 2)} | {''.join(gain) or '–'} |"
         )
     return "\n".join(lines)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import random
 import shutil
 import tempfile
 import time
@@ -143,7 +144,7 @@ def run(stage: Stage, arm: Arm, seed: int, *, selection: bool = False, attacked:
         result |= {"report": model.method.report(), "losses": losses, "train_seconds": round(seconds, 1)}
         close_pool(pool)
         if model.method.num_adapters and attacked:
-            result["audit"] = audit(stage, folders)
+            result["audit"] = audit(stage, folders, control=arm.method == "p3eft")
         result["seconds"] = round(time.perf_counter() - start, 1)
         return result
     finally:
@@ -161,16 +162,22 @@ def evaluate(model: PrivateModel, examples: Examples) -> dict[str, float]:
     return scores(predict(model, examples.texts), torch.tensor(examples.labels))
 
 
-def audit(stage: Stage, folders: list[Path]) -> dict[str, Any]:
-    """Both operators, and both together, at `LOOKS` moments on a sample of the training texts."""
+def audit(stage: Stage, folders: list[Path], *, control: bool) -> dict[str, Any]:
+    """Both operators, and both together, at `LOOKS` moments on a sample of training texts (gradients: twice as many).
+
+    Args:
+        control: whether adapters in random order are attacked too. They make sense where the adapters are random.
+    """
     views = [read_view(Transcript(folder), name) for folder, name in zip(folders, ("A", "B"), strict=False)]
     views = [view for view in views if view.checkpoints]
-    plan = Plan(label_rows(stage.train, views, stage.backbone), LOOKS, 1, stage.task.attacked)
+    known = label_rows(stage.train, views, stage.backbone)
+    some = random.Random(0).sample(sorted(known), min(len(known), 2 * stage.task.attacked))
+    plan = Plan({row: known[row] for row in some}, LOOKS, 1, stage.task.attacked, control=control)
     recompute = Recomputation(stage.backbone)
     attacked = [attack_view(view, plan, recompute) for view in views]
     verdict = Verdict(attacked, [])
     summary = summarise(verdict)
-    together = Plan(plan.labels, 1, 1, stage.task.attacked)
+    together = Plan(plan.labels, 1, 1, stage.task.attacked, control=False)
     joined = attack_view(join_views(views), together, recompute) if len(views) > 1 else None
     if joined is not None:
         summary["colluding"] = best_by_attack([joined], "")
