@@ -236,6 +236,15 @@ def test_plain_sgd_is_inverted_from_adapters_alone(sgd, minilm):
     assert strongest(found, shuffled(labels)) < 0.65
 
 
+def test_noise_on_adapters_hides_what_a_step_changed(record, minilm):
+    """The same training as above, but for the noise."""
+    noisy = SharedGradients(2, 10.0, 100.0, SecureGenerator(), adapter_noise=0.01)
+    [view, _], labels = record(2, 4 * BATCH, train_sgd, channel=noisy)
+    found = inverted_channels(view, labels, Recomputation(minilm), 4)
+    assert len(found["update inverted"][1]) == 4 * BATCH
+    assert strongest(found, labels) < 0.75
+
+
 def test_inverting_random_steps_finds_nothing(sgd, minilm):
     [view, _], labels = sgd
     recompute, rng = Recomputation(minilm), np.random.default_rng(0)

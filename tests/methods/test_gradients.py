@@ -1,14 +1,16 @@
 """Private backpropagation through two real operators."""
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 
-from blindtune.client import Patience
+from blindtune.client import Backbone, Patience
 from blindtune.errors import ConfigError, SingleOperator
 from blindtune.keystream import expand_noise
 from blindtune.methods import LinearHead, PrivateModel, PublishedP3EFT, SharedGradients
 from blindtune.privacy.randomness import SecureGenerator
-from blindtune.wire import NoiseShare
+from blindtune.wire import AdapterUpload, NoiseShare, Transcript, decode
 from tests.tiny import HIDDEN
 
 KEY = bytes(range(32))
@@ -58,8 +60,6 @@ def test_shares_at_two_operators_give_the_true_gradient(connect, film_sentences)
 
 
 def test_servers_in_double_precision_keep_gradients_exact_under_large_noise(start_server, tiny_models, film_sentences):
-    from blindtune.client import Backbone
-
     with (
         start_server(tiny_models["bert"], dtype="float64") as a,
         start_server(tiny_models["bert"], dtype="float64") as b,
@@ -85,9 +85,6 @@ def test_gradients_above_the_clipping_norm_are_scaled_down_to_it(connect, film_s
 def test_each_operator_gets_one_share_and_sees_noise(
     connect, operators, film_sentences, start_server, tiny_models, tmp_path
 ):
-    from blindtune.client import Backbone
-    from blindtune.wire import Transcript
-
     folders = [tmp_path / name for name in "ab"]
     with (
         start_server(tiny_models["bert"], record=folders[0]) as a,
@@ -109,6 +106,52 @@ def test_each_operator_gets_one_share_and_sees_noise(
     assert (seen[1] - alpha * seen[0]).norm() < 0.01 * seen[1].norm()  # together they would reveal the gradient
 
 
+def test_four_operators_see_one_of_two_adapters_each(start_server, tiny_models, film_sentences, tmp_path):
+    folders = [tmp_path / name for name in "abcd"]
+    with ExitStack() as stack:
+        servers = [stack.enter_context(start_server(tiny_models["bert"], record=folder)) for folder in folders]
+        urls = [server.url for server in servers]
+        backbone = Backbone(urls, max_length=32, num_adapters=2, channel=channel(noise_ratio=10.0, adapters=2))
+        perturb(backbone)
+        found, hidden = gradients(backbone, film_sentences[:8]), backbone.infer(film_sentences[:8])
+        backbone.close()
+    seen = []
+    for folder in folders:
+        transcript = Transcript(folder)
+        events = [event for event in transcript.events if event.kind in ("forward", "backward")]
+        assert [event.kind for event in events].count("backward") == 1
+        seen.append({name for event in events for name in event.adapters})
+    assert [len(names) for names in seen] == [1, 1, 1, 1]
+    assert seen[0] == seen[2] != seen[1] == seen[3]
+    with start_server(tiny_models["bert"]) as one:
+        plain = Backbone(one.url, max_length=32, num_adapters=2)
+        perturb(plain)
+        for mine, others in zip(plain.parameters(), backbone.parameters(), strict=True):
+            mine.data.copy_(others)
+        expected, expected_hidden = gradients(plain, film_sentences[:8]), plain.infer(film_sentences[:8])
+        plain.close()
+    assert (hidden - expected_hidden).norm() / expected_hidden.norm() < 1e-5
+    assert (found - expected).norm() / expected.norm() < 1e-4
+
+
+def test_noise_on_adapters_is_new_for_new_weights_and_the_same_for_the_same(connect, film_sentences):
+    backbone = connect(num_adapters=1, channel=channel(adapter_noise=0.01))
+    sent, operator = [], backbone.pool.operators[0]
+    original = operator.forward
+    operator.forward = lambda tokens, uploads, *a, **k: sent.append(uploads[0]) or original(tokens, uploads, *a, **k)
+    own = backbone.lora_adapters()[0].vector().detach().clone()
+    with torch.no_grad():
+        for _ in range(2):
+            backbone.all_adapters(film_sentences[:2])
+            backbone.steps = 0
+        next(backbone.parameters()).data[0, 0] += 1e-4
+        backbone.all_adapters(film_sentences[:2])
+    weights = [decode(upload.body, AdapterUpload)[1]["weights"] for upload in sent]
+    assert torch.equal(weights[0], weights[1])
+    assert 0.009 < float((weights[0] - own).std()) < 0.011
+    assert 0.013 < float((weights[2] - weights[0]).std()) < 0.016
+
+
 def test_one_operator_is_refused_for_two_shares(connect, film_sentences):
     backbone = connect(count=1)
     with pytest.raises(SingleOperator, match=r"2 shares .* need 2 operators.*allow_single_operator=True"):
@@ -126,8 +169,6 @@ def test_one_operator_works_if_the_caller_gives_up_gradient_privacy(connect, fil
 
 
 def test_operators_in_low_precision_are_refused(start_server, tiny_models):
-    from blindtune.client import Backbone
-
     with (
         start_server(tiny_models["bert"], dtype="bfloat16") as a,
         start_server(tiny_models["bert"], dtype="bfloat16") as b,
@@ -191,8 +232,6 @@ def residual_leak(first: torch.Tensor, second: torch.Tensor, gradient: torch.Ten
 
 def test_operators_in_another_order_never_collect_two_shares_of_one_split(connect, operators, film_sentences):
     """A run that is resumed with --server in another order, or a step that is repeated over other operators."""
-    from blindtune.client import Backbone
-
     received = {url: [] for url in operators.urls}
     sent = {}
     for urls in (operators.urls, operators.urls[::-1]):

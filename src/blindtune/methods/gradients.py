@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from blindtune.client import OperatorPool, PlainChannel, RemoteBatch
 from blindtune.errors import BudgetSpent, ConfigError, NonFiniteTensor, SingleOperator
 from blindtune.privacy.accountant import Accountant, auc_bound, epsilon
 from blindtune.privacy.randomness import SecureGenerator
-from blindtune.privacy.shares import clip_per_example, combine, split_gradient
+from blindtune.privacy.shares import Shares, clip_per_example, combine, split_gradient
 from blindtune.wire import NoiseShare
 
 REPORT_DELTA = 1e-5
@@ -22,6 +22,8 @@ REPORT_DELTA = 1e-5
 @dataclass
 class SharedGradients(PlainChannel):
     """A channel in which no operator sees more than one share of a gradient; adapters travel in the clear.
+
+    Where there are m operators for each of several adapters, no operator ever sees two of them.
 
     The loss is taken to be a mean over the batch: an example's gradient is B times its row of the cotangent. These
     are clipped to `clip_norm` and hidden under noise of standard deviation `noise_ratio * clip_norm`.
@@ -39,6 +41,11 @@ class SharedGradients(PlainChannel):
     allow_single_operator: bool = False
     max_mu: float | None = None
     """Budget of the run: a step that would exceed it is refused before anything of it is sent."""
+    adapters: int = 1
+    """n of the batches to come. Over m · n operators or more, each adapter has operators of its own."""
+    adapter_noise: float = 0.0
+    """Standard deviation of noise on every weight of the adapters that travel (section 3.2): new noise for new weights.
+    It hides what changed from step to step, and what is computed with it is that of the noisy adapter."""
     accountant: Accountant = field(init=False)
 
     def __post_init__(self) -> None:
@@ -75,10 +82,29 @@ class SharedGradients(PlainChannel):
             "gradient_channel_auc_bound": auc_bound(mu),
         }
 
+    def apart(self, operators: int) -> bool:
+        """Whether no operator sees two of the adapters."""
+        return self.adapters > 1 and operators >= self.m * self.adapters
+
     def choose(self, operators: int, step: int) -> tuple[int, ...]:
         if operators < self.m:
             return (step % operators,)
-        return tuple((step * self.m + j) % operators for j in range(self.m))
+        if not self.apart(operators):
+            return tuple((step * self.m + j) % operators for j in range(self.m))
+        owned = [range(adapter, operators, self.adapters) for adapter in range(self.adapters)]
+        return tuple(own[(step * self.m + j) % len(own)] for own in owned for j in range(self.m))
+
+    def teams(self, operators: int) -> list[tuple[int, ...]]:
+        if not self.apart(operators):
+            return super().teams(operators)
+        owned = [range(adapter, operators, self.adapters) for adapter in range(self.adapters)]
+        return list(zip(*owned, strict=False))  # one operator for each adapter
+
+    def hidden(self, batch: RemoteBatch, pool: OperatorPool, *, retain: bool) -> Tensor:
+        def call(part: RemoteBatch) -> Callable[[], Tensor]:
+            return lambda: super(SharedGradients, self).hidden(part, pool, retain=retain)
+
+        return torch.cat(pool.parallel([call(part) for part in self._parts(batch, pool)]))
 
     def gradients(self, cotangent: Tensor, batch: RemoteBatch, pool: OperatorPool) -> Tensor:
         size = cotangent.shape[1]
@@ -90,34 +116,61 @@ class SharedGradients(PlainChannel):
         if len(batch.operators) < self.m and not self.allow_single_operator:
             raise _too_few(self.m, len(batch.operators))
         gradient = clip_per_example(cotangent * size, self.clip_norm)
-        generator = self.generator.derive(b"shares", *_identity(gradient, batch), *receivers(batch, pool))
-        split = split_gradient(gradient, self.m, self.sigma, generator=generator)
-        examples = [_example(row.ids) for row in batch.rows]
+        parts = self._parts(batch, pool)
+        splits = [self._split(piece, part, pool) for piece, part in zip(gradient.chunk(len(parts)), parts, strict=True)]
         if len(batch.operators) < self.m:  # the caller accepted that all shares meet here
-            if self.max_mu is not None:
-                raise ConfigError(
-                    f"max_mu = {self.max_mu} can't be kept where all shares meet at one operator.",
-                    remedy="Add operators (--server), or leave the budget out.",
-                )
-            self.accountant.record_meeting()
-            results = batch.backward(pool, batch.operators[0], split.shares)
+            self._record_meeting()
+            results = [batch.backward(pool, batch.operators[0], splits[0].shares)]
         else:
-            carrier = batch.operators[split.carrier]
-            after = self.accountant.mu_after(carrier, examples)
-            if self.max_mu is not None and after > self.max_mu:
-                raise BudgetSpent(
-                    f"The next step would take the gradient channel to μ = {after:.4f}; the budget is {self.max_mu}.",
-                    remedy="The last complete step is saved. More noise (noise_ratio) or fewer epochs stay within it.",
-                )
-            self.accountant.record(carrier, examples)  # also if an answer never comes
+            self._record(batch, [part.operators[split.carrier] for part, split in zip(parts, splits, strict=True)])
 
-            def call(j: int) -> Callable[[], Tensor]:
+            def call(part: RemoteBatch, split: Shares, j: int) -> Callable[[], Tensor]:
                 seed = split.seeds[j]
                 share = split.shares[j : j + 1] if seed is None else NoiseShare(seed=seed.hex(), sigma=self.sigma)
-                return lambda: batch.backward(pool, batch.operators[j], share)
+                return lambda: part.backward(pool, part.operators[j], share)
 
-            results = torch.cat(pool.parallel([call(j) for j in range(self.m)]))  # (m, n, P)
-        return combine(results, split.coefficients) / size
+            pairs = zip(parts, splits, strict=True)
+            answers = pool.parallel([call(part, split, j) for part, split in pairs for j in range(self.m)])
+            results = [torch.cat(answers[start : start + self.m]) for start in range(0, len(answers), self.m)]
+        return torch.cat([combine(r, s.coefficients) for r, s in zip(results, splits, strict=True)]) / size
+
+    def _parts(self, batch: RemoteBatch, pool: OperatorPool) -> list[RemoteBatch]:
+        """What travels to the same operators: all adapters together, or each for itself to those it owns."""
+        if self.adapter_noise > 0:
+            generator = self.generator.derive(b"adapter noise", fingerprint(batch.weights))
+            noise = self.adapter_noise * generator.normal(*batch.weights.shape)
+            batch = batch.with_weights((batch.weights.double() + noise).float())
+        n = self.adapters
+        if not self.apart(len(pool)):
+            return [batch]
+        return [
+            replace(batch, weights=batch.weights[i : i + 1], operators=tuple(o for o in batch.operators if o % n == i))
+            for i in range(n)
+        ]
+
+    def _split(self, gradient: Tensor, batch: RemoteBatch, pool: OperatorPool) -> Shares:
+        generator = self.generator.derive(b"shares", *_identity(gradient, batch), *receivers(batch, pool))
+        return split_gradient(gradient, self.m, self.sigma, generator=generator)
+
+    def _record_meeting(self) -> None:
+        if self.max_mu is not None:
+            raise ConfigError(
+                f"max_mu = {self.max_mu} can't be kept where all shares meet at one operator.",
+                remedy="Add operators (--server), or leave the budget out.",
+            )
+        self.accountant.record_meeting()
+
+    def _record(self, batch: RemoteBatch, carriers: list[int]) -> None:
+        """Counts a view of each example at each operator whose share has its gradient in it, before it is sent."""
+        examples = [_example(row.ids) for row in batch.rows]
+        after = max(self.accountant.mu_after(carrier, examples) for carrier in carriers)
+        if self.max_mu is not None and after > self.max_mu:
+            raise BudgetSpent(
+                f"The next step would take the gradient channel to μ = {after:.4f}; the budget is {self.max_mu}.",
+                remedy="The last complete step is saved. More noise (noise_ratio) or fewer epochs stay within it.",
+            )
+        for carrier in carriers:
+            self.accountant.record(carrier, examples)  # also if an answer never comes
 
 
 def _too_few(m: int, count: int) -> SingleOperator:

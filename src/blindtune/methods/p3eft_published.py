@@ -5,8 +5,8 @@
     L    = task(head(h'), y) + Σ_i adversary(h_i, y)
     ∂L/∂θ_i by private backpropagation     Algorithm 1, one share for each operator
 
-Every operator that takes part sees all adapters. The audit shows what they tell; under `blindtune.methods.p3eft` they
-tell nothing.
+Every operator that takes part sees all adapters, unless there are m · n operators or more: then each adapter has its
+own. The audit shows what they tell; under `blindtune.methods.p3eft` they tell nothing.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ class PublishedP3EFT(LoRA):
             operator sees. Adapters that each tell nothing may tell labels together.
         buffer: recent batches that the adversary is fitted on.
         steps, rise: these weights grow linearly over the first part `rise` of a run of `steps` steps.
+        adapter_noise: standard deviation of noise on the weights of the adapters that travel; operators then don't see
+            what a step changed. The model that is trained is that of the noisy adapters.
         max_mu: budget for μ of the gradient channel; the run stops before the step that would exceed it.
         allow_single_operator: lets shares meet at one operator. Then there is no gradient privacy.
     """
@@ -61,6 +63,7 @@ class PublishedP3EFT(LoRA):
     buffer: int = 20
     steps: int = 1000
     rise: float = 0.0
+    adapter_noise: float = 0.0
     max_mu: float | None = None
     allow_single_operator: bool = False
 
@@ -77,6 +80,7 @@ class PublishedP3EFT(LoRA):
             shift_weight=self.shift_weight,
             joint_weight=self.joint_weight,
             rise=self.rise,
+            adapter_noise=self.adapter_noise,
         )
         check_switches(allow_single_operator=self.allow_single_operator)
         check_budget(self.max_mu)
@@ -102,8 +106,9 @@ class PublishedP3EFT(LoRA):
 
     def attach(self, backbone: Backbone, classes: int, generator: SecureGenerator) -> None:
         self.channel = SharedGradients(
-            self.m, self.clip_norm, self.noise_ratio, generator, self.allow_single_operator, self.max_mu
-        )
+            self.m, self.clip_norm, self.noise_ratio, generator, self.allow_single_operator, self.max_mu,
+            adapters=self.n, adapter_noise=self.adapter_noise,
+        )  # fmt: skip
         backbone.channel = self.channel
         dim = backbone.hidden_size
         self.mixing = mixing_weights(self.n, dim, self.mixing_scale, generator=generator.derive(b"mixing"))
