@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -42,10 +44,10 @@ METHODS = [LoRA, padded, published, correlation, PSLF, RandomizedResponse]
 NAMES = ["lora", "p3eft", "p3eft_published", "dc", "pslf", "randomized_response"]
 
 
-def start(backbone, examples, folder, algorithm) -> Trainer:
+def start(backbone, examples, folder, algorithm, config=CONFIG, key=bytes(32)) -> Trainer:
     head = LinearHead(backbone.hidden_size, 2)
-    model = PrivateModel(backbone, head, algorithm, generator=SecureGenerator(bytes(32)))
-    trainer = Trainer(model, examples, CONFIG, checkpoint=folder, save_every=3)
+    model = PrivateModel(backbone, head, algorithm, generator=SecureGenerator(key))
+    trainer = Trainer(model, examples, config, checkpoint=folder, save_every=3)
     trainer.prepare()
     return trainer
 
@@ -92,6 +94,39 @@ def test_a_step_that_fails_leaves_no_trace(connect, film_examples, algorithm):  
 
 def _fail(*_):
     raise ConnectionError("the cable was pulled")
+
+
+def test_random_moments_hide_the_first_step_from_whoever_sees_adapters(connect, film_examples):  # noqa: F811
+    examples = film_examples.take(range(40))
+
+    def first_step(config: TrainConfig, key: bytes) -> torch.Tensor:
+        trainer = start(connect(), examples, None, LoRA(), config, key)
+        before = trainer.model.backbone.lora_adapters()[0].vector().detach()
+        next(trainer.steps())
+        change = trainer.model.backbone.lora_adapters()[0].vector().detach() - before
+        return change[change != 0]
+
+    plain, same = (first_step(CONFIG, bytes([i] * 32)) for i in range(2))
+    assert torch.equal(plain, same)
+    random = replace(CONFIG, random_moments=1.0)
+    one, other = (first_step(random, bytes([i] * 32)) for i in range(2))
+    assert abs(float(torch.corrcoef(torch.stack([one, other]))[0, 1])) < 0.1
+    assert float(one.std()) < 3 * float(plain.std())  # the step is no longer than Adam's
+
+
+def test_a_run_with_random_moments_resumes_to_the_same_weights(connect, film_examples, tmp_path):  # noqa: F811
+    examples, config = film_examples.take(range(40)), replace(CONFIG, random_moments=1e-3)
+    whole = start(connect(), examples, None, LoRA(), config)
+    list(whole.steps())
+    broken = start(connect(), examples, tmp_path, LoRA(), config)
+    for step in broken.steps():
+        if step.step == 5:
+            break
+    model = load_model(tmp_path, connect(adapter=adapter_config(tmp_path)))
+    resumed = Trainer(model, examples, config, checkpoint=tmp_path)
+    resumed.load(*read_resume(tmp_path))
+    list(resumed.steps())
+    assert torch.equal(weights(resumed), weights(whole))
 
 
 def test_resume_refuses_other_data(connect, film_examples, tmp_path):  # noqa: F811

@@ -58,6 +58,9 @@ def train(
     head_lr: Annotated[float, typer.Option(help="Learning rate of the head.")] = 2e-3,
     weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.0,
     warmup: Annotated[int, typer.Option(help="Steps over which learning rates rise.")] = 10,
+    random_moments: Annotated[
+        float, typer.Option(help="Size of secret random moments that the optimizer starts from; none if 0.")
+    ] = 0.0,
     max_length: Annotated[
         int | None, typer.Option(help="Tokens to which texts are truncated; 128, or the model's limit, if left out.")
     ] = None,
@@ -112,6 +115,7 @@ def train(
             head_learning_rate=head_lr,
             weight_decay=weight_decay,
             warmup=warmup,
+            random_moments=random_moments,
             seed=seed,
         )
         rank = kind.default_rank if rank is None else rank

@@ -32,9 +32,16 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.99)
     warmup: int = 10
     floor: float = 0.03
+    random_moments: float = 0.0
+    """Size of secret random moments that the adapters' Adam starts from, in units of gradients; none if 0.
+
+    Whoever sees consecutive adapters can't compute the first steps' gradients then (P3EFT, section 3.2). It wears off as
+    Adam forgets: after some 1 / (1 − β₁) steps in the first moment and 1 / (1 − β₂) in the second."""
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.random_moments < math.inf:
+            raise ConfigError(f"random_moments = {self.random_moments} is no size.", remedy="Use 0 or a small number.")
         if min(self.steps, self.batch_size) < 1 or min(self.learning_rate, self.head_learning_rate) <= 0:
             raise ConfigError(
                 f"{self.steps} steps of {self.batch_size} at rates {self.learning_rate}, {self.head_learning_rate}.",
@@ -89,6 +96,8 @@ class Trainer:
         ]
         self._base = [config.learning_rate, config.head_learning_rate]
         self.optimizer = torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay)
+        if config.random_moments > 0:
+            self._randomise_moments()
         self.done = 0
 
     def prepare(self) -> None:
@@ -163,6 +172,17 @@ class Trainer:
                     "step": torch.tensor(float(self.done)),
                     "exp_avg": state[f"exp_avg.{index}"].clone(),
                     "exp_avg_sq": state[f"exp_avg_sq.{index}"].clone(),
+                }
+
+    def _randomise_moments(self) -> None:
+        generator = self.model.generator.derive(b"moments")
+        for parameter in self.model.backbone.parameters():
+            if parameter.requires_grad:
+                first, second = (self.config.random_moments * generator.normal(*parameter.shape) for _ in range(2))
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": first.float(),
+                    "exp_avg_sq": second.square().clamp_min(0.1 * self.config.random_moments**2).float(),
                 }
 
     def _resume_state(self) -> dict[str, Tensor]:
