@@ -35,8 +35,8 @@ class TrainConfig:
     random_moments: float = 0.0
     """Size of secret random moments that the adapters' Adam starts from, in units of gradients; none if 0.
 
-    Whoever sees consecutive adapters can't compute the first steps' gradients then (P3EFT, section 3.2). It wears off as
-    Adam forgets: after some 1 / (1 − β₁) steps in the first moment and 1 / (1 − β₂) in the second."""
+    Whoever sees consecutive adapters can't compute the first steps' gradients then (P3EFT, section 3.2). That wears off
+    as Adam forgets: after some 1 / (1 − β₁) steps in the first moment and 1 / (1 − β₂) in the second."""
     seed: int = 0
 
     def __post_init__(self) -> None:
