@@ -117,9 +117,12 @@ def chance(run: dict[str, Any]) -> float | None:
 
 
 def few(run: dict[str, Any]) -> float | None:
-    """How much better a probe with 64 labels is than on frozen features; the worst of 16, 64 and 256."""
-    found = run.get("audit", {}).get("few_labels", {})
-    return max((f["strongest"]["auc"] - f["frozen"] for f in found.values()), default=None)
+    """The best probe with 64 known labels on what the model computes."""
+    return run["audit"]["computed"]["64 labels"] if "audit" in run else None
+
+
+def few_frozen(run: dict[str, Any]) -> float | None:
+    return run["audit"]["frozen_computed"]["64 labels"] if "audit" in run else None
 
 
 def span(values: Sequence[float], digits: int = 3) -> str:
@@ -138,24 +141,23 @@ def table(arms: dict[str, Arm], order: Sequence[Arm]) -> str:
     """Accuracy and leaks, mean (range) over seeds."""
     lines = [
         "| method | seeds | test accuracy | paper's attacks | all attacks without labels | on gradients "
-        "| if both operators collude | probes with 16, 64 or 256 labels: most over frozen |",
+        "| 64 labels known | if both operators collude |",
         "|---|---|---|---|---|---|---|---|",
     ]
+    probes = [value for arm in order for value in arm.values(few_frozen)]
     if frozen_accuracy(arms):
         lines.append(
-            f"| frozen features, logistic regression | – | {span(frozen_accuracy(arms)[:1])} | – | – | – | – |"
+            f"| frozen features, logistic regression | – | {span(frozen_accuracy(arms)[:1])} "
+            f"| – | – | – | {span(probes, 2)} | – |"
         )
     controls = [value for arm in order if arm.method == "p3eft" for value in arm.values(chance)]
     if controls:
-        lines.append(
-            f"| control: P3EFT's adapters in random order | {len(controls)} | – | – | {span(controls, 2)} | – | – | – |"
-        )
+        lines.append(f"| padded adapters in random order | {len(controls)} | – | – | {span(controls, 2)} | – | – | – |")
     for arm in order:
-        gain = [f"{value:+.3f}" for value in ([float(np.mean(arm.values(few)))] if arm.values(few) else [])]
         lines.append(
             f"| {arm.label} | {len(arm.runs)} | {span(arm.values(accuracy))} | {span(arm.values(published_leak), 2)} "
             f"| {span(arm.values(any_leak), 2)} | {span(arm.values(gradient_leak), 2)} "
-            f"| {span(arm.values(colluding_leak), 2)} | {''.join(gain) or '–'} |"
+            f"| {span(arm.values(few), 2)} | {span(arm.values(colluding_leak), 2)} |"
         )
     return "\n".join(lines)
 

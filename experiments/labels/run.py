@@ -30,6 +30,7 @@ from blindtune.audit import (
     join_views,
     read_view,
 )
+from blindtune.audit.attackers import FROZEN
 from blindtune.cli.audit import label_rows
 from blindtune.cli.options import make_lora_config
 from blindtune.client import Backbone
@@ -45,6 +46,7 @@ LOOKS = 4
 WITH_SHARES = ("p3eft", "p3eft_published")
 """Methods that need two operators; the others use one, which sees every step."""
 COMPUTED = ("activation", "shift", "sent activation")
+KNOWLEDGE = ("nothing", "which component", "16 labels", "64 labels", "256 labels", "all other labels")
 
 
 MAIN = "lora,p3eft,p3eft_published,dc,pslf,head_only"
@@ -196,6 +198,8 @@ def summarise(verdict: Verdict) -> dict[str, Any]:
         "component": verdict.component.auc,
         "frozen_component": verdict.frozen_component.auc,
         "probe": asdict(verdict.probe),
+        "computed": {knows: best_of(verdict.findings, knows, *COMPUTED) for knows in KNOWLEDGE},
+        "frozen_computed": {knows: best_of(verdict.findings, knows, FROZEN) for knows in KNOWLEDGE},
         "frozen_probe": asdict(verdict.frozen_probe),
         "few_labels": {k: {"strongest": asdict(best), "frozen": frozen.auc if frozen else None}
                        for k, (best, frozen) in few.items()},
@@ -209,6 +213,11 @@ def best_by_attack(attacked: list[Attacked], *kinds: str) -> dict[str, float]:
         if f.knows == "nothing" and f.channel.startswith(kinds or ("",)) and f.channel != "frozen model":
             found[f.attack] = max(round(f.auc, 4), found.get(f.attack, 0.0))
     return found
+
+
+def best_of(findings: list[Finding], knows: str, *kinds: str) -> float:
+    """The best attack with this knowledge on channels of some kinds."""
+    return max((f.auc for f in findings if f.knows == knows and f.channel.startswith(kinds)), default=0.5)
 
 
 def curves(findings: list[Finding]) -> dict[str, dict[int, float]]:

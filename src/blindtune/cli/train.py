@@ -246,6 +246,8 @@ def _run(
 
 
 def _sees(method: "Method", operators: int) -> str:
+    from blindtune.methods import PublishedP3EFT
+
     clear = "sees texts, adapters, and gradients"
     randomized = f"of labels that were randomised with epsilon {getattr(method, 'epsilon', 0):g}"
     if operators < getattr(method, "m", 1):  # the user has allowed it
@@ -253,9 +255,10 @@ def _sees(method: "Method", operators: int) -> str:
             "p3eft": "sees texts, both padded adapters, and every share: it can learn the labels",
             "p3eft_published": "sees texts, all adapters, and every share: there is no gradient privacy",
         }[method.name]
+    apart = isinstance(method, PublishedP3EFT) and method.channel.apart(operators)
     return {
         "p3eft": "sees texts, one adapter under a pad, and one share of each gradient",
-        "p3eft_published": "sees texts, all adapters, and one share of each gradient",
+        "p3eft_published": f"sees texts, {'one adapter' if apart else 'all adapters'}, and one share of each gradient",
         "lora": f"{clear}: it can learn the labels",
         "head_only": "sees texts",
         "dc": f"{clear}: it can learn the labels, if not from activations",
