@@ -121,6 +121,19 @@ def few(run: dict[str, Any]) -> float | None:
     return run["audit"]["computed"]["64 labels"] if "audit" in run else None
 
 
+def few_gain(run: dict[str, Any]) -> float | None:
+    return few(run) - few_frozen(run) if "audit" in run else None  # type: ignore[operator]
+
+
+def component(run: dict[str, Any]) -> float | None:
+    """The best of ten principal components, for whoever finds out which one it is."""
+    return run["audit"]["computed"]["which component"] if "audit" in run else None
+
+
+def component_frozen(run: dict[str, Any]) -> float | None:
+    return run["audit"]["frozen_computed"]["which component"] if "audit" in run else None
+
+
 def few_frozen(run: dict[str, Any]) -> float | None:
     return run["audit"]["frozen_computed"]["64 labels"] if "audit" in run else None
 
@@ -141,23 +154,26 @@ def table(arms: dict[str, Arm], order: Sequence[Arm]) -> str:
     """Accuracy and leaks, mean (range) over seeds."""
     lines = [
         "| method | seeds | test accuracy | paper's attacks | all attacks without labels | on gradients "
-        "| 64 labels known | if both operators collude |",
-        "|---|---|---|---|---|---|---|---|",
+        "| best of 10 components | 64 labels known | if both operators collude |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    probes = [value for arm in order for value in arm.values(few_frozen)]
+    probes, ten = ([value for arm in order for value in arm.values(f)] for f in (few_frozen, component_frozen))
     if frozen_accuracy(arms):
         lines.append(
             f"| frozen features, logistic regression | – | {span(frozen_accuracy(arms)[:1])} "
-            f"| – | – | – | {span(probes, 2)} | – |"
+            f"| – | – | – | {span(ten, 2)} | {span(probes, 2)} | – |"
         )
     controls = [value for arm in order if arm.method == "p3eft" for value in arm.values(chance)]
     if controls:
-        lines.append(f"| padded adapters in random order | {len(controls)} | – | – | {span(controls, 2)} | – | – | – |")
+        lines.append(
+            f"| padded adapters in random order | {len(controls)} | – | – | {span(controls, 2)} | – | – | – | – |"
+        )
     for arm in order:
         lines.append(
             f"| {arm.label} | {len(arm.runs)} | {span(arm.values(accuracy))} | {span(arm.values(published_leak), 2)} "
             f"| {span(arm.values(any_leak), 2)} | {span(arm.values(gradient_leak), 2)} "
-            f"| {span(arm.values(few), 2)} | {span(arm.values(colluding_leak), 2)} |"
+            f"| {span(arm.values(component), 2)} | {span(arm.values(few), 2)} "
+            f"| {span(arm.values(colluding_leak), 2)} |"
         )
     return "\n".join(lines)
 
@@ -213,10 +229,13 @@ SWEEPS = {"dc": "activation_weight", "pslf": "epsilon", "p3eft_published": "acti
 
 def tradeoff(arms: dict[str, Arm]) -> Figure:
     """Figure 5: accuracy against leak while each method's strength sweeps."""
-    figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.6), sharey=True)
-    for axis, (title, read) in zip(
-        axes, (("attacks of the paper", published_leak), ("all attacks without labels", any_leak)), strict=True
-    ):
+    figure, axes = plt.subplots(1, 3, figsize=(11.4, 3.6), sharey=True)
+    panels = (
+        ("attacks of the paper", published_leak),
+        ("all attacks without labels", any_leak),
+        ("64 labels known: gain over frozen features", few_gain),
+    )
+    for axis, (title, read) in zip(axes, panels, strict=True):
         for method in ("lora", "dc", "pslf", "p3eft_published", "p3eft"):
             points = [
                 (float(np.mean(arm.values(read))), float(np.mean(arm.values(accuracy))), len(arm.runs))
@@ -231,27 +250,33 @@ def tradeoff(arms: dict[str, Arm]) -> Figure:
         frozen = frozen_accuracy(arms)
         if frozen:
             axis.axhline(frozen[0], color=COLOURS["head_only"], linestyle=":", label="frozen")
-        axis.set(xlabel="leak: AUC on activations and shifts", title=title)
+        axis.set(xlabel="AUC" + (", difference" if read is few_gain else ""), title=title)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("test accuracy")
-    axes[1].legend(fontsize=7, loc="lower right")
+    axes[2].legend(fontsize=7, loc="lower right")
     figure.tight_layout()
     return figure
 
 
-LEVELS = np.linspace(0.55, 0.75, 41)
+MEASURES: dict[str, tuple[Callable[[dict[str, Any]], float | None], Any]] = {
+    "the paper's attacks, .55–.75": (published_leak, np.linspace(0.55, 0.75, 41)),
+    "all without labels, .55–.75": (any_leak, np.linspace(0.55, 0.75, 41)),
+    "64 labels known, 0–.20 above frozen": (few_gain, np.linspace(0.0, 0.2, 41)),
+}
+"""How leak is measured -> from one run, and at which levels curves are compared."""
 
 
-def envelope(points: Sequence[tuple[float, float]], fallback: float) -> Any:
-    """The best accuracy at each of `LEVELS` among settings that leak no more; frozen features' where there is none."""
-    reached = [[accuracy for leak, accuracy in points if leak <= level] for level in LEVELS]
+def envelope(points: Sequence[tuple[float, float]], levels: Any, fallback: float) -> Any:
+    """The best accuracy at each level among settings that leak no more; frozen features' where there is none."""
+    reached = [[accuracy for leak, accuracy in points if leak <= level] for level in levels]
     return np.array([max(found, default=fallback) for found in reached])
 
 
-def area(arms: dict[str, Arm], other: str, read: Callable[[dict[str, Any]], float | None]) -> dict[str, Any]:
+def area(arms: dict[str, Arm], other: str, measure: str) -> dict[str, Any]:
     """P3EFT's curve minus another method's: the mean over levels with a 95% interval over resampled seeds."""
     ours = [arm for arm in arms.values() if arm.method == "p3eft" and arm in main_arms(arms)]
     theirs = swept(arms, other, SWEEPS[other])
+    read, levels = MEASURES[measure]
     fallback = float(np.mean(frozen_accuracy(arms)))
 
     def curve(chosen: Sequence[Arm], random: np.random.Generator | None) -> Any:
@@ -264,7 +289,7 @@ def area(arms: dict[str, Arm], other: str, read: Callable[[dict[str, Any]], floa
             )
             leaks = [value for value in map(read, drawn) if value is not None]
             points.append((float(np.mean(leaks)), float(np.mean([accuracy(run) for run in drawn]))))
-        return envelope(points, fallback)
+        return envelope(points, levels, fallback)
 
     gap = curve(ours, None) - curve(theirs, None)
     random = np.random.default_rng(0)
@@ -275,11 +300,13 @@ def area(arms: dict[str, Arm], other: str, read: Callable[[dict[str, Any]], floa
 
 
 def areas(arms: dict[str, Arm]) -> str:
-    lines = ["| against | attacks | accuracy gained, mean over leaks of .55–.75 | better at | worse at | worst level |",
+    lines = ["| against | leak | accuracy gained, mean over the levels | better at | worse at | worst level |",
              "|---|---|---|---|---|---|"]  # fmt: skip
     for other in ("dc", "pslf", "p3eft_published"):
-        for name, read in (("the paper's", published_leak), ("all without labels", any_leak)):
-            a = area(arms, other, read)
+        if not swept(arms, other, SWEEPS[other]):
+            continue
+        for name in MEASURES:
+            a = area(arms, other, name)
             lines.append(
                 f"| {NAMES[other]} | {name} | {a['mean']:+.3f} [{a['low']:+.3f}, {a['high']:+.3f}] "
                 f"| {a['wins']:.0%} of levels | {a['loses']:.0%} | {a['worst']:+.3f} |"
