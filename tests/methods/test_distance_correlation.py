@@ -76,7 +76,7 @@ def test_one_class_in_a_batch_and_equal_texts_have_finite_gradients(connect, fil
 
 
 def test_a_loaded_model_predicts_the_same(connect, film_examples, tmp_path):
-    model, texts, labels = start(connect(), film_examples, DistanceCorrelation(0.3, 0.1))
+    model, texts, labels = start(connect(), film_examples, DistanceCorrelation(activation_weight=0.3, shift_weight=0.1))
     steps(model, texts, labels, 2)
     save_model(model.eval(), tmp_path)
     again = load_model(tmp_path, connect(adapter=adapter_config(tmp_path))).eval()

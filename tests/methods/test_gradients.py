@@ -8,7 +8,15 @@ import torch
 from blindtune.client import Backbone, Patience
 from blindtune.errors import ConfigError, SingleOperator
 from blindtune.keystream import expand_noise
-from blindtune.methods import LinearHead, PrivateModel, PublishedP3EFT, SharedGradients
+from blindtune.methods import (
+    PSLF,
+    DistanceCorrelation,
+    LinearHead,
+    LoRA,
+    PrivateModel,
+    PublishedP3EFT,
+    SharedGradients,
+)
 from blindtune.privacy.randomness import SecureGenerator
 from blindtune.wire import AdapterUpload, NoiseShare, Transcript, decode
 from tests.tiny import HIDDEN
@@ -283,3 +291,31 @@ def test_a_share_counts_even_if_the_other_operator_fails(connect, film_sentences
 
 def _pulled(*_):
     raise ConnectionError("the cable was pulled")
+
+
+@pytest.mark.parametrize("kind", [LoRA, DistanceCorrelation, PSLF])
+def test_every_method_can_send_gradients_in_shares(connect, film_examples, kind):
+    texts, labels = film_examples.texts[:16], film_examples.labels[:16]
+    found = {}
+    for m in (1, 2):
+        backbone = connect(num_adapters=0)
+        method, head = kind(m=m, clip_norm=1.0, noise_ratio=20.0), LinearHead(backbone.hidden_size, 2)
+        model = PrivateModel(backbone, head, method, generator=SecureGenerator(KEY))
+        model.prepare(texts, labels)
+        model(texts, labels).loss.backward()
+        found[m] = torch.cat([p.grad.flatten() for p in backbone.parameters()])
+        assert ("gradient_channel_mu" in method.report()) == (m == 2)
+        assert ("accountant" in method.state()) == (m == 2)
+    assert isinstance(backbone.channel, SharedGradients)
+    assert (found[2] - found[1]).norm() / found[1].norm() < 1e-2
+
+
+def test_a_budget_needs_shares():
+    with pytest.raises(ConfigError, match=r"gradients travel in the clear.*m=2"):
+        LoRA(max_mu=0.1)
+
+
+def test_shares_at_one_operator_are_refused_under_every_method(connect):
+    backbone = connect(count=1, num_adapters=0)
+    with pytest.raises(SingleOperator):
+        PrivateModel(backbone, LinearHead(backbone.hidden_size, 2), DistanceCorrelation(m=2))

@@ -33,6 +33,21 @@ def test_a_buffer_of_batches_generalises_where_one_batch_does_not():
     assert scores[30] > scores[1] + 0.03
 
 
+def test_with_as_many_dimensions_as_examples_a_penalised_fit_guesses_better_and_pulls_less():
+    """Fitting noise makes no stronger adversary, but gradients that drown those of the task."""
+    unseen, scores, pulls = labelled(2000, 384, seed=99, signal=1.0), {}, {}
+    for l2 in (1.0, Adversary(1, 384, 2).l2):
+        adversary = Adversary(1, 384, 2, l2=l2)
+        for step in range(25):
+            features, labels = labelled(32, 384, seed=step, signal=1.0)
+            penalty = adversary.penalty(features.requires_grad_(), labels).sum()
+        (gradient,) = torch.autograd.grad(penalty, features)
+        scores[l2], pulls[l2] = accuracy(adversary, *unseen), float(gradient.norm())
+    weak, strong = scores
+    assert scores[strong] > scores[weak] + 0.02
+    assert pulls[strong] < pulls[weak] / 5
+
+
 @pytest.mark.parametrize("form", ["confusion", "flip", "reversal"])
 def test_following_the_penalty_takes_the_label_out_of_the_features(form):
     adversary = Adversary(1, 48, 2, form=form, buffer=5)

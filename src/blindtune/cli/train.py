@@ -15,7 +15,7 @@ from blindtune.cli.console import console, errors, reporting_errors, write_json
 from blindtune.errors import BlindtuneError, BudgetSpent, CheckpointError
 
 if TYPE_CHECKING:
-    from blindtune.methods import Method, PrivateModel
+    from blindtune.methods import LoRA, Method, PrivateModel
     from blindtune.training import Examples, TrainConfig
 
 LABELS_HELP = "Column of labels: class names, integers or booleans."
@@ -246,25 +246,30 @@ def _run(
 
 
 def _sees(method: "Method", operators: int) -> str:
-    from blindtune.methods import PublishedP3EFT
+    """What each operator will be able to see."""
+    from blindtune.methods import HeadOnly, LoRA, PublishedP3EFT
 
-    clear = "sees texts, adapters, and gradients"
-    randomized = f"of labels that were randomised with epsilon {getattr(method, 'epsilon', 0):g}"
-    if operators < getattr(method, "m", 1):  # the user has allowed it
-        return {
-            "p3eft": "sees texts, both padded adapters, and every share: it can learn the labels",
-            "p3eft_published": "sees texts, all adapters, and every share: there is no gradient privacy",
-        }[method.name]
+    if isinstance(method, HeadOnly) or not isinstance(method, LoRA):
+        return "sees texts"
+    clear, met = method.m == 1, operators < method.m  # met: the user has allowed it
     apart = isinstance(method, PublishedP3EFT) and method.channel.apart(operators)
-    return {
-        "p3eft": "sees texts, one adapter under a pad, and one share of each gradient",
-        "p3eft_published": f"sees texts, {'one adapter' if apart else 'all adapters'}, and one share of each gradient",
-        "lora": f"{clear}: it can learn the labels",
-        "head_only": "sees texts",
-        "dc": f"{clear}: it can learn the labels, if not from activations",
-        "pslf": f"{clear} {randomized}",
-        "randomized_response": f"{clear} {randomized}",
-    }[method.name]
+    adapters = {
+        "p3eft": "both padded adapters" if met else "one adapter under a pad",
+        "p3eft_published": "one adapter" if apart else "all adapters",
+    }.get(method.name, "adapters")
+    gradients = "gradients" if clear else "every share" if met else "one share of each gradient"
+    return f"sees texts, {adapters}, and {gradients}{_learns(method, clear or met)}"
+
+
+def _learns(method: "LoRA", gradients: bool) -> str:
+    """What it can make of that."""
+    if method.name in ("pslf", "randomized_response"):
+        return f" of labels that were randomised with epsilon {getattr(method, 'epsilon', 0):g}"
+    if method.name == "lora" or (gradients and method.name == "p3eft"):
+        return ": it can learn the labels"
+    if gradients and method.name == "dc":
+        return ": it can learn the labels, if not from activations"
+    return ": there is no gradient privacy" if gradients else ""
 
 
 def _print_result(result: dict[str, Any]) -> None:

@@ -27,12 +27,13 @@ SMALLEST_SHIFT = 0.01
 
 @dataclass
 class DistanceCorrelation(LoRA):
-    """One LoRA adapter with true gradients in the clear, and a penalty on what activations say about labels.
+    """One LoRA adapter, and a penalty on what activations say about labels.
 
     Batches of fewer than four examples have no penalty. Nor have shifts under 1% of the spread of the frozen features:
     dCor doesn't depend on scale, so its gradient would be as large as they are small.
 
     Args:
+        m, clip_norm, noise_ratio, max_mu, allow_single_operator: gradient shares, see `LoRA`; in the clear by default.
         activation_weight, shift_weight: α, the weights of log dCor² in the loss; 0 leaves a channel alone.
     Raises:
         ConfigError: a weight that is negative or no number.
@@ -44,6 +45,7 @@ class DistanceCorrelation(LoRA):
     name: ClassVar[str] = "dc"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_weights(activation_weight=self.activation_weight, shift_weight=self.shift_weight)
 
     @property

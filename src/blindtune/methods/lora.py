@@ -1,25 +1,58 @@
-"""Plain LoRA over the API: one adapter, true gradients in the clear. The reference for accuracy, without privacy."""
+"""Plain LoRA over the API: one adapter. The reference for accuracy. Every other method begins from here.
+
+Gradients travel in the clear, or in m shares to m operators (P3EFT, Algorithm 1) if asked for.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 from blindtune.client import Backbone, PlainChannel
+from blindtune.errors import ConfigError
+from blindtune.methods.gradients import SharedGradients
+from blindtune.methods.options import check_budget, check_counts, check_positive, check_switches
 from blindtune.models.tokenizer import TokenRow
 from blindtune.privacy.randomness import SecureGenerator
 
 
 @dataclass
 class LoRA:
-    """No defence: every operator that sees a step learns the labels of its batch. Other methods begin from here."""
+    """One adapter in the clear: an operator can learn labels from activations, and without shares from gradients.
+
+    Args:
+        m: gradient shares; as many operators that don't collude are needed. 1: true gradients in the clear.
+        clip_norm: bound C on one example's gradient at the hidden states of all adapters together, if there are shares.
+        noise_ratio: σ / C. μ of the gradient channel is 2 √views / noise_ratio.
+        max_mu: budget for μ of the gradient channel; the run stops before the step that would exceed it.
+        allow_single_operator: lets shares meet at one operator. Then there is no gradient privacy.
+    Raises:
+        ConfigError: an option that makes no sense, or a budget without shares.
+    """
+
+    m: int = 1
+    clip_norm: float = 10.0
+    noise_ratio: float = 100.0
+    max_mu: float | None = None
+    allow_single_operator: bool = False
 
     name: ClassVar[str] = "lora"
     default_rank: ClassVar[int] = 8
     default_lr: ClassVar[float] = 3e-3
+    shares: SharedGradients | None = field(init=False, repr=False, compare=False, default=None)
+
+    def __post_init__(self) -> None:
+        check_counts(m=self.m)
+        check_positive(clip_norm=self.clip_norm, noise_ratio=self.noise_ratio)
+        check_switches(allow_single_operator=self.allow_single_operator)
+        check_budget(self.max_mu)
+        if self.m == 1 and self.max_mu is not None:
+            raise ConfigError(
+                f"max_mu = {self.max_mu} can't be kept: gradients travel in the clear.", remedy="Use m=2 or more."
+            )
 
     @property
     def num_adapters(self) -> int:
@@ -34,10 +67,25 @@ class LoRA:
         return False
 
     def attach(self, backbone: Backbone, classes: int, generator: SecureGenerator) -> None:
-        backbone.channel = PlainChannel()
+        self.shares = self.make_shares(generator) if self.m > 1 else None
+        backbone.channel = self.shares or PlainChannel()
+
+    def make_shares(self, generator: SecureGenerator, *, adapter_noise: float = 0.0) -> SharedGradients:
+        """The channel with these options."""
+        return SharedGradients(
+            self.m,
+            self.clip_norm,
+            self.noise_ratio,
+            generator,
+            self.allow_single_operator,
+            self.max_mu,
+            self.num_adapters,
+            adapter_noise,
+        )
 
     def check(self, backbone: Backbone) -> None:
-        """Any operators will do."""
+        if self.shares is not None:
+            self.shares.check_operators(len(backbone.pool), backbone.info.dtype)
 
     def prepare(self, frozen: Tensor, labels: Tensor) -> None:
         """Nothing to learn from the frozen features."""
@@ -56,13 +104,15 @@ class LoRA:
         return None
 
     def report(self) -> dict[str, float]:
-        return {}
+        return {} if self.shares is None else self.shares.report()
 
     def state(self) -> dict[str, Tensor]:
-        return {}
+        ledger = {} if self.shares is None else {"accountant": self.shares.accountant.state()}
+        return {**self.snapshot(), **ledger}
 
     def snapshot(self) -> dict[str, Tensor]:
         return {}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Nothing to restore."""
+        if self.shares is not None and "accountant" in state:
+            self.shares.accountant.load_state(state["accountant"])

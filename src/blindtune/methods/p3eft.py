@@ -20,9 +20,8 @@ from torch import Tensor
 
 from blindtune.client import Backbone
 from blindtune.errors import ConfigError
-from blindtune.methods.gradients import SharedGradients
 from blindtune.methods.lora import LoRA
-from blindtune.methods.options import check_budget, check_counts, check_positive, check_switches
+from blindtune.methods.options import check_counts, check_positive
 from blindtune.methods.pads import PaddedAdapters
 from blindtune.privacy.randomness import SecureGenerator
 
@@ -37,22 +36,15 @@ class P3EFT(LoRA):
         pad_spread: standard deviation of what a pad adds to a layer's output, in units of the layer's input. Large pads
             disturb the model, small ones ask more of the operators' floating point.
         max_norm: bound on the trained update, |scaling · B|; a longer update is scaled down.
-        m: gradient shares; as many operators that don't collude are needed.
-        clip_norm: bound C on one example's gradient at the hidden states.
-        noise_ratio: σ / C. μ of the gradient channel is 2 √views / noise_ratio.
-        max_mu: budget for μ of the gradient channel; the run stops before the step that would exceed it.
+        m, clip_norm, noise_ratio, max_mu: gradient shares, see `LoRA`.
         allow_single_operator: lets pads and shares meet at one operator. Then there is no privacy.
     """
 
+    m: int = 2
     steps: int = 1000
     max_bits: float = 1.0
     pad_spread: float = 0.16
     max_norm: float = 16.0
-    m: int = 2
-    clip_norm: float = 10.0
-    noise_ratio: float = 100.0
-    max_mu: float | None = None
-    allow_single_operator: bool = False
 
     name: ClassVar[str] = "p3eft"
     default_rank: ClassVar[int] = 32
@@ -60,26 +52,22 @@ class P3EFT(LoRA):
     channel: PaddedAdapters = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        check_counts(steps=self.steps, m=self.m)
+        super().__post_init__()
+        check_counts(steps=self.steps)
         check_positive(max_bits=self.max_bits, pad_spread=self.pad_spread, max_norm=self.max_norm)
-        check_positive(clip_norm=self.clip_norm, noise_ratio=self.noise_ratio)
-        check_switches(allow_single_operator=self.allow_single_operator)
-        check_budget(self.max_mu)
 
     @property
     def fixed_a(self) -> bool:
         return True
 
     def attach(self, backbone: Backbone, classes: int, generator: SecureGenerator) -> None:
-        shares = SharedGradients(
-            self.m, self.clip_norm, self.noise_ratio, generator, self.allow_single_operator, self.max_mu
-        )
         nats = self.max_bits * math.log(2.0)
-        self.channel = PaddedAdapters(shares, generator, self.pad_spread, self.max_norm, self.steps + 1, nats)
+        self.shares = self.make_shares(generator)
+        self.channel = PaddedAdapters(self.shares, generator, self.pad_spread, self.max_norm, self.steps + 1, nats)
         backbone.channel = self.channel
 
     def check(self, backbone: Backbone) -> None:
-        self.channel.shares.check_operators(len(backbone.pool), backbone.info.dtype)
+        super().check(backbone)
         if backbone.pooling == "none":
             raise ConfigError("P3EFT reads one vector for each text.", remedy="Use another pooling than none.")
         if backbone.adapter_config.lora_alpha <= 0:
@@ -92,13 +80,12 @@ class P3EFT(LoRA):
         if self.allow_single_operator:
             return {}
         nats = self.channel.ledger.nats() + self.channel.shares.accountant.nats()
-        return {**self.channel.shares.report(), "information_bits": nats / math.log(2.0)}
+        return {**super().report(), "information_bits": nats / math.log(2.0)}
 
     def state(self) -> dict[str, Tensor]:
-        return {"accountant": self.channel.shares.accountant.state(), "ledger": self.channel.ledger.state()}
+        return {**super().state(), "ledger": self.channel.ledger.state()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        if "accountant" in state:
-            self.channel.shares.accountant.load_state(state["accountant"])
+        super().load_state(state)
         if "ledger" in state:
             self.channel.ledger.load_state(state["ledger"])

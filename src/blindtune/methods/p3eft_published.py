@@ -21,7 +21,7 @@ from blindtune.client import Backbone
 from blindtune.errors import ConfigError
 from blindtune.methods.gradients import SharedGradients
 from blindtune.methods.lora import LoRA
-from blindtune.methods.options import check_budget, check_counts, check_positive, check_switches, check_weights
+from blindtune.methods.options import check_counts, check_positive, check_weights
 from blindtune.methods.state import under
 from blindtune.privacy.adversary import Adversary, Form, stack_channels
 from blindtune.privacy.mixing import mix, mixing_weights
@@ -34,38 +34,32 @@ class PublishedP3EFT(LoRA):
 
     Args:
         n: adapters.
-        m: gradient shares; as many operators that don't collude are needed.
+        m, clip_norm, noise_ratio, max_mu, allow_single_operator: gradient shares, see `LoRA`.
         mixing_scale: standard deviation of the secret mixing weights around 1/n. With a large one each adapter needs to
             change little.
-        clip_norm: bound C on one example's gradient at the hidden states of all adapters together.
-        noise_ratio: σ / C. μ of the gradient channel is 2 √views / noise_ratio.
         regularizer: what the adversary drives the adapters towards: confusion, flip (the authors') or reversal.
         activation_weight, shift_weight: the adversary's weights in the loss; the paper has activations only.
         joint_weight: weight of one more adversary, on the shifts of all n adapters side by side, which is what one
             operator sees. Adapters that each tell nothing may tell labels together.
         buffer: recent batches that the adversary is fitted on.
+        adversary_l2: penalty on the adversary's weights, in units of one example (the authors: 1).
         steps, rise: these weights grow linearly over the first part `rise` of a run of `steps` steps.
         adapter_noise: standard deviation of noise on the weights of the adapters that travel; operators then don't see
             what a step changed. The model that is trained is that of the noisy adapters.
-        max_mu: budget for μ of the gradient channel; the run stops before the step that would exceed it.
-        allow_single_operator: lets shares meet at one operator. Then there is no gradient privacy.
     """
 
-    n: int = 2
     m: int = 2
+    n: int = 2
     mixing_scale: float = 5.0
-    clip_norm: float = 10.0
-    noise_ratio: float = 100.0
     regularizer: Form = "confusion"
     activation_weight: float = 0.3
     shift_weight: float = 0.0
     joint_weight: float = 0.0
     buffer: int = 20
+    adversary_l2: float = 100.0
     steps: int = 1000
     rise: float = 0.0
     adapter_noise: float = 0.0
-    max_mu: float | None = None
-    allow_single_operator: bool = False
 
     name: ClassVar[str] = "p3eft_published"
     default_lr: ClassVar[float] = 5e-4  # adapters move their mixture by as much as the mixing weights are large
@@ -73,8 +67,9 @@ class PublishedP3EFT(LoRA):
     mixing: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        check_counts(n=self.n, m=self.m, buffer=self.buffer, steps=self.steps)
-        check_positive(mixing_scale=self.mixing_scale, clip_norm=self.clip_norm, noise_ratio=self.noise_ratio)
+        super().__post_init__()
+        check_counts(n=self.n, buffer=self.buffer, steps=self.steps)
+        check_positive(mixing_scale=self.mixing_scale, adversary_l2=self.adversary_l2)
         check_weights(
             activation_weight=self.activation_weight,
             shift_weight=self.shift_weight,
@@ -82,8 +77,6 @@ class PublishedP3EFT(LoRA):
             rise=self.rise,
             adapter_noise=self.adapter_noise,
         )
-        check_switches(allow_single_operator=self.allow_single_operator)
-        check_budget(self.max_mu)
         if self.n < 2:
             raise ConfigError(
                 f"n = {self.n}: P3EFT mixes at least two adapters.", remedy="Use n=2, or the method lora."
@@ -105,21 +98,18 @@ class PublishedP3EFT(LoRA):
         return self.shift_weight > 0 or self.joint_weight > 0
 
     def attach(self, backbone: Backbone, classes: int, generator: SecureGenerator) -> None:
-        self.channel = SharedGradients(
-            self.m, self.clip_norm, self.noise_ratio, generator, self.allow_single_operator, self.max_mu,
-            adapters=self.n, adapter_noise=self.adapter_noise,
-        )  # fmt: skip
+        self.shares = self.channel = self.make_shares(generator, adapter_noise=self.adapter_noise)
         backbone.channel = self.channel
         dim = backbone.hidden_size
         self.mixing = mixing_weights(self.n, dim, self.mixing_scale, generator=generator.derive(b"mixing"))
         weighted = [self.activation_weight > 0, self.shift_weight > 0]
         if any(weighted):
-            self._adversary = Adversary(self.n * sum(weighted), dim, classes, form=self.regularizer, buffer=self.buffer)
+            self._adversary = self._make_adversary(self.n * sum(weighted), dim, classes)
         if self.joint_weight > 0:
-            self._joint = Adversary(1, self.n * dim, classes, form=self.regularizer, buffer=self.buffer)
+            self._joint = self._make_adversary(1, self.n * dim, classes)
 
-    def check(self, backbone: Backbone) -> None:
-        self.channel.check_operators(len(backbone.pool), backbone.info.dtype)
+    def _make_adversary(self, channels: int, dim: int, classes: int) -> Adversary:
+        return Adversary(channels, dim, classes, self.regularizer, self.buffer, l2=self.adversary_l2)
 
     def mix(self, hidden: Tensor) -> Tensor:
         return mix(hidden, self.mixing)
@@ -140,12 +130,6 @@ class PublishedP3EFT(LoRA):
             penalties["joint"] = risen * self.joint_weight * self._joint.penalty(together, labels).sum()
         return penalties
 
-    def report(self) -> dict[str, float]:
-        return self.channel.report()
-
-    def state(self) -> dict[str, Tensor]:
-        return {**self.snapshot(), "accountant": self.channel.accountant.state()}
-
     def snapshot(self) -> dict[str, Tensor]:
         state = {"mixing": self.mixing, "step": torch.tensor(self._step)}
         if self._adversary is not None:
@@ -155,10 +139,9 @@ class PublishedP3EFT(LoRA):
         return state
 
     def load_state(self, state: dict[str, Tensor]) -> None:
+        super().load_state(state)
         self.mixing = state["mixing"]
         self._step = int(state["step"])
-        if "accountant" in state:
-            self.channel.accountant.load_state(state["accountant"])
         adversary = under("adversary.", state)
         if adversary and self._adversary is not None:
             self._adversary.load_state(adversary)

@@ -38,6 +38,7 @@ class RandomizedResponse(LoRA):
     weights, a head that was fitted before, clipping by a norm over all gradients, the choice of a checkpoint.
 
     Args:
+        m, clip_norm, noise_ratio, max_mu, allow_single_operator: gradient shares, see `LoRA`; in the clear by default.
         epsilon: ε of one label.
     Raises:
         ConfigError: ε that isn't positive and finite.
@@ -49,6 +50,7 @@ class RandomizedResponse(LoRA):
     randomizer: LabelRandomizer = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not is_number(self.epsilon) or self.epsilon <= 0:
             raise ConfigError(
                 f"epsilon = {self.epsilon!r} can't randomise labels.",
@@ -67,13 +69,15 @@ class RandomizedResponse(LoRA):
         return self.randomizer.labels([_name(row) for row in rows], labels)
 
     def report(self) -> dict[str, float]:
-        return {"label_epsilon": float(self.epsilon)}
+        return {**super().report(), "label_epsilon": float(self.epsilon)}
 
     def state(self) -> dict[str, Tensor]:
         """What was drawn. It isn't part of `snapshot`: a step that is undone may have been sent."""
-        return {f"randomized.{name}": tensor for name, tensor in self.randomizer.state().items()}
+        drawn = {f"randomized.{name}": tensor for name, tensor in self.randomizer.state().items()}
+        return {**super().state(), **drawn}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
+        super().load_state(state)
         drawn = under("randomized.", state)
         if drawn:
             self.randomizer.load_state(drawn)

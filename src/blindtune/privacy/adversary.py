@@ -32,7 +32,8 @@ class Adversary:
             classes), higher loss (reversal), or logits of zero (confusion).
         buffer: recent batches that the classifiers are fitted on.
         iterations: of L-BFGS in each step.
-        l2: strength of the penalty on the classifiers' weights, in units of one example.
+        l2: strength of the penalty on the classifiers' weights, in units of one example. Too little is no stronger
+            adversary: with d of the order of the buffer it fits noise, guesses worse, and pulls many times harder.
     """
 
     channels: int
@@ -41,7 +42,7 @@ class Adversary:
     form: Form = "confusion"
     buffer: int = 20
     iterations: int = 10
-    l2: float = 1.0
+    l2: float = 100.0
     weights: Tensor = field(init=False)
     """`(c, d + 1, K)`: the last row is the bias."""
     _recent: list[tuple[Tensor, Tensor]] = field(init=False, default_factory=list[tuple[Tensor, Tensor]])
