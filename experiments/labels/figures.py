@@ -179,11 +179,12 @@ def table(arms: dict[str, Arm], order: Sequence[Arm]) -> str:
 
 
 def bars(tasks: dict[str, dict[str, Arm]]) -> Figure:
-    """Figures 4 and 6: accuracy, and the strongest attack, for each method on each task."""
-    figure, axes = plt.subplots(2, len(tasks), figsize=(3.1 * len(tasks), 5.2), squeeze=False)
+    """Figures 4 and 6: accuracy, and the strongest attacks, for each method on each task. Dotted: on frozen features."""
+    rows = (("test accuracy", accuracy), ("best attack without labels", any_leak), ("64 labels known", few))
+    figure, axes = plt.subplots(len(rows), len(tasks), figsize=(3.1 * len(tasks), 7.6), squeeze=False)
     for column, (task, arms) in enumerate(tasks.items()):
         order = main_arms(arms)
-        for row, (title, read) in enumerate((("test accuracy", accuracy), ("best attack without labels", any_leak))):
+        for row, (title, read) in enumerate(rows):
             axis = axes[row][column]
             for place, arm in enumerate(order):
                 values = arm.values(read) or [0.5]
@@ -196,6 +197,9 @@ def bars(tasks: dict[str, dict[str, Arm]]) -> Figure:
             )
             lowest = min((min(arm.values(accuracy)) for arm in order), default=0.5)
             axis.set_ylim(*((max(0.0, lowest - 0.1), min(1.0, lowest + 0.35)) if row == 0 else (0.5, 1.03)))
+            floor = [value for arm in order for value in arm.values(few_frozen)] if read is few else []
+            if floor:
+                axis.axhline(float(np.mean(floor)), color=COLOURS["head_only"], linestyle=":")
             axis.spines[["top", "right"]].set_visible(False)
             axis.set_title(f"{TASKS[task]}\n{title}" if row == 0 else title, fontsize=9)
     figure.tight_layout()
