@@ -179,7 +179,7 @@ def table(arms: dict[str, Arm], order: Sequence[Arm]) -> str:
 
 
 def bars(tasks: dict[str, dict[str, Arm]]) -> Figure:
-    """Figures 4 and 6: accuracy, and the strongest attacks, for each method on each task. Dotted: on frozen features."""
+    """Figures 4 and 6: accuracy, and the strongest attacks, by method and task. Dotted: frozen features."""
     rows = (("test accuracy", accuracy), ("best attack without labels", any_leak), ("64 labels known", few))
     figure, axes = plt.subplots(len(rows), len(tasks), figsize=(3.1 * len(tasks), 7.6), squeeze=False)
     for column, (task, arms) in enumerate(tasks.items()):
