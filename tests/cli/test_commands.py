@@ -319,6 +319,11 @@ def test_every_operator_is_told_what_it_sees():
         assert ("one share of each gradient" in said) == name.startswith("p3eft")
         assert ("under a pad" in said) == (name == "p3eft")
         assert ("adapters" in said) == (name not in ("p3eft", "head_only"))
+    assert "one adapter, and one share" in _sees(METHODS["p3eft_published"](), 4)
+    assert _sees(METHODS["dc"](m=2), 2).endswith("adapters, and one share of each gradient")
+    assert "every share: it can learn the labels" in _sees(METHODS["p3eft"](allow_single_operator=True), 1)
+    assert "it can learn the labels" in _sees(METHODS["lora"](), 2)
+    assert "epsilon 1" in _sees(METHODS["pslf"](), 2)
 
 
 def test_the_manual_of_train_names_every_method():

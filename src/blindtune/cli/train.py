@@ -252,7 +252,7 @@ def _sees(method: "Method", operators: int) -> str:
     if isinstance(method, HeadOnly) or not isinstance(method, LoRA):
         return "sees texts"
     clear, met = method.m == 1, operators < method.m  # met: the user has allowed it
-    apart = isinstance(method, PublishedP3EFT) and method.channel.apart(operators)
+    apart = isinstance(method, PublishedP3EFT) and operators >= method.m * method.n
     adapters = {
         "p3eft": "both padded adapters" if met else "one adapter under a pad",
         "p3eft_published": "one adapter" if apart else "all adapters",
