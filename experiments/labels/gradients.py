@@ -40,7 +40,7 @@ from experiments.labels.run import RESULTS, Stage, set_stage
 from experiments.local import close_pool, local_pool
 
 CLIP, RATIO = 10.0, 1000.0
-DRAWN, MEASURED = 400, 800
+DRAWN, MEASURED = 400, 600
 Features = NDArray[np.float32]
 
 

@@ -85,3 +85,12 @@ def test_boosted_trees_fit_noise_perfectly_and_learn_nothing_from_it():
     model = classifier().set_params(max_depth=12).fit(shares[:1000], labels[:1000])
     assert (model.predict(shares[:1000]) == labels[:1000]).mean() == 1.0
     assert (model.predict(shares[1000:]) == labels[1000:]).mean() <= 0.52
+
+
+@pytest.mark.parametrize("shape", [(40, 300), (300, 40)])
+def test_components_are_those_of_the_singular_value_decomposition(shape):
+    features = np.random.default_rng(0).normal(size=shape).astype(np.float32) * np.linspace(1, 3, shape[1])
+    centred = features - features.mean(0)
+    left, values, _ = np.linalg.svd(centred, full_matrices=False)
+    found = Channel(features.astype(np.float32)).components(5)
+    np.testing.assert_allclose(np.abs(found), np.abs(left[:, :5] * values[:5]), rtol=1e-3, atol=1e-2)

@@ -51,11 +51,14 @@ class Channel:
 
     def components(self, count: int) -> Scores:
         """Coordinates on the leading principal directions, `(N, min(count, N, d, 256))`, the largest first."""
-        size = self.centred.shape[1]
-        wanted = min(COMPONENTS if count <= COMPONENTS else MANY_COMPONENTS, size, len(self.centred))
+        size = min(self.centred.shape)  # of the smaller of XᵀX and XXᵀ, whose eigenvectors tell the same
+        wanted = min(COMPONENTS if count <= COMPONENTS else MANY_COMPONENTS, size)
         if wanted not in self._leading:
-            _, vectors = eigh(self.centred.T @ self.centred, subset_by_index=(size - wanted, size - 1))
-            self._leading[wanted] = self.centred @ vectors[:, ::-1]
+            wide = self.centred.shape[1] > size
+            product = self.centred @ self.centred.T if wide else self.centred.T @ self.centred
+            values, vectors = eigh(product, subset_by_index=(size - wanted, size - 1))
+            scores = vectors * np.sqrt(np.maximum(values, 0.0)) if wide else self.centred @ vectors
+            self._leading[wanted] = scores[:, ::-1]
         return self._leading[wanted][:, :count]
 
 
