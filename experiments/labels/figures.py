@@ -169,6 +169,8 @@ def table(arms: dict[str, Arm], order: Sequence[Arm]) -> str:
             f"| padded adapters in random order | {len(controls)} | – | – | {span(controls, 2)} | – | – | – | – |"
         )
     for arm in order:
+        if arm.method == "head_only":  # frozen features again
+            continue
         lines.append(
             f"| {arm.label} | {len(arm.runs)} | {span(arm.values(accuracy))} | {span(arm.values(published_leak), 2)} "
             f"| {span(arm.values(any_leak), 2)} | {span(arm.values(gradient_leak), 2)} "
