@@ -107,7 +107,7 @@ def true_gradients(run: Run, moment: Moment, rows: Sequence[TokenRow], labels: T
 def parameter_gradients(
     run: Run, moment: Moment, rows: Sequence[TokenRow], cotangents: Features, stage: Stage, module: str
 ) -> Features:
-    """J_bᵀ c_b of each text alone, for the A and B of one module: `(N, p)`."""
+    """J_bᵀ c_b of each text alone, for the A and B of one module: `(N, p)`. J_b is the text's, whatever c_b is."""
     layout: LoraLayout = run.model.backbone.lora_adapters()[0].layout
     found: list[Features] = []
     for row, cotangent in zip(rows, cotangents, strict=True):
@@ -200,12 +200,14 @@ def main() -> None:
                 entry = boosted(np.stack(list(by_text.values())), labels, seed)
                 result["xgboost"].append({"seed": seed, "of": name, **entry})
                 print(result["xgboost"][-1], flush=True)
-            measured = np.random.default_rng(seed).permutation(len(rows))[:MEASURED]
+            rng = np.random.default_rng(seed)
+            measured = rng.permutation(len(rows))[:MEASURED]
             chosen, labels = [rows[i] for i in measured], np.array([stage.train.labels[i] for i in measured])
             module = private.model.backbone.lora_adapters()[0].layout.shapes[-1][0]
             for moment in normal.moments if seed == 1 else normal.moments[-1:]:
                 vectors = true_gradients(normal, moment, chosen, torch.tensor(labels), stage)
-                for name, source in (("normal", "gradients"), ("private", "shares")):
+                vectors["noise"] = RATIO * CLIP * rng.standard_normal(vectors["shares"].shape).astype(np.float32)
+                for name, source in (("normal", "gradients"), ("private", "shares"), ("noise alone", "noise")):
                     vectors[f"parameter gradients, {name}"] = parameter_gradients(
                         normal, moment, chosen, vectors[source], stage, module
                     )
@@ -215,7 +217,7 @@ def main() -> None:
                     }
                     print({k: v["auc"] for k, v in result["pictures"][moment.step].items()}, flush=True)
                 if moment is normal.moments[-1]:
-                    for name in ("normal", "private"):
+                    for name in ("normal", "private", "noise alone"):
                         entry = boosted(vectors[f"parameter gradients, {name}"], labels, seed)
                         result["xgboost"].append({"seed": seed, "of": f"parameter gradients, {name}", **entry})
                         print(result["xgboost"][-1], flush=True)
