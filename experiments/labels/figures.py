@@ -181,7 +181,10 @@ def table(arms: dict[str, Arm], order: Sequence[Arm]) -> str:
 
 
 def bars(tasks: dict[str, dict[str, Arm]]) -> Figure:
-    """Figures 4 and 6: accuracy, and the strongest attacks, by method and task. Dotted: frozen features."""
+    """Figures 4 and 6: accuracy, and the strongest attacks, by method and task.
+
+    Dotted: the same attacks on what knows no labels, padded adapters in random order or frozen features.
+    """
     rows = (("test accuracy", accuracy), ("best attack without labels", any_leak), ("64 labels known", few))
     figure, axes = plt.subplots(len(rows), len(tasks), figsize=(3.1 * len(tasks), 7.6), squeeze=False)
     for column, (task, arms) in enumerate(tasks.items()):
@@ -189,7 +192,9 @@ def bars(tasks: dict[str, dict[str, Arm]]) -> Figure:
         for row, (title, read) in enumerate(rows):
             axis = axes[row][column]
             for place, arm in enumerate(order):
-                values = arm.values(read) or [0.5]
+                values = arm.values(read)
+                if not values:  # labels were never used
+                    continue
                 mean = float(np.mean(values))
                 axis.bar(place, mean, color=COLOURS[arm.method], width=0.75)
                 axis.vlines(place, min(values), max(values), color="black", linewidth=1.2)
@@ -200,6 +205,8 @@ def bars(tasks: dict[str, dict[str, Arm]]) -> Figure:
             lowest = min((min(arm.values(accuracy)) for arm in order), default=0.5)
             axis.set_ylim(*((max(0.0, lowest - 0.1), min(1.0, lowest + 0.35)) if row == 0 else (0.5, 1.03)))
             floor = [value for arm in order for value in arm.values(few_frozen)] if read is few else []
+            if read is any_leak:
+                floor = [value for arm in order if arm.method == "p3eft" for value in arm.values(chance)]
             if floor:
                 axis.axhline(float(np.mean(floor)), color=COLOURS["head_only"], linestyle=":")
             axis.spines[["top", "right"]].set_visible(False)
@@ -329,6 +336,9 @@ def planes(pictures: dict[str, Any], rows: Sequence[tuple[str, str]]) -> Figure:
             axis, entry = axes[row][column], pictures[step][name]
             points = np.array(entry["points"])
             axis.scatter(points[:, 0], points[:, 1], c=np.array(entry["labels"]), cmap="coolwarm", s=4, alpha=0.7)
+            low, high = np.percentile(points, [1, 99], axis=0)
+            margin = 0.15 * (high - low)
+            axis.set(xlim=(low[0] - margin[0], high[0] + margin[0]), ylim=(low[1] - margin[1], high[1] + margin[1]))
             axis.set_xticks([])
             axis.set_yticks([])
             axis.set_title(f"step {step}: best attack {entry['auc']:.2f}", fontsize=8)
