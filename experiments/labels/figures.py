@@ -15,7 +15,7 @@ import matplotlib
 import numpy as np
 
 from experiments.figures import ROOT, fill
-from experiments.labels.run import RESULTS, WITH_SHARES
+from experiments.labels.run import RESULTS
 
 matplotlib.use("Agg")
 matplotlib.rcParams.update({"svg.hashsalt": "blindtune", "svg.fonttype": "none", "font.size": 9})
@@ -387,7 +387,7 @@ def main() -> None:
     fill(PAGE, "areas", areas(sst2))
     for method, key in SWEEPS.items():
         fill(PAGE, f"sweep-{method}", table({}, swept(sst2, method, key)))
-    ablated = [arm for name, arm in sorted(sst2.items()) if arm.method in WITH_SHARES and "+" in name]
+    ablated = [arm for name, arm in sorted(sst2.items()) if arm.method == "p3eft_published" and "+" in name]
     ablated = [arm for arm in ablated if arm not in swept(sst2, "p3eft_published", "activation_weight")]
     fill(PAGE, "ablation", table({}, ablated))
     path = RESULTS / "gradients.json"

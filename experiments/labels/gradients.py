@@ -26,18 +26,15 @@ from torch.nn import functional as F
 
 from blindtune.audit.labels import ATTACKS, Channel
 from blindtune.audit.statistics import auc, best_auc
-from blindtune.cli.options import make_lora_config
-from blindtune.client import Backbone, PlainChannel
-from blindtune.methods import LinearHead, PrivateModel, make_method
-from blindtune.methods.gradients import SharedGradients
+from blindtune.methods import LinearHead, LoRA, PrivateModel
 from blindtune.models import LoraLayout
 from blindtune.models.tokenizer import TokenRow
 from blindtune.privacy.randomness import SecureGenerator
 from blindtune.privacy.shares import clip_per_example, split_gradient
 from blindtune.training import TrainConfig, Trainer
 from blindtune.wire import Transcript
-from experiments.labels.run import RESULTS, Stage, set_stage
-from experiments.local import close_pool, local_pool
+from experiments.labels.run import RESULTS, Stage, make_model, operator_folders, set_stage
+from experiments.local import close_pool
 
 CLIP, RATIO = 10.0, 1000.0
 DRAWN, MEASURED = 400, 600
@@ -65,14 +62,10 @@ class Run:
 
 def train(stage: Stage, seed: int, work: Path, *, private: bool) -> Run:
     """Plain LoRA; `private`: gradients in two shares over two operators."""
-    folders = [work / f"{'private' if private else 'normal'}-{name}" for name in ("a", "b")[: 2 if private else 1]]
-    pool = local_pool(stage.backbone, folders)
-    backbone = Backbone(pool, num_adapters=0, max_length=stage.task.max_length)
-    layers = f"{stage.task.first}-{backbone.info.layers - 1}"
-    backbone.adapter_config = make_lora_config(backbone.info, rank=8, alpha=16, targets=None, layers=layers)
-    head = LinearHead(backbone.hidden_size, len(stage.train.classes))
-    model = PrivateModel(backbone, head, make_method("lora", {}), seed=seed)
-    backbone.channel = SharedGradients(2, CLIP, RATIO, SecureGenerator()) if private else PlainChannel()
+    m = 2 if private else 1
+    folders = operator_folders(work / ("private" if private else "normal"), m)
+    model = make_model(stage, LoRA(m=m, clip_norm=CLIP, noise_ratio=RATIO), folders, LoRA.default_rank, seed)
+    backbone = model.backbone
     trainer = Trainer(model, stage.train, TrainConfig(steps=stage.task.steps, seed=seed))
     trainer.prepare()
     looks = {1, stage.task.steps // 4, stage.task.steps}
@@ -82,9 +75,9 @@ def train(stage: Stage, seed: int, work: Path, *, private: bool) -> Run:
         losses.append(step.losses["task"])
         if step.step in looks:
             copied = LinearHead(backbone.hidden_size, len(stage.train.classes))
-            copied.load_state_dict(head.state_dict())
+            copied.load_state_dict(model.head.state_dict())
             moments.append(Moment(step.step, backbone.lora_adapters()[0].vector().detach()[None].clone(), copied))
-    close_pool(pool)
+    close_pool(backbone.pool)
     return Run(losses, moments, folders, model)
 
 

@@ -34,7 +34,7 @@ from blindtune.audit.attackers import FROZEN
 from blindtune.cli.audit import label_rows
 from blindtune.cli.options import make_lora_config
 from blindtune.client import Backbone
-from blindtune.methods import METHODS, LinearHead, PrivateModel, make_method
+from blindtune.methods import METHODS, LinearHead, LoRA, PrivateModel, make_method
 from blindtune.models import FrozenBackbone, load_backbone
 from blindtune.training import Examples, TrainConfig, Trainer, predict, scores
 from blindtune.wire import Transcript
@@ -43,12 +43,8 @@ from experiments.local import LowerLayers, close_pool, local_pool
 
 RESULTS = Path(__file__).parents[1] / "results" / "labels"
 LOOKS = 4
-WITH_SHARES = ("p3eft", "p3eft_published")
-"""Methods that need two operators; the others use one, which sees every step."""
 COMPUTED = ("activation", "shift", "sent activation")
 KNOWLEDGE = ("nothing", "which component", "16 labels", "64 labels", "256 labels", "all other labels")
-
-
 MAIN = "lora,p3eft,p3eft_published,dc,pslf,head_only"
 
 
@@ -106,6 +102,19 @@ def set_stage(name: str) -> Stage:
     return Stage(name, task, backbone, train, validation, test)
 
 
+def operator_folders(work: Path, m: int) -> list[Path]:
+    """Where operators record: two with shares of gradients, else one, which sees every step."""
+    return [work / name for name in ("a", "b")[: 2 if m > 1 else 1]]
+
+
+def make_model(stage: Stage, method: LoRA, folders: list[Path], rank: int, seed: int) -> PrivateModel:
+    """An untrained model over operators in this process, with adapters on the task's upper blocks."""
+    backbone = Backbone(local_pool(stage.backbone, folders), num_adapters=0, max_length=stage.task.max_length)
+    layers = f"{stage.task.first}-{backbone.info.layers - 1}"
+    backbone.adapter_config = make_lora_config(backbone.info, rank=rank, alpha=2 * rank, targets=None, layers=layers)
+    return PrivateModel(backbone, LinearHead(backbone.hidden_size, len(stage.train.classes)), method, seed=seed)
+
+
 def run(stage: Stage, arm: Arm, seed: int, *, selection: bool = False, attacked: bool = True) -> dict[str, Any]:
     """One run: trained, evaluated on validation (and, unless for selection, on test), attacked."""
     task, kind = stage.task, METHODS[arm.method]
@@ -113,17 +122,11 @@ def run(stage: Stage, arm: Arm, seed: int, *, selection: bool = False, attacked:
     options = dict(arm.options)
     if "steps" in kind.__dataclass_fields__:
         options.setdefault("steps", steps)
+    method = make_method(arm.method, options)
     work = Path(tempfile.mkdtemp(prefix="blindtune-"))
-    folders = [work / name for name in ("a", "b")[: 2 if arm.method in WITH_SHARES else 1]]
+    folders = operator_folders(work, method.m)
     try:
-        pool = local_pool(stage.backbone, folders)
-        backbone = Backbone(pool, num_adapters=0, max_length=task.max_length)
-        layers = f"{task.first}-{backbone.info.layers - 1}"
-        backbone.adapter_config = make_lora_config(
-            backbone.info, rank=rank, alpha=2 * rank, targets=None, layers=layers
-        )
-        head = LinearHead(backbone.hidden_size, len(stage.train.classes))
-        model = PrivateModel(backbone, head, make_method(arm.method, options), seed=seed)
+        model = make_model(stage, method, folders, rank, seed)
         config = TrainConfig(steps=steps, seed=seed, learning_rate=lr, warmup=arm.warmup)
         trainer = Trainer(model, stage.train, config)
         start = time.perf_counter()
@@ -144,7 +147,7 @@ def run(stage: Stage, arm: Arm, seed: int, *, selection: bool = False, attacked:
         if not selection:
             result |= {"test": evaluate(model, stage.test), "frozen_test": frozen}
         result |= {"report": model.method.report(), "losses": losses, "train_seconds": round(seconds, 1)}
-        close_pool(pool)
+        close_pool(model.backbone.pool)
         if model.method.num_adapters and attacked:
             result["audit"] = audit(stage, folders, control=arm.method == "p3eft")
         result["seconds"] = round(time.perf_counter() - start, 1)

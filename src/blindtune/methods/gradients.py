@@ -91,14 +91,17 @@ class SharedGradients(PlainChannel):
             return (step % operators,)
         if not self.apart(operators):
             return tuple((step * self.m + j) % operators for j in range(self.m))
-        owned = [range(adapter, operators, self.adapters) for adapter in range(self.adapters)]
+        owned = self._owned(operators)
         return tuple(own[(step * self.m + j) % len(own)] for own in owned for j in range(self.m))
 
     def teams(self, operators: int) -> list[tuple[int, ...]]:
         if not self.apart(operators):
             return super().teams(operators)
-        owned = [range(adapter, operators, self.adapters) for adapter in range(self.adapters)]
-        return list(zip(*owned, strict=False))  # one operator for each adapter
+        return list(zip(*self._owned(operators), strict=False))  # one operator for each adapter
+
+    def _owned(self, operators: int) -> list[range]:
+        """Each adapter's operators, always the same ones."""
+        return [range(adapter, operators, self.adapters) for adapter in range(self.adapters)]
 
     def hidden(self, batch: RemoteBatch, pool: OperatorPool, *, retain: bool) -> Tensor:
         def call(part: RemoteBatch) -> Callable[[], Tensor]:
@@ -140,12 +143,11 @@ class SharedGradients(PlainChannel):
             generator = self.generator.derive(b"adapter noise", fingerprint(batch.weights))
             noise = self.adapter_noise * generator.normal(*batch.weights.shape)
             batch = batch.with_weights((batch.weights.double() + noise).float())
-        n = self.adapters
         if not self.apart(len(pool)):
             return [batch]
         return [
-            replace(batch, weights=batch.weights[i : i + 1], operators=tuple(o for o in batch.operators if o % n == i))
-            for i in range(n)
+            replace(batch, weights=weights, operators=tuple(o for o in batch.operators if o in own))
+            for weights, own in zip(batch.weights.split(1), self._owned(len(pool)), strict=True)
         ]
 
     def _split(self, gradient: Tensor, batch: RemoteBatch, pool: OperatorPool) -> Shares:
