@@ -114,7 +114,7 @@ def test_each_operator_gets_one_share_and_sees_noise(
     assert (seen[1] - alpha * seen[0]).norm() < 0.01 * seen[1].norm()  # together they would reveal the gradient
 
 
-def test_four_operators_see_one_of_two_adapters_each(start_server, tiny_models, film_sentences, tmp_path):
+def test_four_operators_see_one_of_two_adapters_each(connect, start_server, tiny_models, film_sentences, tmp_path):
     folders = [tmp_path / name for name in "abcd"]
     with ExitStack() as stack:
         servers = [stack.enter_context(start_server(tiny_models["bert"], record=folder)) for folder in folders]
@@ -131,13 +131,11 @@ def test_four_operators_see_one_of_two_adapters_each(start_server, tiny_models, 
         seen.append({name for event in events for name in event.adapters})
     assert [len(names) for names in seen] == [1, 1, 1, 1]
     assert seen[0] == seen[2] != seen[1] == seen[3]
-    with start_server(tiny_models["bert"]) as one:
-        plain = Backbone(one.url, max_length=32, num_adapters=2)
-        perturb(plain)
-        for mine, others in zip(plain.parameters(), backbone.parameters(), strict=True):
-            mine.data.copy_(others)
-        expected, expected_hidden = gradients(plain, film_sentences[:8]), plain.infer(film_sentences[:8])
-        plain.close()
+    plain = connect(count=1, num_adapters=2)
+    perturb(plain)
+    for mine, others in zip(plain.parameters(), backbone.parameters(), strict=True):
+        mine.data.copy_(others)
+    expected, expected_hidden = gradients(plain, film_sentences[:8]), plain.infer(film_sentences[:8])
     assert (hidden - expected_hidden).norm() / expected_hidden.norm() < 1e-5
     assert (found - expected).norm() / expected.norm() < 1e-4
 

@@ -45,6 +45,7 @@ class Run:
         frozen = recompute.hidden(view, (), rows)[0]
         looks = [view.moving[look] for look in LOOKS if look < len(view.moving)]
         adapters = [look.adapters if knowing else look.shuffled for look in looks]
+        recompute.ensure(view, adapters, rows)  # the layers below the adapters run once
         shifts = [recompute.hidden(view, chosen, rows)[0] - frozen for chosen in adapters]
         return shifts, frozen, [self.labels[row] for row in rows]
 
