@@ -2,7 +2,8 @@
 
 python -m experiments.labels.run TASK [--arms lora,p3eft,dc+activation_weight=0.1] [--seeds 1,2,3] [--selection]
 
-An arm is a method's name, then what differs from its defaults: `rank`, `lr`, `warmup`, `epochs`, or one of its options.
+An arm is a method's name, then what differs from its defaults: `rank`, `lr`, `warmup`, `epochs`, `first` (the lowest
+block with adapters), or one of its options.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import random
 import shutil
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +61,15 @@ class Arm:
     warmup: int = TrainConfig.warmup
     epochs: float = 1.0
     """Factor on the task's steps."""
+    first: int | None = None
+    """Adapters sit on this block and those above."""
 
     @staticmethod
     def parse(name: str) -> Arm:
         """`method+key=value+…`, values in JSON."""
         method, *settings = name.split("+")
         given = {key: json.loads(value) for key, value in (setting.split("=") for setting in settings)}
-        own = {key: given.pop(key) for key in ("rank", "lr", "warmup", "epochs") if key in given}
+        own = {key: given.pop(key) for key in ("rank", "lr", "warmup", "epochs", "first") if key in given}
         return Arm(name, method, given, **own)
 
 
@@ -82,9 +85,9 @@ class Stage:
     test: Examples
 
 
-def set_stage(name: str) -> Stage:
-    """Loads a task and runs the lower layers on all its texts."""
-    task = TASKS[name]
+def set_stage(name: str, first: int | None = None) -> Stage:
+    """Loads a task and runs the layers below the first adapter on all its texts."""
+    task = TASKS[name] if first is None else replace(TASKS[name], first=first)
     train, validation, test = task.load()
     backbone = load_backbone(task.model)
     lower = LowerLayers(backbone, task.first)
@@ -281,12 +284,12 @@ def main() -> None:
         for arm in options.arms.split(",")
     ]
     jobs = [job for job in jobs if not job.path.exists()]
-    if not jobs:
-        return
-    _stage.append(set_stage(options.task))
-    with multiprocessing.get_context("fork").Pool(min(options.workers, len(jobs))) as workers:
-        for line in workers.imap_unordered(work, jobs):
-            print(line, flush=True)
+    for first in sorted({job.arm.first for job in jobs}, key=str):
+        _stage[:] = [set_stage(options.task, first)]
+        some = [job for job in jobs if job.arm.first == first]
+        with multiprocessing.get_context("fork").Pool(min(options.workers, len(some))) as workers:
+            for line in workers.imap_unordered(work, some):
+                print(line, flush=True)
 
 
 if __name__ == "__main__":

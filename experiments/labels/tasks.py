@@ -58,7 +58,7 @@ def _some(examples: Examples, most: int | None) -> Examples:
 
 TASKS = {
     "sst2": Task("sst2", "minilm", 3, steps=216, max_length=48, train="train_sentences"),
-    "mrpc": Task("mrpc", "minilm", 3, steps=115, max_length=80, text="text_a", pair="text_b", attacked=700),
+    "mrpc": Task("mrpc", "minilm", 3, steps=230, max_length=80, text="text_a", pair="text_b", attacked=700),
     "trec": Task("trec", "minilm", 3, steps=310, max_length=32, validation=None, attacked=700),
     "sst2-smollm2": Task(
         "sst2",

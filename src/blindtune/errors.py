@@ -13,6 +13,9 @@ BlindtuneError
 │   ├── AdapterMismatch         422  adapter weights that don't fit the model or each other
 │   ├── InvalidTensor           422  a tensor with the wrong name, shape or dtype
 │   ├── NonFiniteTensor         422  a tensor with NaN or infinity
+│   ├── CodecMismatch           422  a tensor in another number format than its message says
+│   ├── GraphLost               404  the server has forgotten a forward pass; the client sends it again
+│   ├── UnknownPart             404  a part of a model (bottom, top, emulator) that isn't offered
 │   ├── EmptyBatch              422  a batch without examples or an example without tokens
 │   ├── SequenceTooLong         422  more tokens than the model or the server takes
 │   ├── TooBusy                 503  the queue is full; the client waits and tries again
@@ -25,6 +28,8 @@ BlindtuneError
 │   ├── SingleOperator          two shares, or both halves of a pad, would meet at one operator
 │   └── BudgetSpent             the next step would reveal more than the run's budget allows
 ├── ConfigError                 an option has a value that can't work
+├── CacheFull                   the client's store of hidden states has no room for what is asked for
+├── EmulatorError               an emulator that is damaged, tampered with, or made from another model
 ├── DataError                   a data file can't be used as it is
 │   ├── MissingColumn           a column that isn't in the file
 │   ├── BadEncoding             bytes that aren't UTF-8 text, or broken rows
@@ -121,6 +126,18 @@ class NonFiniteTensor(RequestError):
     slug, status, title = "non-finite-tensor", 422, "NaN or infinity in a tensor"
 
 
+class CodecMismatch(RequestError):
+    slug, status, title = "codec-mismatch", 422, "Tensor in another codec"
+
+
+class GraphLost(RequestError):
+    slug, status, title = "graph-lost", 404, "Forward pass not in the cache"
+
+
+class UnknownPart(RequestError):
+    slug, status, title = "unknown-part", 404, "Part of a model that isn't offered"
+
+
 class EmptyBatch(RequestError):
     slug, status, title = "empty-batch", 422, "Empty batch"
 
@@ -167,6 +184,14 @@ class BudgetSpent(PrivacyError):
 
 class ConfigError(BlindtuneError):
     """An option has a value that can't work."""
+
+
+class CacheFull(BlindtuneError):
+    """The client's store of hidden states has no room for what is asked for; nothing was sent for it."""
+
+
+class EmulatorError(BlindtuneError):
+    """An emulator that is damaged, tampered with, or made from another model."""
 
 
 class DataError(BlindtuneError):

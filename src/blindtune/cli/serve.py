@@ -2,12 +2,15 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from blindtune.cli.console import console, reporting_errors
 from blindtune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from blindtune.models import Cut
 
 
 def serve(
@@ -36,6 +39,13 @@ def serve(
             help="float32, float64, bfloat16 or float16. Clients with gradient shares need float32 or float64."
         ),
     ] = "float32",
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="Let clients hold the first and the last blocks of decoders, e.g. 2 or 2,4, with embeddings and LM "
+            "head: their texts then stay with them."
+        ),
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="Torch threads of this process; all cores if left out.")] = None,
     max_body_mb: Annotated[int, typer.Option(help="Largest request body, MiB.")] = 256,
     max_tokens: Annotated[int, typer.Option(help="Largest batch: adapters x examples x length.")] = 65_536,
@@ -51,8 +61,9 @@ def serve(
 ) -> None:
     """Host models and compute forward and backward passes for clients' adapters.
 
-    Weights never leave the server. Logs are JSON lines on stderr, without request bodies; Prometheus metrics are
-    at /metrics. SIGTERM or Ctrl-C finishes the requests that are under way.
+    Weights never leave the server, but for the ends of a model that is served with --split. Logs are JSON lines on
+    stderr, without request bodies; Prometheus metrics are at /metrics. SIGTERM or Ctrl-C finishes the requests that are
+    under way.
 
     Example:  blindtune serve --model minilm --port 8001 --no-auth
     """
@@ -85,17 +96,30 @@ def serve(
             max_queue=max_queue,
             record=record,
         )
+        cut = parse_cut(split)
         models = {}
         for entry in model:
             path = entry.split("=", 1)[-1]
             console.print(f"Loading {path} ({dtype}, {device}) …")
-            backbone = load_backbone(path, device=device, dtype=dtype)
+            backbone = load_backbone(path, device=device, dtype=dtype, cut=cut)
             models[entry.split("=", 1)[0] if "=" in entry else backbone.source.name] = backbone
 
         def announce(url: str) -> None:
             console.print(f"Serving {', '.join(models)} on {url}  (pid {os.getpid()})", soft_wrap=True)
 
         run_server(models, settings, address, threads=threads, on_listen=announce)
+
+
+def parse_cut(split: str | None) -> "Cut | None":
+    """`2` or `2,4`: blocks of the bottom and of the top. Raises `ConfigError`."""
+    from blindtune.models import Cut
+
+    if split is None:
+        return None
+    numbers = [part.strip() for part in split.split(",")]
+    if not all(number.isdigit() for number in numbers) or len(numbers) > 2:
+        raise ConfigError(f"--split {split} is no cut.", remedy="Write the bottom's blocks and the top's, e.g. 2,2.")
+    return Cut(int(numbers[0]), int(numbers[-1]))
 
 
 def token(

@@ -4,6 +4,7 @@ from blindtune.client.backbone import Backbone
 from blindtune.client.channel import Channel, PlainChannel, RemoteBatch
 from blindtune.client.operators import Operator, OperatorPool, Upload
 from blindtune.client.transport import Patience, Traffic, Transport
+from blindtune.client.trunk import RemoteTrunk, fetch_part
 
 __all__ = [
     "Backbone",
@@ -13,7 +14,9 @@ __all__ = [
     "Patience",
     "PlainChannel",
     "RemoteBatch",
+    "RemoteTrunk",
     "Traffic",
     "Transport",
     "Upload",
+    "fetch_part",
 ]

@@ -69,13 +69,13 @@ class Operator:
                     remedy="Name one of them (--model).",
                 )
             model = hosted.models[0]
-        self._path = f"/v1/models/{model}"
-        self.info = self._read(ModelInfo, self._path)
+        self.path = f"/v1/models/{model}"
+        self.info = self._read(ModelInfo, self.path)
         self._precision = torch.float64 if self.info.dtype == "float64" else torch.float32
         self._uploaded: OrderedDict[str, None] = OrderedDict()
 
     def tokenizer(self) -> Tokenizer:
-        file = self._read(TokenizerFile, f"{self._path}/tokenizer")
+        file = self._read(TokenizerFile, f"{self.path}/tokenizer")
         return Tokenizer(file.tokenizer, pad_token_id=self.info.pad_token_id, with_types=self.info.token_type_ids)
 
     def forward(
@@ -100,9 +100,9 @@ class Operator:
             retain=retain,
             return_hidden=want_hidden,
         )
-        answer = self._with_adapters(uploads, f"{self._path}/forward", encode(request, tokens.tensors()))
+        answer = self._with_adapters(uploads, f"{self.path}/forward", encode(request, tokens.tensors()))
         message, tensors = decode(answer, ForwardResponse, ANSWER_LIMITS)
-        self._check_fingerprint(message.fingerprint)
+        self.check_fingerprint(message.fingerprint)
         if not want_hidden:
             return None
         positions = (None, self.info.hidden_size) if pooling == "none" else (self.info.hidden_size,)
@@ -126,9 +126,9 @@ class Operator:
         names = [upload.sha256 for upload in uploads]
         request = BackwardRequest(adapters=names, pooling=pooling, seed=seed, noise=noise)
         body = encode(request, {**tokens.tensors(), **tensors})
-        answer = self._with_adapters(uploads, f"{self._path}/backward", body)
+        answer = self._with_adapters(uploads, f"{self.path}/backward", body)
         message, tensors = decode(answer, BackwardResponse, ANSWER_LIMITS)
-        self._check_fingerprint(message.fingerprint)
+        self.check_fingerprint(message.fingerprint)
         m = len(cotangents) if isinstance(cotangents, Tensor) else 1
         return check_tensor(tensors, "gradients", (m, len(uploads), None), self._precision)
 
@@ -155,7 +155,8 @@ class Operator:
             while len(self._uploaded) > KNOWN_ADAPTERS:
                 self._uploaded.popitem(last=False)
 
-    def _check_fingerprint(self, found: str) -> None:
+    def check_fingerprint(self, found: str) -> None:
+        """Raises `OperatorsDiffer` if an answer comes from other weights than those that were there at the start."""
         if found != self.info.fingerprint:
             raise OperatorsDiffer(
                 f"{self.transport.url} now hosts other weights than at the start (fingerprint {found[:12]}…, "

@@ -85,6 +85,10 @@ class Transport:
         """The JSON at `path`."""
         return self._json(self._send("GET", path, None))
 
+    def fetch(self, path: str) -> bytes:
+        """The body at `path`."""
+        return self._send("GET", path, None)
+
     def put(self, path: str, body: bytes) -> Any:
         """Uploads; returns the JSON answer."""
         return self._json(self._send("PUT", path, body))

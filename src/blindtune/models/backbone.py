@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -25,7 +25,8 @@ from blindtune.errors import ConfigError, EmptyBatch, InvalidTensor, SequenceToo
 from blindtune.models.lora import LoraLayout, LoraPass
 from blindtune.models.pooling import POOLINGS, default_pooling, pool
 from blindtune.models.sources import ModelSource, find_source
-from blindtune.wire import Architecture, Limits, ModelInfo, Pooling
+from blindtune.models.split import PARTS, Cut, SplitModel, check_splittable, layers_of
+from blindtune.wire import Architecture, Limits, ModelInfo, Pooling, SplitInfo
 
 TORCH_DTYPES = {
     "float64": torch.float64,
@@ -62,8 +63,17 @@ class FrozenBackbone:
     Not thread-safe: one call at a time.
     """
 
-    def __init__(self, model: nn.Module, source: ModelSource, tokenizer: str, pad_token_id: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        source: ModelSource,
+        tokenizer: str,
+        pad_token_id: int,
+        split: SplitModel | None = None,
+    ) -> None:
         self.model: nn.Module = model.eval().requires_grad_(False)
+        self.split = split
+        """The same model with its LM head, in three parts, if clients may hold its ends."""
         self.source = source
         self.tokenizer = tokenizer
         """JSON of the `tokenizers` library."""
@@ -98,7 +108,15 @@ class FrozenBackbone:
             fingerprint=self.fingerprint,
             base_model_name=self.source.name,
             limits=limits.model_copy(update={"max_length": min(limits.max_length, self.max_length)}),
+            split=self._split_info(),
         )
+
+    def _split_info(self) -> SplitInfo | None:
+        if self.split is None:
+            return None
+        cut, shared = self.split.cut, self.split.weights_shared()
+        offered = [part for part in PARTS if part != "trunk"]
+        return SplitInfo(bottom=cut.bottom, top=cut.top, parts=list(offered), weights_shared=round(shared, 4))
 
     def forward(
         self,
@@ -189,12 +207,16 @@ class FrozenBackbone:
         return pooled if pooled.dtype == torch.float64 else pooled.float()
 
 
-def load_backbone(name_or_path: str, *, device: str = "cpu", dtype: str = "float32") -> FrozenBackbone:
+def load_backbone(
+    name_or_path: str, *, device: str = "cpu", dtype: str = "float32", cut: Cut | None = None
+) -> FrozenBackbone:
     """Loads a hub model, a folder, a GGUF file or a packaged model (`minilm`, `smollm2`).
 
+    Args:
+        cut: where to split a decoder into bottom, trunk and top; then its LM head is loaded too.
     Raises:
         UnknownModel: nothing is there, or it can't be loaded as a transformer.
-        ConfigError: a dtype that isn't float64, float32, bfloat16 or float16.
+        ConfigError: a dtype that isn't float64, float32, bfloat16 or float16; a cut that the model doesn't allow.
     """
     if dtype not in TORCH_DTYPES:
         raise ConfigError(f"There is no dtype {dtype!r} here.", remedy=f"Use one of: {', '.join(TORCH_DTYPES)}.")
@@ -202,7 +224,12 @@ def load_backbone(name_or_path: str, *, device: str = "cpu", dtype: str = "float
     try:
         config = AutoConfig.from_pretrained(source.location, **source.arguments)
         _architecture(config)  # raises before any weights are read
-        model, loading = AutoModel.from_pretrained(
+        kind: Any = AutoModel
+        if cut is not None:
+            check_splittable(config)
+            cut.check(layers_of(config))
+            kind = AutoModelForCausalLM
+        whole, loading = kind.from_pretrained(
             source.location, dtype=TORCH_DTYPES[dtype], output_loading_info=True, **source.arguments
         )
         tokenizer: Any = AutoTokenizer.from_pretrained(source.location, **source.arguments)
@@ -223,13 +250,16 @@ def load_backbone(name_or_path: str, *, device: str = "cpu", dtype: str = "float
             f"The checkpoint of {name_or_path!r} lacks {len(missing)} weights, e.g. {missing[0]}.",
             remedy="Host a complete pretrained model.",
         )
+    whole = whole.to(device)
+    model = whole if cut is None else whole.base_model
     if hasattr(model, "pooler"):
         model.pooler = None  # not part of the hidden states, and often not part of the checkpoint
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (config.pad_token_id or 0)
     backend = tokenizer.backend_tokenizer
     backend.no_padding()
     backend.no_truncation()
-    return FrozenBackbone(model.to(device), source, backend.to_str(), int(pad))
+    split = None if cut is None else SplitModel.of(whole.eval().requires_grad_(False), cut)
+    return FrozenBackbone(model, source, backend.to_str(), int(pad), split)
 
 
 def fingerprint(model: nn.Module) -> str:

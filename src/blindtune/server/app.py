@@ -13,7 +13,9 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Literal
 from uuid import uuid4
 
 import structlog
@@ -38,6 +40,7 @@ from blindtune.errors import (
     ServerFault,
     TooBusy,
     UnknownModel,
+    UnknownPart,
 )
 from blindtune.keystream import expand_noise
 from blindtune.models import FrozenBackbone, Tokens
@@ -46,6 +49,7 @@ from blindtune.server.cache import ByteLRU
 from blindtune.server.engine import Call, Engine, RetainedGraph, StoredAdapter
 from blindtune.server.metrics import Metrics
 from blindtune.server.recorder import Recorder
+from blindtune.server.trunk import Trunk
 from blindtune.wire import (
     MEDIA_TYPE,
     AdapterReceipt,
@@ -57,7 +61,9 @@ from blindtune.wire import (
     Limits,
     ModelInfo,
     ModelList,
+    PartFile,
     TokenizerFile,
+    TrunkRequest,
     check_finite,
     check_tensor,
     decode,
@@ -90,6 +96,9 @@ class Host:
         self.adapters = ByteLRU[tuple[str, str], StoredAdapter](settings.adapter_bytes, self.metrics.adapter_bytes.set)
         self.graphs = ByteLRU[tuple[str, str], RetainedGraph](settings.graph_bytes, self.metrics.graph_bytes.set)
         self.engines = {name: Engine(name, model, self.adapters, self.graphs) for name, model in models.items()}
+        self.trunks = {
+            name: Trunk(name, model, self.graphs) for name, model in models.items() if model.split is not None
+        }
         self.infos = {name: model.info(name, settings.limits) for name, model in models.items()}
         self.recorder = Recorder(settings.record, self.operator_id, models) if settings.record else None
         self._threads = {name: ThreadPoolExecutor(1, f"engine-{name}") for name in models}
@@ -197,6 +206,37 @@ class Host:
             BackwardResponse(fingerprint=engine.backbone.fingerprint, retained=retained), {"gradients": gradients}
         )
 
+    def part(self, model: str, part: str) -> bytes:
+        """A part's weights; raises `UnknownPart`."""
+        backbone, info = self.engine(model).backbone, self.infos[model].split
+        if backbone.split is None or info is None or part not in info.parts:
+            offered = "none" if info is None else ", ".join(info.parts)
+            raise UnknownPart(
+                f"{model!r} offers no part {part!r}.", remedy=f"Offered: {offered} (`blindtune serve --split`)."
+            )
+        message = PartFile(
+            part=part, config=backbone.split.config.to_json_string(), bottom=info.bottom, top=info.top,
+            fingerprint=backbone.fingerprint,
+        )  # fmt: skip
+        return encode(message, backbone.split.parts[part].weights())  # pyright: ignore[reportArgumentType] - checked
+
+    def trunk(self, tenant: str, model: str, body: bytes, *, backward: bool) -> bytes:
+        if model not in self.trunks:
+            self.engine(model)
+            raise UnknownPart(f"{model!r} is not split here.", remedy="The provider has to serve it with --split.")
+        trunk = self.trunks[model]
+        request, received = decode(body, TrunkRequest, self.settings.limits)
+        lengths = check_tensor(received, "lengths", (None,), torch.int32)
+        trunk.check_lengths(lengths, self.infos[model].limits)
+        sha256 = hashlib.sha256(body).hexdigest()
+        response, sent = (trunk.backward if backward else trunk.forward)(tenant, sha256, request, received)
+        direction = "backward" if backward else "forward"
+        self.metrics.tokens.labels(direction).inc(int(lengths.sum()))
+        if self.recorder is not None:
+            named = request.forward if backward else sha256
+            self.recorder.trunk(tenant, model, request, named, received, sent, backward=backward)
+        return encode(response, sent)
+
     def _check_answer(self, size: int) -> None:
         """Raises `BodyTooLarge` before gradients of that many bytes are computed."""
         limit = self.settings.limits.max_answer_bytes
@@ -273,6 +313,12 @@ def _add_routes(app: FastAPI, host: Host) -> None:
         text = host.engine(model).backbone.tokenizer
         return TokenizerFile(tokenizer=text, sha256=hashlib.sha256(text.encode()).hexdigest())
 
+    @app.get("/v1/models/{model:path}/parts/{part}")
+    async def send_part(model: str, part: str, request: Request) -> Response:
+        """The weights of a split model's bottom or top."""
+        tenant(request)
+        return Response(await asyncio.to_thread(host.part, model, part), media_type=MEDIA_TYPE)
+
     @app.get("/v1/models/{model:path}")
     async def describe_model(model: str, request: Request) -> ModelInfo:
         """Shapes, names and limits of one model."""
@@ -287,6 +333,17 @@ def _add_routes(app: FastAPI, host: Host) -> None:
         with host.place():
             body = await _read(request, host.settings.limits)
             return await asyncio.to_thread(host.put_adapter, owner, sha256, body)
+
+    @app.post("/v1/models/{model:path}/trunk/{direction}")
+    async def trunk(model: str, direction: Literal["forward", "backward"], request: Request) -> Response:
+        """Hidden states through the middle of a split model, or cotangents back through it."""
+        owner = tenant(request)
+        host.engine(model)
+        with host.place():
+            body = await _read(request, host.settings.limits)
+            work = partial(host.trunk, owner, model, body, backward=direction == "backward")
+            answer = await host.on_engine(model, work)
+        return Response(answer, media_type=MEDIA_TYPE)
 
     @app.post("/v1/models/{model:path}/forward")
     async def forward(model: str, request: Request) -> Response:

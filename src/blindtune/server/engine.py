@@ -7,10 +7,11 @@ forward pass again and gets the identical answer.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from blindtune.errors import AdapterMismatch, UnknownAdapter
 from blindtune.models import FrozenBackbone, LoraLayout, Tokens
@@ -29,10 +30,11 @@ class StoredAdapter:
 
 @dataclass(frozen=True)
 class RetainedGraph:
-    """The output `(n, B, d)` of a forward pass with its autograd graph, and the leaf `(n, P)` that it depends on."""
+    """The output of a forward pass, `(n, B, d)` or a trunk's `(N, d)`, with its autograd graph, and the leaf that it
+    depends on: weights `(n, P)` or a trunk's input `(N, d)`."""
 
     hidden: Tensor
-    weights: Tensor
+    leaf: Tensor
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ class Engine:
         for index, cotangent in enumerate(cotangents):
             (gradient,) = torch.autograd.grad(
                 graph.hidden,
-                graph.weights,
+                graph.leaf,
                 cotangent.to(graph.hidden),
                 retain_graph=index < len(cotangents) - 1,
             )
@@ -142,18 +144,27 @@ class Engine:
         """The forward pass with its graph, and the bytes that the graph holds beyond the model's own weights."""
         precision = torch.float64 if self.backbone.dtype == torch.float64 else torch.float32
         leaf = weights.to(self.backbone.device, precision).requires_grad_()
-        owned = {p.untyped_storage().data_ptr() for p in self.backbone.model.parameters()}
-        held: dict[int, int] = {}
+        return keep_graph(
+            self.backbone.model,
+            leaf,
+            lambda: self.backbone.forward(call.tokens, call.pooling, layout, leaf, seed=call.seed),
+        )
 
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in owned:
-                held[storage.data_ptr()] = storage.nbytes()
-            return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, _same):
-            hidden = self.backbone.forward(call.tokens, call.pooling, layout, leaf, seed=call.seed)
-        return RetainedGraph(hidden, leaf), sum(held.values()) + hidden.nbytes + leaf.nbytes
+def keep_graph(model: nn.Module, leaf: Tensor, run: Callable[[], Tensor]) -> tuple[RetainedGraph, int]:
+    """What `run` computes from `leaf`, with its graph, and the bytes that the graph holds beyond the model's own."""
+    owned = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    held: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, _same):
+        hidden = run()
+    return RetainedGraph(hidden, leaf), sum(held.values()) + hidden.nbytes + leaf.nbytes
 
 
 def _same(tensor: Tensor) -> Tensor:

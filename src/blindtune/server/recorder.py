@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 from blindtune.models import FrozenBackbone, Tokens
 from blindtune.server.engine import Call
-from blindtune.wire import AdapterUpload, Event, RecordedModel, Recording, TranscriptWriter
+from blindtune.wire import AdapterUpload, Event, RecordedModel, Recording, TranscriptWriter, TrunkRequest
 
 
 class Recorder:
@@ -20,6 +21,8 @@ class Recorder:
                 source=backbone.source.requested,
                 dtype=str(backbone.dtype).removeprefix("torch."),
                 fingerprint=backbone.fingerprint,
+                bottom=backbone.split.cut.bottom if backbone.split else None,
+                top=backbone.split.cut.top if backbone.split else None,
             )
             for name, backbone in models.items()
         }
@@ -36,6 +39,24 @@ class Recorder:
 
     def backward(self, model: str, call: Call, cotangents: Tensor) -> None:
         self._writer.add(_event("backward", model, call), _with(call.tokens, "cotangents", cotangents))
+
+    def trunk(
+        self,
+        tenant: str,
+        model: str,
+        request: TrunkRequest,
+        forward: str | None,
+        received: Mapping[str, Tensor],
+        sent: Mapping[str, Tensor],
+        *,
+        backward: bool,
+    ) -> None:
+        kind = "trunk-backward" if backward else "trunk-forward"
+        event = Event(
+            event=0, time=0, tenant=tenant, kind=kind, model=model, up=request.up, down=request.down, forward=forward
+        )
+        answer = {"answer." + name.split(".", 1)[1]: tensor for name, tensor in sent.items()}
+        self._writer.add(event, {**received, **answer})
 
     def close(self) -> None:
         self._writer.close()

@@ -2,33 +2,42 @@
 
 from blindtune.wire.codec import check_finite, check_tensor, decode, encode
 from blindtune.wire.limits import Limits
+from blindtune.wire.quantize import dequantize, quantize
 from blindtune.wire.schema import (
     API_VERSION,
+    CODECS,
     MEDIA_TYPE,
     AdapterReceipt,
     AdapterUpload,
     Architecture,
     BackwardRequest,
     BackwardResponse,
+    Codec,
     ForwardRequest,
     ForwardResponse,
     LoraSpec,
     ModelInfo,
     ModelList,
     NoiseShare,
+    PartFile,
     Pooling,
+    SplitInfo,
     TokenizerFile,
+    TrunkRequest,
+    TrunkResponse,
 )
 from blindtune.wire.transcript import Event, RecordedModel, Recording, Transcript, TranscriptWriter
 
 __all__ = [
     "API_VERSION",
+    "CODECS",
     "MEDIA_TYPE",
     "AdapterReceipt",
     "AdapterUpload",
     "Architecture",
     "BackwardRequest",
     "BackwardResponse",
+    "Codec",
     "Event",
     "ForwardRequest",
     "ForwardResponse",
@@ -37,14 +46,20 @@ __all__ = [
     "ModelInfo",
     "ModelList",
     "NoiseShare",
+    "PartFile",
     "Pooling",
     "RecordedModel",
     "Recording",
+    "SplitInfo",
     "TokenizerFile",
     "Transcript",
     "TranscriptWriter",
+    "TrunkRequest",
+    "TrunkResponse",
     "check_finite",
     "check_tensor",
     "decode",
+    "dequantize",
     "encode",
+    "quantize",
 ]

@@ -8,14 +8,20 @@
 | `PUT /v1/adapters/{sha256}` | `AdapterUpload` + `weights [P]` | `AdapterReceipt` (JSON) |
 | `POST /v1/models/{m}/forward` | `ForwardRequest` + tokens | `ForwardResponse` + `hidden` |
 | `POST /v1/models/{m}/backward` | `BackwardRequest` + tokens (+ `cotangents`) | `BackwardResponse` + `gradients` |
+| `GET /v1/models/{m}/parts/{part}` | | `PartFile` + the weights of a part |
+| `POST /v1/models/{m}/trunk/forward` | `TrunkRequest` + `hidden` | `TrunkResponse` + `hidden` |
+| `POST /v1/models/{m}/trunk/backward` | `TrunkRequest` + `cotangents` (+ `hidden`) | `TrunkResponse` + `gradients` |
 
 Tokens are `input_ids [B, L]` int32, `lengths [B]` int32 (right padding) and, for models that use them,
 `token_type_ids [B, L]` uint8.
+
+Hidden states of the trunk's routes are packed, `[N, d]` with N the sum of `lengths [B]` int32: no padding travels. Each
+of them is several tensors, in the codec that the message names (`blindtune.wire.quantize`).
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraints
 
@@ -29,6 +35,9 @@ Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Pooling = Literal["cls", "mean", "last", "first", "none"]
 """How `[B, L, d]` becomes what the head reads: the first token (cls), the mean over tokens, the last
 token, the decoder's first position (first), or every position (none)."""
+Codec = Literal["fp32", "fp16", "int8", "int4"]
+"""How many bits hidden states and their gradients have on the wire, see `blindtune.wire.quantize`."""
+CODECS: tuple[Codec, ...] = get_args(Codec)
 Architecture = Literal["encoder", "decoder", "encoder-decoder"]
 
 
@@ -111,6 +120,56 @@ class BackwardResponse(Message):
     """Whether the forward pass was still in memory."""
 
 
+class TrunkRequest(Message):
+    """The middle of a split model on packed hidden states; see `blindtune.models.split`."""
+
+    up: Codec
+    """How `hidden` (and `cotangents`) travel."""
+    down: Codec
+    """How the answer shall travel."""
+    retain: bool = False
+    """True: keep the autograd graph for a backward call that follows."""
+    forward: Sha256 | None = None
+    """Backward: SHA-256 of the body of the forward call. With it `hidden` may be left out as long as the server has the
+    graph; if it hasn't, it answers `graph-lost`."""
+
+
+class TrunkResponse(Message):
+    """With `hidden` or `gradients`, packed as in the request, in the codec that it asked for.
+
+    Gradients are rounded at random, from a stream that follows from the request: equal requests, equal answers.
+    """
+
+    fingerprint: Sha256
+    retained: bool = False
+    """Backward: whether the forward pass was still in memory."""
+
+
+class PartFile(Message):
+    """A part of a split model for the client to hold, with its weights under the whole model's names."""
+
+    part: str
+    config: str
+    """The model's configuration in transformers, as JSON."""
+    bottom: PositiveInt
+    top: PositiveInt
+    fingerprint: Sha256
+    manifest: str | None = None
+    """Of an emulator: JSON, signed (`blindtune.models.emulator`)."""
+
+
+class SplitInfo(Message):
+    """How a hosted decoder is cut: blocks of the bottom and of the top, which clients may have."""
+
+    bottom: PositiveInt
+    top: PositiveInt
+    parts: list[str]
+    """What `parts/` offers: bottom, top, and emulator if there is one."""
+    codecs: list[Codec] = list(CODECS)
+    weights_shared: Annotated[float, Field(ge=0, le=1)]
+    """Part of the model's weights that is in bottom and top."""
+
+
 class ModelInfo(Message):
     """What is hosted, as far as a client may know it: shapes and names, never weights."""
 
@@ -134,6 +193,8 @@ class ModelInfo(Message):
     base_model_name: str
     """What PEFT writes into `base_model_name_or_path`."""
     limits: Limits
+    split: SplitInfo | None = None
+    """How the model is cut, if clients may hold its ends."""
 
 
 class ModelList(Message):

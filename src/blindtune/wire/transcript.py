@@ -8,6 +8,8 @@ A folder with `index.jsonl` (a first line that describes the recording, then a l
 | adapter | `weights [P]` |
 | forward | `input_ids [B, L]`, `lengths [B]`, (`token_type_ids [B, L]`,) `hidden` as sent (if it was sent) |
 | backward | `input_ids`, `lengths`, (`token_type_ids`,) `cotangents [m, n, B, d]` |
+| trunk-forward | `lengths [B]`, `hidden` up as received, `answer` as sent; packed, in the event's codecs |
+| trunk-backward | `lengths [B]`, `cotangents` (and `hidden` if sent again) as received, `answer` (gradients) as sent |
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from blindtune.errors import TranscriptError
-from blindtune.wire.schema import LoraSpec
+from blindtune.wire.schema import Codec, LoraSpec
 
 INDEX = "index.jsonl"
 FORMAT = 1
@@ -38,6 +40,9 @@ class RecordedModel(BaseModel):
     source: str
     dtype: str
     fingerprint: str
+    bottom: int | None = None
+    top: int | None = None
+    """Blocks of a split model's ends."""
 
 
 class Recording(BaseModel):
@@ -56,13 +61,17 @@ class Event(BaseModel):
     event: int
     time: float
     tenant: str
-    kind: Literal["adapter", "forward", "backward"]
+    kind: Literal["adapter", "forward", "backward", "trunk-forward", "trunk-backward"]
     model: str
     adapters: list[str] = []
     """Content hashes; for kind `adapter` the one hash of what was uploaded."""
     spec: LoraSpec | None = None
     pooling: str | None = None
     seed: int | None = None
+    up: Codec | None = None
+    down: Codec | None = None
+    forward: str | None = None
+    """Of a trunk's messages: SHA-256 of the forward call's body, which a backward call names."""
     tensors: list[str] = []
     shard: str = ""
 

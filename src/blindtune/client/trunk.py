@@ -1,0 +1,145 @@
+"""A split model's middle, as a function that runs on the provider's server, and the ends that the client may hold."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from blindtune.client.operators import ANSWER_LIMITS, Operator
+from blindtune.errors import ConfigError, GraphLost, UnknownPart
+from blindtune.models import Cut, Part
+from blindtune.models.split import PartName, build_part, config_from_json, pack, unpack
+from blindtune.wire import (
+    Codec,
+    PartFile,
+    TrunkRequest,
+    TrunkResponse,
+    check_tensor,
+    decode,
+    dequantize,
+    encode,
+    quantize,
+)
+
+PART_LIMITS = ANSWER_LIMITS.model_copy(update={"max_body_bytes": 2**40, "max_tensors": 100_000})
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A forward call: its tensors, and the SHA-256 of its body, by which the backward call names it."""
+
+    tensors: dict[str, Tensor]
+    sha256: str
+
+
+class RemoteTrunk:
+    """s_B = trunk(s_A) on a server; differentiable, so that `backward` asks the server for the gradient.
+
+    Both directions are quantized. The gradient passes through the rounding of s_A as if it weren't there
+    (straight-through); gradients are rounded at random, with the right mean.
+
+    Args:
+        operator: a server that hosts the model with `--split`.
+        up, down: codecs of what is sent and of what comes back.
+        seed: of the random rounding.
+    Raises:
+        UnknownPart: the model isn't split there.
+        ConfigError: a codec that the server doesn't offer.
+    """
+
+    def __init__(self, operator: Operator, *, up: Codec = "int8", down: Codec = "int8", seed: int = 0) -> None:
+        if operator.info.split is None:
+            raise UnknownPart(
+                f"{operator.info.name!r} is not split at {operator.transport.url}.",
+                remedy="The provider has to serve it with --split.",
+            )
+        for codec in (up, down):
+            if codec not in operator.info.split.codecs:
+                raise ConfigError(
+                    f"{operator.transport.url} doesn't offer the codec {codec!r}.",
+                    remedy=f"Use one of: {', '.join(operator.info.split.codecs)}.",
+                )
+        self.operator = operator
+        self.up: Codec = up
+        self.down: Codec = down
+        self._generator = torch.Generator().manual_seed(seed)
+        self.traffic: Counter[str] = Counter()
+        """Body bytes so far by kind: `s_A up`, `s_B down`, `g_B up`, `g_A down`."""
+
+    def __call__(self, hidden: Tensor, lengths: Tensor) -> Tensor:
+        """`(B, L, d)` from `(B, L, d)`; only the `lengths (B,)` first tokens of each example travel."""
+        packed = pack(hidden, lengths)
+        if torch.is_grad_enabled() and packed.requires_grad:
+            result = cast(Tensor, _RemoteBlocks.apply(self, packed, lengths))
+        else:
+            result, _ = self.forward(packed, lengths)
+        return unpack(result, lengths)
+
+    def forward(self, packed: Tensor, lengths: Tensor, *, retain: bool = False) -> tuple[Tensor, Sent]:
+        """s_B `[N, d]` for s_A `[N, d]`, float32, without gradient; and what was sent for it.
+
+        Args:
+            retain: whether a backward call will follow.
+        """
+        tensors = {**quantize("hidden", packed, self.up), "lengths": lengths.to(torch.int32)}
+        body = encode(TrunkRequest(up=self.up, down=self.down, retain=retain), tensors)
+        answer = self._post("forward", body, "s_A up", "s_B down")
+        sent = Sent(tensors, hashlib.sha256(body).hexdigest())
+        return self._answer("hidden", answer, len(packed), packed.shape[1]), sent
+
+    def backward(self, sent: Sent, cotangents: Tensor) -> Tensor:
+        """g_A `[N, d]` for the cotangents g_B `[N, d]` of s_B.
+
+        s_A is not sent again, unless the server has forgotten it.
+        """
+        rounded = quantize("cotangents", cotangents, self.up, generator=self._generator)
+        request = TrunkRequest(up=self.up, down=self.down, forward=sent.sha256)
+        try:
+            body = encode(request, {"lengths": sent.tensors["lengths"], **rounded})
+            answer = self._post("backward", body, "g_B up", "g_A down")
+        except GraphLost:
+            answer = self._post("backward", encode(request, {**sent.tensors, **rounded}), "g_B up", "g_A down")
+        return self._answer("gradients", answer, len(cotangents), cotangents.shape[1])
+
+    def _post(self, direction: str, body: bytes, up: str, down: str) -> bytes:
+        answer = self.operator.transport.post(f"{self.operator.path}/trunk/{direction}", body)
+        self.traffic[up] += len(body)
+        self.traffic[down] += len(answer)
+        return answer
+
+    def _answer(self, name: str, body: bytes, tokens: int, dim: int) -> Tensor:
+        message, tensors = decode(body, TrunkResponse, ANSWER_LIMITS)
+        self.operator.check_fingerprint(message.fingerprint)
+        result = dequantize(name, tensors, self.down, dim)
+        return check_tensor({name: result}, name, (tokens, dim), torch.float32)
+
+
+class _RemoteBlocks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, trunk: RemoteTrunk, packed: Tensor, lengths: Tensor) -> Tensor:
+        ctx.trunk = trunk
+        result, ctx.sent = trunk.forward(packed, lengths, retain=True)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None, ctx.trunk.backward(ctx.sent, grad_outputs[0]), None
+
+
+def fetch_part(operator: Operator, name: PartName) -> Part:
+    """Bottom or top of a split model, frozen, in the dtype that the provider hosts it in.
+
+    Raises:
+        UnknownPart: the server doesn't offer it.
+        CheckpointError, ConfigError: an answer that doesn't describe a part.
+    """
+    message, tensors = decode(operator.transport.fetch(f"{operator.path}/parts/{name}"), PartFile, PART_LIMITS)
+    operator.check_fingerprint(message.fingerprint)
+    return build_part(config_from_json(message.config), name, Cut(message.bottom, message.top), tensors)
