@@ -6,6 +6,8 @@
 | `film_sentences` | session | their texts |
 | `tiny_models` | session | name -> folder of a small random model with its tokenizer |
 | `tiny_backbone` | session | name -> one of them, loaded into this process |
+| `tiny_causal` | session | name -> folder of a small random decoder with an LM head, five blocks |
+| `split_server` | session | one process that lets clients hold two blocks of each end of the small Llama, and records |
 | `minilm` | session | MiniLM, loaded into this process |
 | `start_server` | session | context manager: `with start_server("minilm", threads=1) as server: server.url` |
 | `two_servers` | session | two MiniLM processes |
@@ -44,6 +46,7 @@ from blindtune.models import FrozenBackbone, load_backbone
 from blindtune.server import add_token
 from blindtune.training import Examples
 from tests.tiny import build_tiny_models
+from tests.tiny_causal import save_tiny_causal
 
 CACHE = Path(__file__).parent.parent / ".cache"
 
@@ -207,6 +210,35 @@ def tiny_server(start_server: StartServer, tiny_models: dict[str, Path]) -> Gene
     """One operator that hosts every tiny model under its name."""
     with start_server([f"{name}={folder}" for name, folder in tiny_models.items()]) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def tiny_causal(tmp_path_factory: pytest.TempPathFactory, film_sentences: list[str]) -> dict[str, Path]:
+    """llama (tied head), opt (projections) and qwen2 (a head of its own)."""
+    folder = tmp_path_factory.mktemp("tiny-causal")
+    return {name: save_tiny_causal(name, folder / name, film_sentences[:400]) for name in ("llama", "opt", "qwen2")}
+
+
+@dataclass
+class SplitServer:
+    """A server of a split model, and the folder that it records into."""
+
+    server: Server
+    record: Path
+    model: Path
+
+    @property
+    def url(self) -> str:
+        return self.server.url
+
+
+@pytest.fixture(scope="session")
+def split_server(
+    start_server: StartServer, tiny_causal: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Generator[SplitServer]:
+    record = tmp_path_factory.mktemp("split") / "record"
+    with start_server(tiny_causal["llama"], split=2, record=record, max_length=32) as server:
+        yield SplitServer(server, record, tiny_causal["llama"])
 
 
 @dataclass

@@ -4,6 +4,7 @@ import typer
 
 from blindtune.cli.audit import audit
 from blindtune.cli.demo import demo
+from blindtune.cli.emulator import app as emulator
 from blindtune.cli.serve import serve, token
 from blindtune.cli.train import predict, train
 
@@ -16,6 +17,7 @@ app = typer.Typer(
 )
 for command in (train, predict, audit, demo, serve, token):
     app.command()(command)
+app.add_typer(emulator, name="emulator")
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from blindtune.errors import ConfigError
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-    from blindtune.client import Backbone
+    from blindtune.client import Backbone, Operator
     from blindtune.wire import ModelInfo
 
 Servers = Annotated[list[str], typer.Option("--server", help="Address of an operator; repeat for each one.")]
@@ -42,20 +42,39 @@ def connect(
     """A backbone over the operators, with retries announced on the console."""
     from blindtune.client import Backbone, Patience
 
-    verify: ssl.SSLContext | bool = True
-    if tls_ca is not None:
-        if not tls_ca.is_file():
-            raise ConfigError(f"There is no file {tls_ca}.", remedy="Give the authority's certificate (--tls-ca).")
-        verify = ssl.create_default_context(cafile=str(tls_ca))
-
-    def announce(url: str, attempt: int) -> None:
-        console.print(f"[yellow]Waiting for {url} (attempt {attempt}); the same bytes are sent again.[/]")
-
     tokens = token[0] if token and len(token) == 1 else token or None
-    patience = Patience(total=wait)
     return Backbone(
-        servers, token=tokens, verify=verify, insecure=insecure, patience=patience, on_wait=announce, **options
+        servers,
+        token=tokens,
+        verify=_verify(tls_ca),
+        insecure=insecure,
+        patience=Patience(total=wait),
+        on_wait=_announce,
+        **options,
     )
+
+
+def connect_operator(
+    server: str, *, token: list[str] | None, tls_ca: Path | None, wait: float, insecure: bool, model: str | None
+) -> "Operator":
+    """One server, as `connect`."""
+    from blindtune.client import Operator, Patience, Transport
+
+    patience = Patience(total=wait)
+    transport = Transport(server, token[0] if token else None, _verify(tls_ca), patience, _announce, insecure)
+    return Operator(transport, model)
+
+
+def _verify(tls_ca: Path | None) -> ssl.SSLContext | bool:
+    if tls_ca is None:
+        return True
+    if not tls_ca.is_file():
+        raise ConfigError(f"There is no file {tls_ca}.", remedy="Give the authority's certificate (--tls-ca).")
+    return ssl.create_default_context(cafile=str(tls_ca))
+
+
+def _announce(url: str, attempt: int) -> None:
+    console.print(f"[yellow]Waiting for {url} (attempt {attempt}); the same bytes are sent again.[/]")
 
 
 def choose_modules(info: "ModelInfo", targets: list[str] | None, layers: str) -> list[str]:

@@ -19,6 +19,7 @@ from rich.progress import (
 
 from blindtune.client import Backbone
 from blindtune.training import Step, Trainer
+from blindtune.training.guarded import GuardedStep, GuardedTrainer
 
 
 class Bars(Progress):
@@ -36,6 +37,17 @@ class Bars(Progress):
             self.console.print(f"{task.description} {task.completed:.0f}/{task.total:.0f} {status}")
 
 
+_COLUMNS = (
+    TextColumn("[bold]{task.description}"),
+    BarColumn(bar_width=20),
+    MofNCompleteColumn(),
+    TextColumn("{task.fields[status]}"),
+    TimeElapsedColumn(),
+    TextColumn("ETA"),
+    TimeRemainingColumn(),
+)
+
+
 class Interrupted(Exception):
     """The user asked to stop; the last complete step is what counts."""
 
@@ -49,16 +61,7 @@ def run_steps(
         Interrupted: after the step that was under way at the first Ctrl-C.
     """
     done: list[Step] = []
-    columns = (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[status]}"),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-    )
-    with Bars(*columns, console=console) as progress, _stop_request() as stopped:
+    with Bars(*_COLUMNS, console=console) as progress, _stop_request() as stopped:
         task = progress.add_task(title, total=trainer.config.steps, completed=trainer.done, status="")
         for step in trainer.steps():
             done.append(step)
@@ -66,6 +69,25 @@ def run_steps(
             progress.advance(task)
             if on_step is not None:
                 on_step(step)
+            if stopped():
+                raise Interrupted
+    return done
+
+
+def run_guarded_steps(trainer: GuardedTrainer, console: Console, title: str) -> list[GuardedStep]:
+    """As `run_steps`, for split models."""
+    done: list[GuardedStep] = []
+    with Bars(*_COLUMNS, console=console) as progress, _stop_request() as stopped:
+        task = progress.add_task(title, total=trainer.config.steps, completed=trainer.done, status="")
+        for step in trainer.steps():
+            done.append(step)
+            recent = done[-20:]
+            means = {name: sum(s.losses[name] for s in recent) / len(recent) for name in step.losses}
+            losses = "  ".join(f"{'loss' if name == 'task' else name} {value:.3f}" for name, value in means.items())
+            rate = len(recent) / sum(s.seconds for s in recent)
+            moved = human_bytes(sum(step.traffic.values()))
+            progress.update(task, status=f"{losses}  {rate:.2f} steps/s  {moved}/step")
+            progress.advance(task)
             if stopped():
                 raise Interrupted
     return done

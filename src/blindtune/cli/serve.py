@@ -46,6 +46,13 @@ def serve(
             "head: their texts then stay with them."
         ),
     ] = None,
+    emulator: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Also offer this emulator of a split model's middle, a folder that `blindtune emulator build` made. "
+            "Repeat for several models."
+        ),
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="Torch threads of this process; all cores if left out.")] = None,
     max_body_mb: Annotated[int, typer.Option(help="Largest request body, MiB.")] = 256,
     max_tokens: Annotated[int, typer.Option(help="Largest batch: adapters x examples x length.")] = 65_536,
@@ -61,9 +68,9 @@ def serve(
 ) -> None:
     """Host models and compute forward and backward passes for clients' adapters.
 
-    Weights never leave the server, but for the ends of a model that is served with --split. Logs are JSON lines on
-    stderr, without request bodies; Prometheus metrics are at /metrics. SIGTERM or Ctrl-C finishes the requests that are
-    under way.
+    Weights never leave the server, but for the ends of a model that is served with --split, and its --emulator. Logs
+    are JSON lines on stderr, without request bodies; Prometheus metrics are at /metrics. SIGTERM or Ctrl-C finishes the
+    requests that are under way.
 
     Example:  blindtune serve --model minilm --port 8001 --no-auth
     """
@@ -95,6 +102,7 @@ def serve(
             adapter_bytes=adapter_mb * 2**20,
             max_queue=max_queue,
             record=record,
+            emulators=emulator or [],
         )
         cut = parse_cut(split)
         models = {}

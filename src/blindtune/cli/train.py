@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from blindtune.methods import LoRA, Method, PrivateModel
     from blindtune.training import Examples, TrainConfig
 
+SPLIT = "Split decoders (private texts)"
 LABELS_HELP = "Column of labels: class names, integers or booleans."
 
 
@@ -43,17 +44,53 @@ def train(
         str | None,
         typer.Option(
             help="p3eft (labels stay private; the default), p3eft_published (the paper's algorithm, adapters in the "
-            "clear), lora (no privacy), head_only, or a baseline: dc (distance correlation), pslf, randomized_response."
+            "clear), lora (no privacy), head_only, or a baseline: dc (distance correlation), pslf, "
+            "randomized_response. Of split decoders, whose texts stay here: guarded-online, guarded-gradfree, "
+            "guarded-offline, offsite."
         ),
     ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="An option of the method, e.g. --set max_bits=0.5; repeat.")
     ] = None,
+    task: Annotated[
+        str, typer.Option(help="Split decoders: choice, classification, or instruction.", rich_help_panel=SPLIT)
+    ] = "choice",
+    template: Annotated[
+        str | None,
+        typer.Option(
+            help="Split decoders: the prompt, with columns in braces, e.g. 'Question: {question}\\nAnswer:'.",
+            rich_help_panel=SPLIT,
+        ),
+    ] = None,
+    choices: Annotated[
+        str, typer.Option(help="Column of the choices: a list, or texts between |.", rich_help_panel=SPLIT)
+    ] = "choices",
+    answer: Annotated[
+        str,
+        typer.Option(help="Column of the right choice (index, letter or text), or of answers.", rich_help_panel=SPLIT),
+    ] = "answer",
+    tune: Annotated[
+        str, typer.Option(help="What of the ends is trained: lora, or full (their blocks).", rich_help_panel=SPLIT)
+    ] = "lora",
+    start: Annotated[
+        Path | None, typer.Option(help="Checkpoint whose tuned ends training starts from.", rich_help_panel=SPLIT)
+    ] = None,
+    cache_mb: Annotated[
+        int, typer.Option(help="guarded-gradfree: most MiB of hidden states to keep.", rich_help_panel=SPLIT)
+    ] = 2048,
+    truth: Annotated[
+        Path | None,
+        typer.Option(help="File for the tokens of each message, to score an audit against.", rich_help_panel=SPLIT),
+    ] = None,
+    provider_key: Annotated[
+        str | None, typer.Option(help="Public key that must have signed the emulator.", rich_help_panel=SPLIT)
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the data, if no steps are given.")] = 3.0,
     batch_size: Annotated[int, typer.Option(help="Examples in a step.")] = 32,
     lr: Annotated[
-        float | None, typer.Option(help="Learning rate of the adapters; 0.002 for p3eft, else 0.003, if left out.")
+        float | None,
+        typer.Option(help="Learning rate; 0.002 for p3eft, 0.001 for split decoders, else 0.003, if left out."),
     ] = None,
     head_lr: Annotated[float, typer.Option(help="Learning rate of the head.")] = 2e-3,
     weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.0,
@@ -65,7 +102,9 @@ def train(
         int | None, typer.Option(help="Tokens to which texts are truncated; 128, or the model's limit, if left out.")
     ] = None,
     pooling: Annotated[str | None, typer.Option(help="cls, mean, last or first; the model's own if left out.")] = None,
-    rank: Annotated[int | None, typer.Option(help="LoRA rank; 32 for p3eft, else 8, if left out.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="LoRA rank; 32 for p3eft, 16 for split decoders, else 8, if left out.")
+    ] = None,
     alpha: Annotated[int | None, typer.Option(help="LoRA alpha; twice the rank if left out.")] = None,
     target_modules: Annotated[
         str | None, typer.Option(help="Layers that get adapters, e.g. query,value; all linear ones if left out.")
@@ -81,20 +120,65 @@ def train(
     insecure: options.Insecure = False,
     json: Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")] = None,
 ) -> None:
-    """Fine-tune a hosted model on private labels.
+    """Fine-tune a hosted model on private labels, or on private texts.
 
     Texts and adapters go to the servers; labels, the head and the optimizer stay here. With p3eft, each operator gets
     the adapter under a pad and one share of each gradient, so give at least two operators that don't collude. Ctrl-C
     leaves a checkpoint; --resume continues to the weights that an uninterrupted run would have had. The output folder
     holds PEFT adapters, the head, and the secrets of the run.
 
+    With guarded-online, guarded-gradfree, guarded-offline and offsite the texts stay here too: the server has to offer
+    the ends of a decoder (`blindtune serve --split`), which run and are tuned here, around the middle there or an
+    emulator of it. Hidden states that cross the wire still tell much of the texts, unless noise or Offline prevents it.
+
     Example:  blindtune train --server https://a.example --server https://b.example --data notes.csv --text note
     --label diagnosis --output out/
     """
     with reporting_errors():
+        from blindtune.cli import guarded
         from blindtune.methods import method_class, read_summary
+        from blindtune.methods.guarded import DESIGNS
         from blindtune.training import Columns, TrainConfig, load_examples, split_examples, steps_for
+        from blindtune.training.guarded import GuardedConfig
 
+        connection = {"token": token, "tls_ca": tls_ca, "wait": wait, "insecure": insecure, "model": model}
+        targets = [target.strip() for target in target_modules.split(",")] if target_modules else None
+        if method in DESIGNS:
+            result = guarded.train_guarded(
+                server,
+                method,
+                options.parse_settings(set_),
+                guarded.Data(
+                    data,
+                    guarded.make_fields(task, template, choices, answer, label),
+                    [name.strip() for name in classes.split(",")] if classes else None,
+                    validation,
+                    validation_fraction,
+                    split,
+                    validation_split,
+                    max_length,
+                ),
+                guarded.Tuning(tune, rank, alpha, targets, start),
+                GuardedConfig(
+                    batch_size=batch_size,
+                    learning_rate=guarded.DEFAULT_LR if lr is None else lr,
+                    weight_decay=weight_decay,
+                    warmup=warmup,
+                    seed=seed,
+                ),
+                output,
+                connection,
+                save_every=save_every,
+                resume=resume,
+                cache_mb=cache_mb,
+                truth=truth,
+                trusted_key=provider_key,
+                steps=steps,
+                epochs=epochs,
+            )
+            guarded.print_result(result)
+            write_json(json, result)
+            return
         columns = Columns(text, label, text_pair)
         names = [name.strip() for name in classes.split(",")] if classes else None
         examples = load_examples(data, columns, classes=names, split=split)
@@ -119,9 +203,7 @@ def train(
             seed=seed,
         )
         rank = kind.default_rank if rank is None else rank
-        targets = [target.strip() for target in target_modules.split(",")] if target_modules else None
         lora = {"rank": rank, "alpha": 2 * rank if alpha is None else alpha, "targets": targets, "layers": layers}
-        connection = {"token": token, "tls_ca": tls_ca, "wait": wait, "insecure": insecure, "model": model}
         chosen = options.parse_settings(set_)
         settings = {"max_length": max_length, "pooling": pooling}
         if resume:

@@ -4,7 +4,7 @@ from blindtune.client.backbone import Backbone
 from blindtune.client.channel import Channel, PlainChannel, RemoteBatch
 from blindtune.client.operators import Operator, OperatorPool, Upload
 from blindtune.client.transport import Patience, Traffic, Transport
-from blindtune.client.trunk import RemoteTrunk, fetch_part
+from blindtune.client.trunk import RemoteTrunk, fetch_emulator, fetch_part
 
 __all__ = [
     "Backbone",
@@ -18,5 +18,6 @@ __all__ = [
     "Traffic",
     "Transport",
     "Upload",
+    "fetch_emulator",
     "fetch_part",
 ]

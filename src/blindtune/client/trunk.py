@@ -14,6 +14,8 @@ from torch.autograd.function import once_differentiable
 from blindtune.client.operators import ANSWER_LIMITS, Operator
 from blindtune.errors import ConfigError, GraphLost, UnknownPart
 from blindtune.models import Cut, Part
+from blindtune.models.emulator import StoredEmulator
+from blindtune.models.manifest import Manifest
 from blindtune.models.split import PartName, build_part, config_from_json, pack, unpack
 from blindtune.wire import (
     Codec,
@@ -47,13 +49,12 @@ class RemoteTrunk:
     Args:
         operator: a server that hosts the model with `--split`.
         up, down: codecs of what is sent and of what comes back.
-        seed: of the random rounding.
     Raises:
         UnknownPart: the model isn't split there.
         ConfigError: a codec that the server doesn't offer.
     """
 
-    def __init__(self, operator: Operator, *, up: Codec = "int8", down: Codec = "int8", seed: int = 0) -> None:
+    def __init__(self, operator: Operator, *, up: Codec = "int8", down: Codec = "int8") -> None:
         if operator.info.split is None:
             raise UnknownPart(
                 f"{operator.info.name!r} is not split at {operator.transport.url}.",
@@ -68,9 +69,10 @@ class RemoteTrunk:
         self.operator = operator
         self.up: Codec = up
         self.down: Codec = down
-        self._generator = torch.Generator().manual_seed(seed)
         self.traffic: Counter[str] = Counter()
         """Body bytes so far by kind: `s_A up`, `s_B down`, `g_B up`, `g_A down`."""
+        self.last_forward: str | None = None
+        """SHA-256 of the last forward call's body: the name under which a recording server knows it."""
 
     def __call__(self, hidden: Tensor, lengths: Tensor) -> Tensor:
         """`(B, L, d)` from `(B, L, d)`; only the `lengths (B,)` first tokens of each example travel."""
@@ -91,6 +93,7 @@ class RemoteTrunk:
         body = encode(TrunkRequest(up=self.up, down=self.down, retain=retain), tensors)
         answer = self._post("forward", body, "s_A up", "s_B down")
         sent = Sent(tensors, hashlib.sha256(body).hexdigest())
+        self.last_forward = sent.sha256
         return self._answer("hidden", answer, len(packed), packed.shape[1]), sent
 
     def backward(self, sent: Sent, cotangents: Tensor) -> Tensor:
@@ -98,7 +101,8 @@ class RemoteTrunk:
 
         s_A is not sent again, unless the server has forgotten it.
         """
-        rounded = quantize("cotangents", cotangents, self.up, generator=self._generator)
+        generator = torch.Generator().manual_seed(int(sent.sha256[:14], 16))  # a repeated step rounds alike
+        rounded = quantize("cotangents", cotangents, self.up, generator=generator)
         request = TrunkRequest(up=self.up, down=self.down, forward=sent.sha256)
         try:
             body = encode(request, {"lengths": sent.tensors["lengths"], **rounded})
@@ -143,3 +147,23 @@ def fetch_part(operator: Operator, name: PartName) -> Part:
     message, tensors = decode(operator.transport.fetch(f"{operator.path}/parts/{name}"), PartFile, PART_LIMITS)
     operator.check_fingerprint(message.fingerprint)
     return build_part(config_from_json(message.config), name, Cut(message.bottom, message.top), tensors)
+
+
+def fetch_emulator(operator: Operator, trusted_key: str | None = None) -> tuple[Part, Manifest]:
+    """The emulator of a split model's trunk, frozen, and its manifest: to be called as the trunk, `(B, L, d)` and
+    lengths `(B,)` to `(B, L, d)`. Nothing of it is used before its signature, hash, source and cut have been checked.
+
+    Args:
+        trusted_key: the provider's public key, 64 hexadecimal digits. Without it, any key may have signed.
+    Raises:
+        UnknownPart: the server doesn't offer one.
+        OperatorsDiffer: the server hosts other weights than at the start.
+        EmulatorError: it was changed since it was signed, is of another model or cut, or signed with an unknown key.
+    """
+    message, tensors = decode(operator.transport.fetch(f"{operator.path}/parts/emulator"), PartFile, PART_LIMITS)
+    operator.check_fingerprint(message.fingerprint)
+    emulator = StoredEmulator.of(message.manifest or "", tensors)
+    split = operator.info.split  # what the ends are cut by
+    cut = Cut(message.bottom, message.top) if split is None else Cut(split.bottom, split.top)
+    emulator.verify(fingerprint=operator.info.fingerprint, cut=cut, trusted_key=trusted_key)
+    return emulator.part(), emulator.manifest

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
@@ -56,13 +56,14 @@ class Cut:
 
 
 class Part(nn.Module):
-    """Consecutive blocks of a decoder.
+    """Blocks of a decoder: consecutive ones, or a trunk's that an emulator keeps.
 
     Attributes:
         causal: the model's own class, with the other parts' modules taken out.
+        blocks: their indices in the whole model.
     """
 
-    def __init__(self, causal: nn.Module, name: PartName, blocks: range) -> None:
+    def __init__(self, causal: nn.Module, name: PartName, blocks: Sequence[int]) -> None:
         super().__init__()
         self.causal, self.name, self.blocks = causal, name, blocks
 
@@ -192,16 +193,25 @@ def cut_model(causal: nn.Module, cut: Cut) -> dict[PartName, Part]:
     return {name: _part(config, name, cut, causal) for name in PARTS}
 
 
-def build_part(config: PretrainedConfig, name: PartName, cut: Cut, weights: Mapping[str, Tensor]) -> Part:
+def build_part(
+    config: PretrainedConfig,
+    name: PartName,
+    cut: Cut,
+    weights: Mapping[str, Tensor],
+    *,
+    blocks: Sequence[int] | None = None,
+) -> Part:
     """A part of its own, from tensors as `Part.weights` gives them. A tied head is the embeddings' memory: see `tie`.
 
+    Args:
+        blocks: indices in the whole model, if not all of the part's blocks are there.
     Raises:
         ConfigError: cuts out of range, or a family that isn't known.
         CheckpointError: weights that are missing, superfluous or of another shape.
     """
     check_splittable(config)
     cut.check(layers_of(config))
-    part = _part(config, name, cut, None)
+    part = _part(config, name, cut, None, blocks)
     expected = part.weights()
     wrong = sorted(set(expected) ^ set(weights))
     wrong += [key for key, tensor in expected.items() if key in weights and weights[key].shape != tensor.shape]
@@ -223,13 +233,18 @@ def _tied(causal: nn.Module) -> bool:
     return bool(cast(Any, causal).config.tie_word_embeddings)
 
 
-def _part(config: Any, name: PartName, cut: Cut, source: nn.Module | None) -> Part:
+def thin_trunk(causal: nn.Module, cut: Cut, blocks: Sequence[int]) -> Part:
+    """The trunk with these blocks only (indices in the whole model). It shares the model's modules."""
+    return _part(cast(Any, causal).config, "trunk", cut, causal, blocks)
+
+
+def _part(config: Any, name: PartName, cut: Cut, source: nn.Module | None, blocks: Sequence[int] | None = None) -> Part:
     """The skeleton of a part with the modules of `source`, or with empty ones (on no device)."""
     config = copy.deepcopy(config)
     with torch.device("meta"):
         skeleton: Any = AutoModelForCausalLM.from_config(config)
     own, theirs = decoder_of(skeleton), None if source is None else decoder_of(source)
-    blocks = cut.blocks(name, layers_of(config))
+    blocks = cut.blocks(name, layers_of(config)) if blocks is None else blocks
     for index in range(layers_of(config)):
         if index not in blocks:
             own.layers[index] = _Absent()

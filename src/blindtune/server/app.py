@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -46,6 +46,7 @@ from blindtune.keystream import expand_noise
 from blindtune.models import FrozenBackbone, Tokens
 from blindtune.server.auth import TokenStore
 from blindtune.server.cache import ByteLRU
+from blindtune.server.emulators import load_emulators, with_emulator
 from blindtune.server.engine import Call, Engine, RetainedGraph, StoredAdapter
 from blindtune.server.metrics import Metrics
 from blindtune.server.recorder import Recorder
@@ -84,10 +85,16 @@ class ServerSettings:
     adapter_bytes: int = 2**30
     max_queue: int = 64
     record: Path | None = None
+    emulators: Sequence[Path] = ()
+    """Folders of emulators of hosted models, made by `blindtune emulator build`."""
 
 
 class Host:
-    """Everything behind the routes: engines and their threads, caches, metrics, the recorder."""
+    """Everything behind the routes: engines and their threads, caches, metrics, the recorder.
+
+    Raises:
+        EmulatorError: an emulator that is damaged, or of no model that is hosted here.
+    """
 
     def __init__(self, models: dict[str, FrozenBackbone], settings: ServerSettings) -> None:
         self.settings = settings
@@ -100,6 +107,9 @@ class Host:
             name: Trunk(name, model, self.graphs) for name, model in models.items() if model.split is not None
         }
         self.infos = {name: model.info(name, settings.limits) for name, model in models.items()}
+        self.emulators = load_emulators(settings.emulators, models)
+        for name in self.emulators:
+            self.infos[name] = with_emulator(self.infos[name])
         self.recorder = Recorder(settings.record, self.operator_id, models) if settings.record else None
         self._threads = {name: ThreadPoolExecutor(1, f"engine-{name}") for name in models}
         self._waiting = 0
@@ -207,17 +217,20 @@ class Host:
         )
 
     def part(self, model: str, part: str) -> bytes:
-        """A part's weights; raises `UnknownPart`."""
+        """A part's weights, or an emulator as it is stored; raises `UnknownPart`."""
         backbone, info = self.engine(model).backbone, self.infos[model].split
         if backbone.split is None or info is None or part not in info.parts:
             offered = "none" if info is None else ", ".join(info.parts)
             raise UnknownPart(
                 f"{model!r} offers no part {part!r}.", remedy=f"Offered: {offered} (`blindtune serve --split`)."
             )
+        emulator = self.emulators[model] if part == "emulator" else None
         message = PartFile(
             part=part, config=backbone.split.config.to_json_string(), bottom=info.bottom, top=info.top,
-            fingerprint=backbone.fingerprint,
+            fingerprint=backbone.fingerprint, manifest=None if emulator is None else emulator.text,
         )  # fmt: skip
+        if emulator is not None:
+            return encode(message, emulator.tensors)
         return encode(message, backbone.split.parts[part].weights())  # pyright: ignore[reportArgumentType] - checked
 
     def trunk(self, tenant: str, model: str, body: bytes, *, backward: bool) -> bytes:
@@ -315,7 +328,7 @@ def _add_routes(app: FastAPI, host: Host) -> None:
 
     @app.get("/v1/models/{model:path}/parts/{part}")
     async def send_part(model: str, part: str, request: Request) -> Response:
-        """The weights of a split model's bottom or top."""
+        """The weights of a split model's bottom or top, or of its trunk's emulator."""
         tenant(request)
         return Response(await asyncio.to_thread(host.part, model, part), media_type=MEDIA_TYPE)
 

@@ -61,15 +61,21 @@ def load_examples(
     Raises:
         DataError: one of its subclasses says what is wrong, in which rows, and what to do.
     """
-    path = Path(source).expanduser()
-    table = _read_file(path) if path.is_file() or _kind(path) else _read_hub(source, split)
-    if table.num_rows == 0:
-        raise EmptyRows(f"{source} has no rows.", remedy="Give a file with at least one example for each class.")
+    table = read_table(source, split)
     texts = _texts(table, source, columns)
     if columns.label is None:
         return Examples(texts, None, list(classes or []))
-    labels, names = _labels(_column(table, source, columns.label), source, columns.label, classes)
+    labels, names = _labels(read_column(table, source, columns.label), source, columns.label, classes)
     return Examples(texts, labels, names)
+
+
+def read_table(source: str, split: str) -> Table:
+    """All rows of a file or a hub data set, as `load_examples` reads them. Raises `DataError`."""
+    path = Path(source).expanduser()
+    table = _read_file(path) if path.is_file() or _kind(path) else _read_hub(source, split)
+    if table.num_rows == 0:
+        raise EmptyRows(f"{source} has no rows.", remedy="Give a file with examples.")
+    return table
 
 
 def split_examples(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:
@@ -166,11 +172,12 @@ def _read_hub(name: str, split: str) -> Table:
     for column, feature in loaded.features.items():
         if isinstance(feature, datasets.ClassLabel):  # integers with names: keep the names
             named = [None if v is None or v < 0 else feature.names[v] for v in table[column].to_pylist()]
-            table = table.set_column(table.schema.get_field_index(column), column, pa.array(named, pa.string()))
+            table = table.setread_column(table.schema.get_field_index(column), column, pa.array(named, pa.string()))
     return table
 
 
-def _column(table: Table, source: str, name: str) -> list[Any]:
+def read_column(table: Table, source: str, name: str) -> list[Any]:
+    """Raises `MissingColumn`."""
     if name not in table.column_names:
         raise MissingColumn(f"{source} has no column {name!r}.", remedy=f"It has: {', '.join(table.column_names)}.")
     return cast("list[Any]", table[name].to_pylist())
@@ -184,11 +191,11 @@ def _texts(table: Table, source: str, columns: Columns) -> list[Text]:
 
 
 def _strings(table: Table, source: str, name: str) -> list[str]:
-    values = _column(table, source, name)
+    values = read_column(table, source, name)
     empty = [row for row, value in enumerate(values, 1) if value is None or not str(value).strip()]
     if empty:
         raise EmptyRows(
-            f"{source} has {len(empty)} rows without {name!r}: row {_some(empty)}.", remedy="Fill or remove them."
+            f"{source} has {len(empty)} rows without {name!r}: row {some_of(empty)}.", remedy="Fill or remove them."
         )
     if not all(isinstance(value, str) for value in values):
         odd = next(value for value in values if not isinstance(value, str))
@@ -201,7 +208,7 @@ def _labels(values: list[Any], source: str, column: str, classes: Sequence[str] 
     missing = [row for row, value in enumerate(values, 1) if value is None or not str(value).strip()]
     if missing:
         raise BadLabels(
-            f"{source} has {len(missing)} rows without a label in {column!r}: row {_some(missing)}.",
+            f"{source} has {len(missing)} rows without a label in {column!r}: row {some_of(missing)}.",
             remedy="Fill or remove them.",
         )
     names = [_class_name(value, source, column) for value in values]
@@ -221,7 +228,7 @@ def _labels(values: list[Any], source: str, column: str, classes: Sequence[str] 
     unknown = sorted(set(found) - set(wanted))
     if unknown:
         raise BadLabels(
-            f"{column!r} of {source} has labels outside the classes: {_some(unknown)}.",
+            f"{column!r} of {source} has labels outside the classes: {some_of(unknown)}.",
             remedy=f"The classes are: {', '.join(wanted)}.",
         )
     index = {name: position for position, name in enumerate(wanted)}
@@ -246,6 +253,7 @@ def _natural(name: str) -> tuple[bool, int, str]:
     return (not name.isdigit(), int(name) if name.isdigit() else 0, name)
 
 
-def _some(values: Sequence[object]) -> str:
+def some_of(values: Sequence[object]) -> str:
+    """The first few, for a message."""
     shown = ", ".join(str(value) for value in values[:_SHOWN])
     return shown + (", …" if len(values) > _SHOWN else "")

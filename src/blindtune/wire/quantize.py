@@ -45,7 +45,7 @@ def quantize(name: str, values: Tensor, codec: Codec, *, generator: torch.Genera
         return {f"{name}.values": values.contiguous()}
     largest = float(values.abs().max()) if values.numel() else 0.0
     exponent = math.frexp(largest)[1] - 15 if largest > 0 else 0
-    scaled = torch.ldexp(values.double(), torch.tensor(-exponent))
+    scaled = torch.ldexp(values.double(), torch.tensor(-float(exponent), dtype=torch.float64))
     travelling = {f"{name}.exponent": torch.tensor([exponent], dtype=torch.int32)}
     if codec == "fp16":
         return {**travelling, f"{name}.values": scaled.half()}
@@ -81,14 +81,14 @@ def dequantize(name: str, tensors: Mapping[str, Tensor], codec: Codec, dim: int)
     values = check_tensor(tensors, f"{name}.values", (None, width), expected)
     if codec == "fp32":
         return values
-    exponent = check_tensor(tensors, f"{name}.exponent", (1,), torch.int32).clamp(-1000, 1000)
+    exponent = check_tensor(tensors, f"{name}.exponent", (1,), torch.int32).double()
     if codec == "fp16":
         result = torch.ldexp(values.double(), exponent)
     else:
         groups = 1 if codec == "int8" else width * 2 // GROUP
         scales = check_tensor(tensors, f"{name}.scales", (len(values), groups), torch.float16)
         whole = values if codec == "int8" else _unpack(values)
-        by_group = whole.reshape(len(values), groups, -1).double() * scales.double().unsqueeze(-1)
+        by_group = whole.unflatten(1, (groups, whole.shape[1] // groups)).double() * scales.double().unsqueeze(-1)
         result = torch.ldexp(by_group.flatten(1)[:, :dim], exponent)
     result = result.float()
     check_finite(name, result)
@@ -98,7 +98,8 @@ def dequantize(name: str, tensors: Mapping[str, Tensor], codec: Codec, dim: int)
 def _grouped(values: Tensor) -> Tensor:
     """`(N, groups, 64)`, filled up with zeros."""
     missing = -values.shape[1] % GROUP
-    return torch.nn.functional.pad(values, (0, missing)).reshape(len(values), -1, GROUP)
+    padded = torch.nn.functional.pad(values, (0, missing))
+    return padded.unflatten(1, (padded.shape[1] // GROUP, GROUP))
 
 
 def _pack(whole: Tensor) -> Tensor:

@@ -1,0 +1,327 @@
+"""`blindtune train --method guarded-…`: training data stay here, the middle of the model runs elsewhere."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast, get_args
+
+import typer
+from rich.table import Table
+
+from blindtune.cli import options
+from blindtune.cli.console import console
+from blindtune.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from blindtune.client import Operator, RemoteTrunk
+    from blindtune.methods.guarded import Design, Ends, SplitCausalLM
+    from blindtune.training.guarded import GuardedConfig, GuardedTrainer
+    from blindtune.training.questions import Fields, Question, TokenizedQuestion
+
+SUMMARY = "blindtune.json"
+DEFAULT_RANK, DEFAULT_LR, DEFAULT_LENGTH = 16, 1e-3, 128
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What of the ends is trained, and what it starts from."""
+
+    trained: str = "lora"
+    rank: int | None = None
+    alpha: int | None = None
+    targets: list[str] | None = None
+    start: Path | None = None
+    """A checkpoint whose tuned ends are taken over, such as a bottom that was decorrelated on public texts."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Files and how questions are read from them."""
+
+    train: str
+    fields: "Fields"
+    classes: list[str] | None
+    validation: str | None
+    validation_fraction: float
+    split: str
+    validation_split: str | None
+    max_length: int | None
+
+
+@dataclass(frozen=True)
+class Session:
+    """The provider's model as the client holds it."""
+
+    operator: "Operator"
+    model: "SplitCausalLM"
+    ends: "Ends"
+    design: "Design"
+    trunk: "RemoteTrunk | None"
+    manifest: dict[str, Any] | None = None
+
+
+def make_fields(task: str, template: str | None, choices: str, answer: str, label: str) -> "Fields":
+    """Raises `ConfigError` for an unknown task. `\\n` in a template is a new line."""
+    from blindtune.training.questions import KINDS, Fields, Kind
+
+    if task not in KINDS:
+        raise ConfigError(f"There is no task {task!r}.", remedy=f"Use one of: {', '.join(get_args(Kind))} (--task).")
+    written = None if template is None else template.replace("\\n", "\n")
+    return Fields(task, written, choices, answer, label)
+
+
+def train_guarded(
+    servers: list[str],
+    method: str,
+    chosen: dict[str, Any],
+    data: Data,
+    tuning: Tuning,
+    config: "GuardedConfig",
+    output: Path,
+    connection: dict[str, Any],
+    *,
+    save_every: int,
+    resume: bool,
+    cache_mb: int,
+    truth: Path | None,
+    trusted_key: str | None,
+    steps: int | None,
+    epochs: float,
+) -> dict[str, Any]:
+    """Connects, trains with progress, leaves a checkpoint however it ends, and evaluates."""
+    from blindtune.methods.guarded import make_design
+    from blindtune.training import steps_for
+    from blindtune.training.guarded import GuardedTrainer
+    from blindtune.training.questions import tokenize
+
+    if output.exists() and not resume and (output / SUMMARY).is_file():
+        raise CheckpointError(f"{output} holds a checkpoint.", remedy="Use another --output, or go on with --resume.")
+    questions, held_out = _load(data, config.seed)
+    design = make_design(method, chosen)
+    session = open_session(servers, design, tuning, connection, seed=config.seed, trusted_key=trusted_key)
+    if tuning.start is not None:
+        take_over(session.ends, tuning.start)
+    length = min(data.max_length or DEFAULT_LENGTH, session.operator.info.limits.max_length)
+    tokenizer = session.operator.tokenizer()
+    train = tokenize(questions, tokenizer, max_length=length)
+    validation = tokenize(held_out, tokenizer, max_length=length)
+    count = steps if steps is not None else steps_for(len(train), config.batch_size, epochs)
+    config = type(config)(**{**asdict(config), "steps": count})
+    _prepare_store(session, train, output, cache_mb)
+    summary = _summary(session, chosen, tuning, data, length)
+    trainer = GuardedTrainer(
+        session.model, session.ends, design, train, config, summary=summary, checkpoint=output, save_every=save_every
+    )
+    _announce(session, len(train), config)
+    if resume:
+        trainer.resume()
+        console.print(f"Resumed after step {trainer.done}.")
+    if truth is not None:
+        session.model.on_sent = _truth_writer(truth)
+    result = _run(trainer, session, output)
+    session.model.on_sent = None
+    if validation:
+        result["validation"] = evaluate(session.model, validation, "validation")
+    return {**result, "output": str(output)}
+
+
+def open_session(
+    servers: list[str],
+    design: "Design",
+    tuning: Tuning,
+    connection: dict[str, Any],
+    *,
+    seed: int,
+    trusted_key: str | None,
+) -> Session:
+    """Ends and middle of the hosted model. One server: hidden states are not shared between operators."""
+    from blindtune.client import RemoteTrunk, fetch_emulator, fetch_part
+    from blindtune.methods.guarded import Ends, SplitCausalLM
+    from blindtune.models.split import tie
+
+    if len(servers) != 1:
+        raise ConfigError(f"{len(servers)} servers for a split model.", remedy="Give the one that hosts its trunk.")
+    operator = options.connect_operator(servers[0], **connection)
+    up, down = design.codecs()
+    trunk = None if design.emulated else RemoteTrunk(operator, up=up, down=down)
+    with console.status("Fetching the model's ends …"):
+        bottom, top = (fetch_part(operator, name).float() for name in ("bottom", "top"))
+        tie(bottom, top)
+        emulator, manifest = fetch_emulator(operator, trusted_key) if design.emulated else (None, None)
+    rank = tuning.rank or DEFAULT_RANK
+    ends = Ends(
+        bottom, top, design.parts, cast(Any, tuning.trained), rank=rank, alpha=tuning.alpha or 2 * rank,
+        targets=tuning.targets, seed=seed,
+    )  # fmt: skip
+    middle = trunk if emulator is None else emulator.float()
+    assert middle is not None  # noqa: S101 - one of the two
+    told = None if manifest is None else json.loads(manifest.model_dump_json())
+    return Session(operator, SplitCausalLM(bottom, top, middle), ends, design, trunk, told)
+
+
+def take_over(ends: "Ends", folder: Path) -> None:
+    """Starts from the tuned ends of a checkpoint, merged where they aren't trained on. Raises `CheckpointError`."""
+    from blindtune.methods.guarded.ends import merge_checkpoint
+
+    merge_checkpoint(ends, folder)
+    console.print(f"Starts from the tuned ends in {folder}.", soft_wrap=True)
+
+
+def _load(data: Data, seed: int) -> tuple[list["Question"], list["Question"]]:
+    import numpy as np
+
+    from blindtune.training.questions import load_questions
+
+    questions = load_questions(data.train, data.fields, classes=data.classes, split=data.split)
+    if data.validation or data.validation_split:
+        source, split = data.validation or data.train, data.validation_split or "validation"
+        return questions, load_questions(source, data.fields, classes=data.classes, split=split)
+    count = round(len(questions) * data.validation_fraction)
+    order = np.random.default_rng(seed).permutation(len(questions)).tolist()
+    return [questions[i] for i in sorted(order[count:])], [questions[i] for i in sorted(order[:count])]
+
+
+def _prepare_store(session: Session, train: list["TokenizedQuestion"], output: Path, cache_mb: int) -> None:
+    """Gradfree's store, refused before anything is sent if the texts have no room in it."""
+    from blindtune.methods.guarded import Gradfree, SmashedStore
+    from blindtune.models.backbone import tensors_sha256
+
+    design = session.design
+    if not isinstance(design, Gradfree) or design.zo:
+        return
+    info = session.operator.info
+    bottom = tensors_sha256(session.ends.bottom.weights())
+    identity = f"{info.fingerprint} {bottom} {design.up} {design.down} {design.noise} {design.clip_norm}"
+    design.store = SmashedStore(
+        info.hidden_size, design.down, max_bytes=cache_mb * 2**20, folder=output / "smashed", identity=identity
+    )
+    missing = {question.row for question in train if question.row not in design.store}
+    design.store.check_room(sum(len(row) for row in missing))
+
+
+def _summary(session: Session, chosen: dict[str, Any], tuning: Tuning, data: Data, length: int) -> dict[str, Any]:
+    info = session.operator.info
+    assert info.split is not None  # noqa: S101 - parts were fetched
+    return {
+        "method": session.design.name,
+        "options": asdict(cast(Any, session.design)),
+        "model": info.name,
+        "base_model": info.base_model_name,
+        "fingerprint": info.fingerprint,
+        "cut": [info.split.bottom, info.split.top],
+        "trained": tuning.trained,
+        "parts": list(session.design.parts),
+        "max_length": length,
+        "fields": asdict(data.fields),
+        "emulator": session.manifest,
+    }
+
+
+def _announce(session: Session, count: int, config: "GuardedConfig") -> None:
+    info, design = session.operator.info, session.design
+    assert info.split is not None  # noqa: S101 - parts were fetched
+    trained = " and ".join(design.parts)
+    numbers = sum(parameter.numel() for parameter in session.ends.parameters())
+    console.print(
+        f"{count} examples, {config.steps} steps of {config.batch_size}; {design.name} trains {numbers:,} weights of "
+        f"the {trained} of {info.base_model_name} (fingerprint {info.fingerprint[:12]}…)"
+    )
+    share, cut = info.split.weights_shared, info.split
+    console.print(
+        f"  {share:.0%} of its weights are here: {cut.bottom} bottom and {cut.top} top blocks, embeddings and LM head",
+        soft_wrap=True,
+    )
+    console.print(f"  {session.operator.transport.url}  {_sees(design)}", soft_wrap=True)
+
+
+def _sees(design: "Design") -> str:
+    """What the server will be able to see."""
+    from blindtune.methods.guarded import Gradfree, Online
+
+    up, down = design.codecs()
+    if design.emulated:
+        return "sees nothing of the texts; the emulator of its middle has come here"
+    noise = getattr(design, "noise", 0)
+    disturbed = f", clipped, with noise of {noise:g} clipping norms on each value" if noise else ""
+    hidden = f"sees every token's hidden state ({up} up, {down} down){disturbed}"
+    if isinstance(design, Gradfree):
+        return f"{hidden}, once for each text, and no gradient" if not design.zo else f"{hidden}, and no gradient"
+    weight = design.decorrelation_weight if isinstance(design, Online) else 0
+    guarded = f", decorrelated with weight {weight:g}" if weight else ": it can read the texts"
+    return f"{hidden}, and gradients, in every step{guarded}"
+
+
+def _truth_writer(path: Path) -> Callable[[str, list[list[int]]], None]:
+    """Appends what was in each message to a file that stays here, for `blindtune audit --truth`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch(mode=0o600)
+
+    def write(forward: str, rows: list[list[int]]) -> None:
+        with path.open("a") as file:
+            file.write(json.dumps({"forward": forward, "ids": rows, "part": "train"}) + "\n")
+
+    return write
+
+
+def _run(trainer: "GuardedTrainer", session: Session, output: Path) -> dict[str, Any]:
+    from blindtune.cli.progress import Interrupted, human_bytes, run_guarded_steps
+    from blindtune.errors import BlindtuneError
+
+    try:
+        done = run_guarded_steps(trainer, console, session.design.name)
+    except (Interrupted, KeyboardInterrupt):
+        trainer.save()
+        console.print(f"Stopped after step {trainer.done}. Checkpoint: {output}. Go on with --resume.", soft_wrap=True)
+        raise typer.Exit(130) from None
+    except BlindtuneError:
+        trainer.save()
+        console.print(
+            f"[red]Stopped after step {trainer.done}.[/] Checkpoint: {output}. Go on with --resume.", soft_wrap=True
+        )
+        raise
+    trainer.save()
+    traffic = dict(session.trunk.traffic) if session.trunk else {}
+    recent = done[-20:]
+    loss = sum(step.losses["task"] for step in recent) / len(recent) if recent else None
+    whole = session.operator.transport.traffic
+    console.print(
+        f"Checkpoint: {output}  ({human_bytes(whole.sent)} sent, {human_bytes(whole.received)} received)",
+        soft_wrap=True,
+    )
+    return {
+        "method": session.design.name,
+        "steps": trainer.done,
+        "train_examples": len(trainer.train),
+        "train_loss": loss,
+        "traffic": traffic,
+        "bytes_sent": whole.sent,
+        "bytes_received": whole.received,
+    }
+
+
+def evaluate(model: "SplitCausalLM", questions: list["TokenizedQuestion"], title: str) -> dict[str, float]:
+    """Accuracy by likelihood, with progress."""
+    from blindtune.cli.progress import Bars
+    from blindtune.training.guarded import evaluate_questions
+
+    scores: dict[str, float] = {}
+    with Bars(console=console) as progress:
+        task = progress.add_task(title, total=len(questions))
+        for _, latest in evaluate_questions(model, questions):
+            scores = latest
+            progress.advance(task)
+    if all(len(question.rows) == 1 for question in questions):  # nothing to choose between
+        return {"loss": scores["loss"]}
+    return scores
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """One table, nested numbers in rows of their own."""
+    table = Table(title="Result", title_justify="left", show_header=False)
+    for name, value in result.items():
+        nested = cast("dict[str, Any]", value) if isinstance(value, dict) else {"": value}
+        for key, number in nested.items():
+            shown = f"{number:.4f}" if isinstance(number, float) else f"{number}"
+            table.add_row(f"{name} {key}".strip().replace("_", " "), shown)
+    console.print(table)

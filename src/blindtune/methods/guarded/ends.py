@@ -1,0 +1,203 @@
+"""The ends of a split model that the client trains, and their checkpoints, which stock tools load.
+
+`lora`: PEFT adapters on the blocks of bottom and top, saved as one PEFT checkpoint for the whole model.
+`full`: the blocks themselves, saved as a `model.safetensors` under the whole model's names.
+
+Embeddings and LM head stay as they are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from blindtune.errors import CheckpointError, ConfigError
+from blindtune.files import PRIVATE, replace_file
+from blindtune.models.split import Part, decoder_of
+
+Trained = Literal["lora", "full"]
+PREFIX = "base_model.model."
+ADAPTER, WHOLE, CONFIG = "adapter_model.safetensors", "model.safetensors", "adapter_config.json"
+_NAME = "default"
+
+
+@dataclass
+class Ends:
+    """Bottom and top with what of them is trained.
+
+    Args:
+        parts: which of the two are trained; the others stay frozen.
+        trained: `lora` or `full`.
+        rank, alpha, targets: of LoRA; all linear layers of the blocks if there are no targets.
+        seed: of LoRA's initial weights.
+    Raises:
+        ConfigError: targets that no block has.
+    """
+
+    bottom: Part
+    top: Part
+    parts: Sequence[Literal["bottom", "top"]] = ("bottom", "top")
+    trained: Trained = "lora"
+    rank: int = 16
+    alpha: int = 32
+    targets: Sequence[str] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.trainable: dict[str, nn.Parameter] = {}
+        """Name in the whole model (PEFT's, for LoRA) -> parameter."""
+        self._modules: list[str] = []
+        self.bottom.requires_grad_(False)
+        self.top.requires_grad_(False)
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            for name in self.parts:
+                part: Part = getattr(self, name)
+                (self._add_lora if self.trained == "lora" else self._unfreeze)(part)
+        self.initial = {name: parameter.detach().clone() for name, parameter in self.trainable.items()}
+
+    def parameters(self, part: Literal["bottom", "top"] | None = None) -> list[nn.Parameter]:
+        """What is trained, of one end or of both."""
+        if part is None:
+            return list(self.trainable.values())
+        owned = {id(parameter) for parameter in getattr(self, part).parameters()}
+        return [parameter for parameter in self.trainable.values() if id(parameter) in owned]
+
+    def _add_lora(self, part: Part) -> None:
+        blocks = decoder_of(part.causal).layers
+        prefix = next(name for name, module in part.causal.named_modules() if module is blocks)
+        linear = [
+            f"{index}.{name}"
+            for index in part.blocks
+            for name, module in blocks[index].named_modules()
+            if isinstance(module, nn.Linear)
+        ]
+        chosen = [n for n in linear if self.targets is None or n.rsplit(".", 1)[-1] in self.targets]
+        if not chosen:
+            some = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
+            raise ConfigError(f"No layer is called {list(self.targets or ())}.", remedy=f"Choose among: {some}.")
+        self._modules += [f"{prefix}.{name}" for name in chosen]
+        # into the blocks alone: PEFT looks for embeddings in whole models, and a part may have none
+        inject_adapter_in_model(LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=chosen), blocks, _NAME)
+        for name, parameter in blocks.named_parameters():
+            if f".{_NAME}." in name:
+                parameter.requires_grad_()
+                self.trainable[f"{PREFIX}{prefix}." + name.replace(f".{_NAME}.", ".")] = parameter
+
+    def _unfreeze(self, part: Part) -> None:
+        blocks = decoder_of(part.causal).layers
+        owned = {id(parameter) for index in part.blocks for parameter in blocks[index].parameters()}
+        for name, parameter in part.causal.named_parameters():
+            if id(parameter) in owned:
+                parameter.requires_grad_()
+                self.trainable[name] = parameter
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.trainable.items()}
+
+    def save(self, folder: Path, base_model: str) -> None:
+        """Writes a PEFT checkpoint, or the trained blocks' weights; for the owner's eyes alone.
+
+        Args:
+            base_model: what PEFT writes into `base_model_name_or_path`.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        content = save({name: t.contiguous() for name, t in self.tensors().items()}, {"format": "pt"})
+        replace_file(folder / (ADAPTER if self.trained == "lora" else WHOLE), content, PRIVATE)
+        if self.trained == "lora":
+            config = LoraConfig(
+                r=self.rank, lora_alpha=self.alpha, target_modules=self._modules, task_type="CAUSAL_LM",
+                base_model_name_or_path=base_model, inference_mode=True,
+            )  # fmt: skip
+            config.save_pretrained(str(folder))
+
+    def load(self, folder: Path) -> None:
+        """Takes over what `save` wrote for ends of the same kind.
+
+        Raises:
+            CheckpointError: missing, damaged, or of other layers or another rank. Nothing has changed then.
+        """
+        path = folder / (ADAPTER if self.trained == "lora" else WHOLE)
+        self.copy(_read(path), str(path))
+
+    def copy(self, tensors: dict[str, Tensor], source: str) -> None:
+        """Takes over tensors by name. Raises `CheckpointError`; nothing has changed then."""
+        wrong = sorted(set(tensors) ^ set(self.trainable))
+        wrong += [n for n, p in self.trainable.items() if n in tensors and tensors[n].shape != p.shape]
+        if wrong:
+            raise CheckpointError(
+                f"{source} was made for other layers or another rank, e.g. {wrong[0]}.",
+                remedy="Use the options that it was trained with.",
+            )
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+            raise CheckpointError(f"{source} holds NaN or infinity.", remedy="Use an earlier checkpoint.")
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                self.trainable[name].copy_(tensor)
+
+
+def merge_checkpoint(ends: Ends, folder: Path) -> None:
+    """Starts ends from a checkpoint of any kind: tuned weights are merged into the frozen ones beneath what is trained.
+
+    Raises:
+        CheckpointError: a checkpoint of other blocks, or a damaged one. Nothing has changed then.
+    """
+    kind = read_ends(folder)
+    tensors = _read(folder / (WHOLE if kind["trained"] == "full" else ADAPTER))
+    bases: dict[str, nn.Parameter] = {}
+    for part in (ends.bottom, ends.top):
+        named = dict(part.causal.named_parameters())
+        bases |= {name.replace(".base_layer.", "."): parameter for name, parameter in named.items()}
+    updates: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if kind["trained"] == "full":
+            updates[name] = tensor
+        elif name.endswith(".lora_A.weight"):
+            module = name.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+            b = tensors.get(name.replace("lora_A", "lora_B"))
+            if b is None or f"{module}.weight" not in bases:
+                continue
+            updates[f"{module}.weight"] = bases[f"{module}.weight"].detach() + kind["alpha"] / kind["rank"] * b @ tensor
+    if not updates or any(n not in bases or bases[n].shape != t.shape for n, t in updates.items()):
+        raise CheckpointError(f"{folder} holds no weights for these ends.", remedy="Use a checkpoint of this model.")
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in updates.values()):
+        raise CheckpointError(f"{folder} holds NaN or infinity.", remedy="Use an earlier checkpoint.")
+    with torch.no_grad():
+        for name, tensor in updates.items():
+            bases[name].copy_(tensor)
+
+
+def read_ends(folder: Path) -> dict[str, Any]:
+    """Options of `Ends` for a checkpoint that `Ends.save` wrote: trained, parts are the caller's; rank, alpha, targets.
+
+    Raises:
+        CheckpointError: neither kind of checkpoint.
+    """
+    if (folder / WHOLE).is_file():
+        return {"trained": "full"}
+    if not (folder / CONFIG).is_file():
+        raise CheckpointError(f"{folder} holds no {CONFIG} and no {WHOLE}.", remedy="Name a checkpoint's folder.")
+    try:
+        config = cast("dict[str, Any]", json.loads((folder / CONFIG).read_text()))
+        targets = sorted({str(name).rsplit(".", 1)[-1] for name in config["target_modules"]})
+        return {"trained": "lora", "rank": int(config["r"]), "alpha": int(config["lora_alpha"]), "targets": targets}
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{folder / CONFIG} is no LoRA configuration.", remedy="Use another copy.") from None
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise CheckpointError(f"There is no {path}.", remedy="Name a complete checkpoint of `blindtune train`.")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged: {error}.", remedy="Use another copy of it.") from None

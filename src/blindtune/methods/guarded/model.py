@@ -1,0 +1,114 @@
+"""A causal language model whose ends are here and whose middle is a function.
+
+tokens ──▶ bottom ──▶ s_A ──▶ [codec, noise] middle ──▶ s_B ──▶ top ──▶ logits of the tokens that are learned
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from blindtune.models.split import Part, pack, padding_mask
+
+
+class Middle(Protocol):
+    """s_B `(B, L, d)` for s_A `(B, L, d)` and lengths `(B,)`: `RemoteTrunk`, or a `Part` that is here."""
+
+    def __call__(self, hidden: Tensor, lengths: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class CausalBatch:
+    """Texts `ids (B, L)`, right-padded, their `lengths (B,)`, and `starts (B,)`: the first token that is learned."""
+
+    ids: Tensor
+    lengths: Tensor
+    starts: Tensor
+
+    @staticmethod
+    def of(rows: Sequence[Sequence[int]], starts: Sequence[int], pad: int = 0) -> CausalBatch:
+        """From token rows of several lengths."""
+        lengths = torch.tensor([len(row) for row in rows])
+        ids = torch.full((len(rows), int(lengths.max())), pad)
+        for index, row in enumerate(rows):
+            ids[index, : len(row)] = torch.tensor(row)
+        return CausalBatch(ids, lengths, torch.tensor(starts))
+
+    @property
+    def learned(self) -> Tensor:
+        """`(B, L)`: positions whose *next* token is learned."""
+        place = torch.arange(self.ids.shape[1])
+        return (place >= self.starts.unsqueeze(1) - 1) & (place < self.lengths.unsqueeze(1) - 1)
+
+    def rows(self) -> list[list[int]]:
+        """Token rows without padding."""
+        return [ids[:length] for ids, length in zip(self.ids.tolist(), self.lengths.tolist(), strict=True)]
+
+
+class SplitCausalLM(nn.Module):
+    """Bottom and top, over a middle.
+
+    Args:
+        bottom, top: the ends; a tied head is the bottom's embeddings already (`blindtune.models.split.tie`).
+        middle: trunk or emulator. Not a submodule: its weights are somebody else's, or frozen.
+        disturb: applied to packed s_A `[N, d]` before it leaves, such as clipping and noise.
+    """
+
+    def __init__(self, bottom: Part, top: Part, middle: Middle, disturb: Callable[[Tensor], Tensor] | None = None):
+        super().__init__()
+        self.bottom, self.top = bottom, top
+        self._middle: list[Any] = [middle]  # in a list, so that torch doesn't make an emulator ours to train
+        self.disturb = disturb
+        self.on_sent: Callable[[str, list[list[int]]], None] | None = None
+        """Told the hash of each message that left, and the token rows in it: the truth that an audit scores against."""
+
+    @property
+    def middle(self) -> Middle:
+        return self._middle[0]
+
+    @middle.setter
+    def middle(self, middle: Middle) -> None:
+        self._middle[0] = middle
+
+    def smash(self, batch: CausalBatch) -> Tensor:
+        """s_A `(B, L, d)`, as it leaves (but for the codec)."""
+        smashed = self.bottom(batch.ids, batch.lengths)
+        if self.disturb is None:
+            return smashed
+        mask = padding_mask(batch.lengths, smashed.shape[1]).bool()
+        disturbed = torch.zeros_like(smashed)
+        disturbed[mask] = self.disturb(smashed[mask])
+        return disturbed
+
+    def through(self, smashed: Tensor, batch: CausalBatch) -> Tensor:
+        """s_B `(B, L, d)` of s_A."""
+        result = self.middle(smashed, batch.lengths)
+        sent = getattr(self.middle, "last_forward", None)
+        if self.on_sent is not None and sent is not None:
+            self.on_sent(sent, batch.rows())
+        return result
+
+    def losses(self, carried: Tensor, batch: CausalBatch) -> Tensor:
+        """−log p of every learned token, packed `(T,)`, for s_B `(B, L, d)`."""
+        learned = batch.learned
+        logits = self.top.logits(self.top(carried, batch.lengths)[learned])  # (T, V)
+        return F.cross_entropy(logits.float(), batch.ids[:, 1:][learned[:, :-1]], reduction="none")
+
+    def forward(self, batch: CausalBatch) -> Tensor:
+        """Mean −log p over the learned tokens of the batch."""
+        return self.losses(self.through(self.smash(batch), batch), batch).mean()
+
+    def log_likelihoods(self, batch: CausalBatch) -> Tensor:
+        """log p of each text's learned tokens together, `(B,)`."""
+        losses = self.losses(self.through(self.smash(batch), batch), batch)
+        return -torch.stack([part.sum() for part in losses.split(batch.learned.sum(1).tolist())])
+
+    def embedded(self, batch: CausalBatch) -> Tensor:
+        """Frozen embeddings of all tokens, packed `[N, e]`."""
+        with torch.no_grad():
+            return self.bottom.embed(pack(batch.ids, batch.lengths))

@@ -1,0 +1,33 @@
+"""Gaussian noise on every token's hidden state: the one defence of smashed data here that has a guarantee.
+
+    s' = s · min(1, C / |s|) + N(0, (ν C)²)
+
+Changing one token of a text changes its own hidden state by at most 2C, so its row in one message is a Gaussian
+mechanism with μ = 2 / ν (Dong, Roth and Su 2022), and μ √v after v messages with fresh noise. What later tokens' rows
+tell of it is not counted: in a causal model they depend on it too, so this is a bound for a row and not for the text.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def add_token_noise(smashed: Tensor, clip_norm: float, noise: float, *, generator: torch.Generator) -> Tensor:
+    """`(N, d)` with every row clipped to `clip_norm` C and noise of standard deviation `noise` · C on each value.
+
+    Raises:
+        ValueError: a number that isn't positive.
+    """
+    if not (clip_norm > 0 and noise > 0):
+        raise ValueError(f"clip_norm = {clip_norm}, noise = {noise}: must be positive.")
+    norms = smashed.norm(dim=-1, keepdim=True)
+    clipped = smashed * (clip_norm / norms.clamp_min(1e-12)).clamp_max(1.0)
+    return clipped + noise * clip_norm * torch.randn(smashed.shape, generator=generator).to(smashed)
+
+
+def row_mu(noise: float, views: int) -> float:
+    """μ of one row after so many messages with fresh noise: 2 √views / noise."""
+    return 2.0 * math.sqrt(views) / noise

@@ -1,0 +1,226 @@
+"""The loop around a split model: steps, checkpoints, resume, evaluation by likelihood."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from blindtune.errors import CheckpointError, ConfigError
+from blindtune.files import PRIVATE, replace_file
+from blindtune.methods.guarded import CausalBatch, Design, Ends, Gradfree, SplitCausalLM
+from blindtune.training.batches import BatchPlan
+from blindtune.training.questions import TokenizedQuestion
+
+STATE, SUMMARY = "resume.safetensors", "blindtune.json"
+
+
+@dataclass(frozen=True)
+class GuardedConfig:
+    """How long and how fast to train. The learning rate warms up linearly, then falls linearly to `floor`."""
+
+    steps: int = 150
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    clip_gradients: float = 1.0
+    """Largest norm of a step's gradient; 0 for any."""
+    warmup: int = 10
+    floor: float = 0.03
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.batch_size) < 1 or not self.learning_rate > 0:
+            raise ConfigError(
+                f"{self.steps} steps of {self.batch_size} at rate {self.learning_rate}.",
+                remedy="Use at least one step, one example and a positive learning rate.",
+            )
+
+    def rate(self, step: int) -> float:
+        """The factor on the learning rate at step 0, 1, …"""
+        return min(1.0, (step + 1) / max(1, self.warmup)) * max(self.floor, 1 - step / self.steps)
+
+
+@dataclass(frozen=True)
+class GuardedStep:
+    """What one step did: losses by name, body bytes by kind, seconds."""
+
+    step: int
+    losses: dict[str, float]
+    traffic: dict[str, int]
+    seconds: float
+
+
+class GuardedTrainer:
+    """Trains the ends of a split model on questions' right continuations; can stop after any step and go on later.
+
+    Args:
+        summary: what `blindtune.json` tells beside the trainer's own: model, cut, method, options.
+        checkpoint: folder for checkpoints; none are written without it.
+    """
+
+    def __init__(
+        self,
+        model: SplitCausalLM,
+        ends: Ends,
+        design: Design,
+        train: Sequence[TokenizedQuestion],
+        config: GuardedConfig,
+        *,
+        summary: dict[str, Any] | None = None,
+        checkpoint: Path | None = None,
+        save_every: int = 50,
+    ) -> None:
+        self.model, self.ends, self.design, self.config = model, ends, design, config
+        self.train, self.summary = list(train), summary or {}
+        self.checkpoint, self.save_every = checkpoint, save_every
+        self.plan = BatchPlan([len(question.row) for question in train], config.batch_size, config.seed)
+        self.optimizer = torch.optim.AdamW(ends.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+        self.done = 0
+        model.disturb = self._disturb
+
+    def steps(self) -> Iterator[GuardedStep]:
+        """Runs the remaining steps, one at each `next`. A step that fails changes no weight."""
+        while self.done < self.config.steps:
+            yield self._step()
+            if self.checkpoint is not None and self.done % self.save_every == 0:
+                self.save()
+
+    def batch(self, step: int) -> CausalBatch:
+        """What step 0, 1, … is trained on."""
+        chosen = [self.train[index] for index in self.plan.batch(step)]
+        return CausalBatch.of([question.row for question in chosen], [question.start for question in chosen])
+
+    def _step(self) -> GuardedStep:
+        start, before = time.perf_counter(), traffic_of(self.model)
+        self.optimizer.zero_grad()
+        losses = self.design.step(self.model, self.ends, self.batch(self.done), self._generator("step"))
+        if self.config.clip_gradients:
+            torch.nn.utils.clip_grad_norm_(self.ends.parameters(), self.config.clip_gradients, error_if_nonfinite=True)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * self.config.rate(self.done)
+        self.optimizer.step()
+        self.done += 1
+        after = traffic_of(self.model)
+        moved = {kind: count - before.get(kind, 0) for kind, count in after.items()}
+        return GuardedStep(self.done, losses, moved, time.perf_counter() - start)
+
+    def _disturb(self, smashed: Tensor) -> Tensor:
+        return self.design.disturb(smashed, self._generator("noise"))
+
+    def _generator(self, purpose: str) -> torch.Generator:
+        """A stream of its own for every step, so that a resumed run draws what an uninterrupted one would."""
+        digest = hashlib.sha256(f"{self.config.seed} {purpose} {self.done}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+    def save(self) -> None:
+        """Writes a checkpoint of the last complete step: the tuned ends, and what a resumed run needs."""
+        if self.checkpoint is None:
+            return
+        self.ends.save(self.checkpoint, str(self.summary.get("base_model", "")))
+        state = {f"weights.{name}": tensor for name, tensor in self.ends.tensors().items()}
+        for name, parameter in self.ends.trainable.items():
+            moments = self.optimizer.state.get(parameter, {})
+            state |= {f"{key}.{name}": moments[key] for key in ("exp_avg", "exp_avg_sq") if key in moments}
+        identity = {"identity": self._identity(), "done": str(self.done)}
+        content = save({name: tensor.contiguous() for name, tensor in state.items()}, identity)
+        replace_file(self.checkpoint / STATE, content, PRIVATE)
+        summary = {**self.summary, "steps": self.done, "training": asdict(self.config)}
+        replace_file(self.checkpoint / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
+        if isinstance(self.design, Gradfree) and self.design.store is not None:
+            self.design.store.save()
+
+    def resume(self) -> None:
+        """Goes on from what `save` wrote.
+
+        Raises:
+            CheckpointError: there is none, or it comes from a run with other data, options or seed.
+        """
+        path = (self.checkpoint or Path()) / STATE
+        try:
+            metadata, state = _metadata(path), load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} can't be read: {error}.", remedy="Start anew without --resume.") from None
+        if metadata.get("identity") != self._identity():
+            raise CheckpointError(
+                "The checkpoint comes from a run with other data, seed, batch size, steps, rate or method.",
+                remedy="Resume with the same options and file, or start anew without --resume.",
+            )
+        weights = {n.removeprefix("weights."): t for n, t in state.items() if n.startswith("weights.")}
+        self.ends.copy(weights, str(path))
+        self.done = int(metadata["done"])
+        for name, parameter in self.ends.trainable.items():
+            if f"exp_avg.{name}" in state:
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(self.done)),
+                    "exp_avg": state[f"exp_avg.{name}"].clone(),
+                    "exp_avg_sq": state[f"exp_avg_sq.{name}"].clone(),
+                }
+
+    def _identity(self) -> str:
+        """A hash of everything that decides what the steps do."""
+        design = (self.design.name, sorted(asdict(cast(Any, self.design)).items()))
+        ends = (self.ends.trained, self.ends.rank, self.ends.alpha, sorted(self.ends.trainable))
+        rows = [(question.row, question.start) for question in self.train]
+        text = repr((sorted(asdict(self.config).items()), design, ends, rows))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def traffic_of(model: SplitCausalLM) -> dict[str, int]:
+    """Body bytes so far by kind; empty where the middle is here."""
+    return dict(getattr(model.middle, "traffic", {}))
+
+
+def evaluate_questions(
+    model: SplitCausalLM, questions: Sequence[TokenizedQuestion], *, tokens: int = 2048
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """Scores by likelihood, as the LM evaluation harness does.
+
+    Args:
+        tokens: in one pass.
+    Yields:
+        How many questions are done, and so far: `accuracy` (the likeliest continuation is right), `accuracy_norm` (the
+        likeliest by character), `loss` of the right one's tokens; the last are the final ones.
+    """
+    right = normalised = 0
+    loss, learned = 0.0, 0
+    for number, question in enumerate(questions, 1):
+        order = sorted(range(len(question.rows)), key=lambda i: len(question.rows[i]))
+        scores = [0.0] * len(order)
+        for part in _parts(order, [len(row) for row in question.rows], tokens):
+            batch = CausalBatch.of([question.rows[i] for i in part], [question.starts[i] for i in part])
+            with torch.no_grad():
+                for index, value in zip(part, model.log_likelihoods(batch).tolist(), strict=True):
+                    scores[index] = value
+        by_character = [score / max(1, n) for score, n in zip(scores, question.characters, strict=True)]
+        right += scores.index(max(scores)) == question.answer
+        normalised += by_character.index(max(by_character)) == question.answer
+        loss -= scores[question.answer]
+        learned += len(question.row) - question.start
+        yield number, {"accuracy": right / number, "accuracy_norm": normalised / number, "loss": loss / learned}
+
+
+def _parts(order: list[int], lengths: list[int], tokens: int) -> list[list[int]]:
+    """Indices in order, so many at a time that padded they have at most so many tokens."""
+    parts: list[list[int]] = [[]]
+    for index in order:
+        if parts[-1] and (len(parts[-1]) + 1) * lengths[index] > tokens:
+            parts.append([])
+        parts[-1].append(index)
+    return parts
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}

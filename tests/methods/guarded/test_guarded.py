@@ -1,0 +1,365 @@
+"""Training over a real server is training of the whole model, and each design sends what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from blindtune.client import Operator, RemoteTrunk, Transport, fetch_part
+from blindtune.errors import BlindtuneError, CacheFull, CheckpointError, ConfigError, NonFiniteTensor
+from blindtune.methods.guarded import CausalBatch, Ends, Gradfree, Online, SmashedStore, SplitCausalLM, make_design
+from blindtune.methods.guarded.designs import Design
+from blindtune.methods.guarded.ends import merge_checkpoint, read_ends
+from blindtune.models.split import tie
+from blindtune.training.guarded import GuardedConfig, GuardedTrainer, evaluate_questions
+from blindtune.training.questions import Question, TokenizedQuestion, tokenize
+from tests.conftest import SplitServer
+
+CONFIG = GuardedConfig(steps=4, batch_size=4, learning_rate=0.01, warmup=1)
+
+
+@dataclass
+class Setup:
+    """A client of the split server."""
+
+    model: SplitCausalLM
+    ends: Ends
+    design: Any
+    train: list[TokenizedQuestion]
+    trunk: RemoteTrunk
+    operator: Operator
+
+    def trainer(self, config: GuardedConfig = CONFIG, **options: Any) -> GuardedTrainer:
+        return GuardedTrainer(self.model, self.ends, self.design, self.train, config, **options)
+
+
+MakeSetup = Callable[..., Setup]
+
+
+def questions(sentences: list[str]) -> list[Question]:
+    """Which of two words ends a film review's sentence."""
+    found: list[Question] = []
+    for index, sentence in enumerate(sentences):
+        words = sentence.split()
+        if 6 <= len(words) <= 16 and len(found) < 24:
+            found.append(Question(" ".join(words[:-1]), (" good", " bad"), index % 2))
+    return found
+
+
+@pytest.fixture
+def setup(split_server: SplitServer, film_sentences: list[str]) -> Generator[MakeSetup]:
+    """`setup(design, **ends)`: fp32 unless the design says otherwise."""
+    with ExitStack() as stack:
+
+        def make(design: Design | None = None, **ends: Any) -> Setup:
+            design = design or Online(up="fp32", down="fp32")
+            transport = Transport(split_server.url)
+            stack.callback(transport.close)
+            operator = Operator(transport, None)
+            bottom, top = fetch_part(operator, "bottom"), fetch_part(operator, "top")
+            tie(bottom, top)
+            up, down = design.codecs()
+            trunk = RemoteTrunk(operator, up=up, down=down)
+            tuned = Ends(bottom, top, **{"parts": design.parts, "rank": 4, "alpha": 8, **ends})
+            rows = tokenize(questions(film_sentences), operator.tokenizer(), max_length=24)
+            if isinstance(design, Gradfree):
+                design.store = SmashedStore(32, down, max_bytes=2**20)
+            return Setup(SplitCausalLM(bottom, top, trunk), tuned, design, rows, trunk, operator)
+
+        yield make
+
+
+def run(trainer: GuardedTrainer, steps: int | None = None) -> list[dict[str, float]]:
+    losses: list[dict[str, float]] = []
+    for step in trainer.steps():
+        losses.append(step.losses)
+        if len(losses) == steps:
+            break
+    return losses
+
+
+def logits(causal: Any, batch: CausalBatch) -> Tensor:
+    mask = (torch.arange(batch.ids.shape[1]) < batch.lengths.unsqueeze(1)).long()
+    with torch.no_grad():
+        return causal(input_ids=batch.ids, attention_mask=mask).logits[mask.bool()]
+
+
+def split_logits(setup: Setup, batch: CausalBatch) -> Tensor:
+    with torch.no_grad():
+        carried = setup.model.through(setup.model.smash(batch), batch)
+        hidden = setup.model.top(carried, batch.lengths)
+    mask = torch.arange(batch.ids.shape[1]) < batch.lengths.unsqueeze(1)
+    return setup.model.top.logits(hidden).detach()[mask]
+
+
+def test_a_peft_checkpoint_that_stock_peft_loads(setup: MakeSetup, split_server: SplitServer, tmp_path: Path) -> None:
+    ours = setup()
+    trainer = ours.trainer(checkpoint=tmp_path, summary={"base_model": str(split_server.model)})
+    run(trainer)
+    trainer.save()
+    base = AutoModelForCausalLM.from_pretrained(split_server.model)
+    batch = trainer.batch(0)
+    untrained = logits(base, batch)
+    stock = PeftModel.from_pretrained(base, tmp_path)
+    assert torch.allclose(logits(stock, batch), split_logits(ours, batch), atol=1e-4)
+    assert not torch.allclose(untrained, split_logits(ours, batch), atol=1e-2)
+    assert read_ends(tmp_path)["rank"] == 4
+
+
+def test_weights_that_stock_transformers_load(setup: MakeSetup, split_server: SplitServer, tmp_path: Path) -> None:
+    ours = setup(trained="full")
+    trainer = ours.trainer(checkpoint=tmp_path)
+    run(trainer)
+    trainer.save()
+    causal = AutoModelForCausalLM.from_pretrained(split_server.model)
+    tuned = load_file(tmp_path / "model.safetensors")
+    missing, unexpected = causal.load_state_dict(tuned, strict=False)
+    assert not unexpected
+    assert {name.split(".")[2] for name in tuned} == {"0", "1", "3", "4"}  # blocks of the ends
+    assert "model.layers.2.mlp.up_proj.weight" in missing
+    batch = trainer.batch(0)
+    assert torch.allclose(logits(causal, batch), split_logits(ours, batch), atol=1e-4)
+
+
+def test_online_training_is_training_of_the_whole_model(setup: MakeSetup, split_server: SplitServer) -> None:
+    """fp32: the same gradients as one process has, step by step, so the same weights."""
+    ours = setup(trained="full")
+    trainer = ours.trainer()
+    whole: Any = AutoModelForCausalLM.from_pretrained(split_server.model)
+    whole.requires_grad_(False)
+    for name, parameter in whole.named_parameters():
+        parameter.requires_grad_(name in ours.ends.trainable)
+    reference = GuardedTrainer(
+        cast(Any, _Whole(whole)), cast(Any, _WholeEnds(whole, ours.ends)), cast(Any, _WholeDesign()), ours.train, CONFIG
+    )
+    theirs, mine = run(reference), run(trainer)
+    assert [step["task"] for step in mine] == pytest.approx([step["task"] for step in theirs], rel=1e-5)
+    weights = dict(whole.named_parameters())
+    for name, parameter in ours.ends.trainable.items():
+        assert torch.allclose(parameter, weights[name], atol=2e-4), name
+
+
+class _Whole(torch.nn.Module):
+    """The reference: transformers' own model and loss, in the same loop."""
+
+    def __init__(self, causal: Any) -> None:
+        super().__init__()
+        self.causal, self.middle, self.disturb = causal, None, None
+
+
+class _WholeEnds:
+    def __init__(self, causal: Any, ends: Ends) -> None:
+        self.trainable = {n: p for n, p in causal.named_parameters() if n in ends.trainable}
+        self.trained, self.rank, self.alpha = "full", 0, 0
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return list(self.trainable.values())
+
+
+class _WholeDesign:
+    def step(self, model: Any, ends: Any, batch: CausalBatch, generator: Any) -> dict[str, float]:
+        mask = (torch.arange(batch.ids.shape[1]) < batch.lengths.unsqueeze(1)).long()
+        output = model.causal(input_ids=batch.ids, attention_mask=mask).logits
+        learned = batch.learned
+        loss = F.cross_entropy(output[learned], batch.ids[:, 1:][learned[:, :-1]])
+        loss.backward()
+        return {"task": float(loss.detach())}
+
+
+def test_gradfree_sends_each_example_once_and_no_gradient(setup: MakeSetup) -> None:
+    ours = setup(Gradfree(up="fp32", down="fp32"))
+    run(ours.trainer(GuardedConfig(steps=6, batch_size=4, learning_rate=0.01)))  # one epoch of 24
+    once = dict(ours.trunk.traffic)
+    run(ours.trainer(GuardedConfig(steps=30, batch_size=4, learning_rate=0.01)))  # five more
+    assert dict(ours.trunk.traffic) == once
+    assert set(once) == {"s_A up", "s_B down"}
+    assert not ours.ends.parameters("bottom")
+
+
+def test_gradfree_learns_from_the_store_what_it_would_learn_over_the_wire(setup: MakeSetup) -> None:
+    kept, sent = setup(Gradfree(up="fp32", down="fp32")), setup(Online(up="fp32", down="fp32"), parts=("top",))
+    assert [s["task"] for s in run(kept.trainer())] == pytest.approx([s["task"] for s in run(sent.trainer())], rel=1e-4)
+
+
+def test_a_full_store_is_refused_and_keeps_what_it_has(setup: MakeSetup) -> None:
+    design = Gradfree()
+    ours = setup(design)
+    row = ours.train[0].row
+    design.store = SmashedStore(32, "int8", max_bytes=3 * len(row) * 64)
+    run(ours.trainer(GuardedConfig(steps=1, batch_size=1)))
+    held = len(design.store)
+    before = dict(ours.trunk.traffic)
+    with pytest.raises(CacheFull, match=r"MiB.*--cache-mb"):
+        run(ours.trainer(GuardedConfig(steps=6, batch_size=8)))
+    assert len(design.store) == held
+    assert dict(ours.trunk.traffic) == before  # refused before anything was sent
+
+
+def test_the_store_on_disk_saves_messages_and_refuses_another_bottom(setup: MakeSetup, tmp_path: Path) -> None:
+    design = Gradfree()
+    ours = setup(design)
+    design.store = SmashedStore(32, "int8", max_bytes=2**20, folder=tmp_path / "smashed", identity="one bottom")
+    run(ours.trainer(checkpoint=tmp_path, save_every=1))
+    again = SmashedStore(32, "int8", max_bytes=2**20, folder=tmp_path / "smashed", identity="one bottom")
+    row = next(q.row for q in ours.train if q.row in design.store)
+    assert torch.equal(again.get([row]), design.store.get([row]))
+    with pytest.raises(CheckpointError, match="another model, bottom or codec"):
+        SmashedStore(32, "int8", max_bytes=2**20, folder=tmp_path / "smashed", identity="another")
+    next((tmp_path / "smashed").glob("*.safetensors")).write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match="damaged"):
+        SmashedStore(32, "int8", max_bytes=2**20, folder=tmp_path / "smashed", identity="one bottom")
+
+
+def test_two_point_estimates_point_along_the_gradient(setup: MakeSetup) -> None:
+    """Averaged over directions, the estimate is the bottom's gradient; and it never asks for one."""
+    design = Gradfree(up="fp32", down="fp32", zo=True, zo_scale=1e-3)
+    ours, exact = setup(design, rank=1, targets=["q_proj"]), setup(rank=1, targets=["q_proj"])
+    batch = ours.trainer().batch(0)
+    exact.model(batch).backward()
+    target = torch.cat([p.grad.flatten() for p in exact.ends.parameters("bottom") if p.grad is not None])
+    total = torch.zeros_like(target)
+    for seed in range(120):
+        for parameter in ours.ends.parameters():
+            parameter.grad = None
+        design.step(ours.model, ours.ends, batch, torch.Generator().manual_seed(seed))
+        total += torch.cat([p.grad.flatten() for p in ours.ends.parameters("bottom") if p.grad is not None])
+    assert float(F.cosine_similarity(total, target, dim=0)) > 0.4  # 256 weights, 120 directions: √(120/376) = .56
+    assert set(ours.trunk.traffic) == {"s_A up", "s_B down"}
+
+
+def test_decorrelation_lowers_what_hidden_states_say_of_tokens(setup: MakeSetup) -> None:
+    plain, guarded = (setup(Online(up="fp32", down="fp32", decorrelation_weight=w), trained="full") for w in (0.0, 5.0))
+    config = GuardedConfig(steps=25, batch_size=12, learning_rate=0.01)
+    run(plain.trainer(config))
+    losses = run(guarded.trainer(config))
+    assert sum(s["dcor"] for s in losses[-5:]) < 0.75 * sum(s["dcor"] for s in losses[:3]) * 5 / 3
+
+
+def test_noise_leaves_the_client_and_is_the_same_when_a_step_is_repeated(setup: MakeSetup) -> None:
+    ours = setup(Online(up="fp32", down="fp32", noise=0.5, clip_norm=2.0))
+    trainer = ours.trainer()
+    batch = trainer.batch(0)
+    with torch.no_grad():
+        clean = ours.model.bottom(batch.ids, batch.lengths)
+        first, second = ours.model.smash(batch), ours.model.smash(batch)
+    assert torch.equal(first, second)
+    mask = torch.arange(batch.ids.shape[1]) < batch.lengths.unsqueeze(1)
+    scale = (2.0 / clean.norm(dim=-1, keepdim=True)).clamp_max(1)
+    assert float((first - clean * scale)[mask].std()) == pytest.approx(1.0, rel=0.1)
+
+
+@pytest.mark.parametrize("design", [Online(), Online(noise=0.1, decorrelation_weight=0.1), Gradfree(zo=True)], ids=str)
+def test_a_resumed_run_ends_where_an_uninterrupted_one_ends(setup: MakeSetup, tmp_path: Path, design: Design) -> None:
+    whole = setup(design)
+    run(whole.trainer())
+    first = setup(design)
+    broken = first.trainer(checkpoint=tmp_path)
+    run(broken, 2)
+    broken.save()
+    second = setup(design)
+    trainer = second.trainer(checkpoint=tmp_path)
+    trainer.resume()
+    assert trainer.done == 2
+    run(trainer)
+    for name, parameter in whole.ends.trainable.items():
+        assert torch.equal(parameter, second.ends.trainable[name]), name
+
+
+def test_resume_refuses_another_run(setup: MakeSetup, tmp_path: Path) -> None:
+    ours = setup()
+    trainer = ours.trainer(checkpoint=tmp_path)
+    run(trainer, 1)
+    trainer.save()
+    with pytest.raises(CheckpointError, match="other data, seed"):
+        setup(Online()).trainer(checkpoint=tmp_path).resume()
+    with pytest.raises(CheckpointError, match="can't be read"):
+        setup().trainer(checkpoint=tmp_path / "nowhere").resume()
+
+
+@pytest.mark.parametrize("trained", ["lora", "full"])
+def test_tuned_ends_are_a_start(setup: MakeSetup, tmp_path: Path, trained: str) -> None:
+    tuned = setup(trained=trained)
+    trainer = tuned.trainer(checkpoint=tmp_path)
+    run(trainer)
+    trainer.save()
+    fresh = setup(Gradfree(up="fp32", down="fp32"))
+    merge_checkpoint(fresh.ends, tmp_path)
+    batch = trainer.batch(0)
+    assert torch.allclose(split_logits(fresh, batch), split_logits(tuned, batch), atol=1e-4)
+
+
+def test_evaluation_by_likelihood(setup: MakeSetup, split_server: SplitServer) -> None:
+    ours = setup()
+    *_, (count, scores) = evaluate_questions(ours.model, ours.train)
+    causal: Any = AutoModelForCausalLM.from_pretrained(split_server.model)
+    right = 0
+    for question in ours.train:
+        values: list[float] = []
+        for row, start in zip(question.rows, question.starts, strict=True):
+            with torch.no_grad():
+                chances = causal(input_ids=torch.tensor([row])).logits[0].log_softmax(-1)
+            values.append(sum(float(chances[t - 1, row[t]]) for t in range(start, len(row))))
+        right += values.index(max(values)) == question.answer
+    assert count == len(ours.train)
+    assert scores["accuracy"] == right / count
+
+
+def test_what_was_sent_is_told_for_the_audit(setup: MakeSetup) -> None:
+    ours = setup()
+    told: dict[str, list[list[int]]] = {}
+    ours.model.on_sent = told.__setitem__
+    trainer = ours.trainer()
+    run(trainer, 2)
+    assert list(told.values()) == [trainer.batch(0).rows(), trainer.batch(1).rows()]
+    assert all(len(name) == 64 for name in told)
+
+
+def test_a_loss_that_explodes_sends_no_gradient(setup: MakeSetup) -> None:
+    ours = setup()
+    with torch.no_grad():
+        ours.ends.parameters("top")[0].fill_(float("inf"))
+    with pytest.raises(NonFiniteTensor, match="no gradient was sent"):
+        run(ours.trainer())
+    assert "g_B up" not in ours.trunk.traffic
+
+
+def test_non_finite_smashed_data_are_not_sent(setup: MakeSetup) -> None:
+    ours = setup()
+    with torch.no_grad():
+        ours.ends.parameters("bottom")[0].fill_(float("nan"))
+    with pytest.raises(NonFiniteTensor, match="hidden"):
+        run(ours.trainer())
+    assert not ours.trunk.traffic
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("guarded-sideways", {}, "guarded-online"),
+        ("guarded-online", {"up": "int2"}, "int2"),
+        ("guarded-online", {"decorrelation_weight": -1}, "decorrelation_weight"),
+        ("guarded-online", {"zo": True}, "no option 'zo'"),
+        ("guarded-gradfree", {"zo_scale": 0}, "zo_scale"),
+        ("guarded-online", {"noise": -0.1}, "noise"),
+        ("offsite", {"up": "int8"}, "guarded-offline"),
+    ],
+)
+def test_options_that_cannot_work(name: str, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        make_design(name, options)
+
+
+def test_layers_that_no_block_has(setup: MakeSetup) -> None:
+    with pytest.raises(BlindtuneError, match=r"query.*q_proj"):
+        setup(targets=["query"])
