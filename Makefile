@@ -26,8 +26,8 @@ $(VENV)/dev: $(VENV)/base
 demo: $(VENV)/base  ## Fine-tune on private labels over two local operators, and attack what they saw.
 	$(BIN)/blindtune demo --cache $(CACHE) --json out/demo.json
 
-test: $(VENV)/dev  ## All tests.
-	$(BIN)/pytest
+test: $(VENV)/dev  ## All tests, on two cores.
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/dev  ## Style, layering.
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def command_line() -> str:
     """Every command with its options."""
     root: Any = typer.main.get_command(app)
     parts = [HEAD, "# Command line\n"]
-    for name, command in root.commands.items():
+    for name, command in _commands(root):
         parts.append(
             f"\n## blindtune {name}\n\n{inspect.cleandoc(command.help or '')}\n\n"
             "| option | default | what |\n|---|---|---|\n"
@@ -33,6 +34,15 @@ def command_line() -> str:
             default = "required" if parameter.required else _default(parameter.default)
             parts.append(f"| `{shown}` | {default} | {help_text} |\n")
     return "".join(parts)
+
+
+def _commands(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every command by its full name, `emulator build` among them."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _commands(command, f"{prefix}{name} ")
+        else:
+            yield f"{prefix}{name}", command
 
 
 def _default(value: object) -> str:
