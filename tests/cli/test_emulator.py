@@ -108,7 +108,7 @@ def test_a_server_offers_what_was_built(built, model, start_server):
         ({"split": "4"}, "every part needs a block"),
         ({"split": "x"}, "--split x is no cut"),
         ({"public": "nowhere.txt"}, "There is no file nowhere.txt"),
-        ({"max-length": 65, "batch-size": 64}, "the model takes 64.*--max-length"),
+        ({"max-length": 90}, "the model takes 64.*--max-length"),
         ({"lr": 1e30}, "Lower --lr"),
     ],
 )

@@ -1,0 +1,133 @@
+"""`blindtune train --method guarded-…` as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from blindtune.cli import app
+from blindtune.models import Cut, load_backbone
+from blindtune.models.emulator import make_emulator, save_emulator
+from blindtune.wire import Transcript
+
+SMALL = ["--steps", "6", "--batch-size", "4", "--max-length", "24"]
+
+
+@pytest.fixture(scope="module")
+def questions(film_sentences, tmp_path_factory) -> Path:
+    """Which word follows a sentence."""
+    path = tmp_path_factory.mktemp("data") / "questions.jsonl"
+    short = [sentence for sentence in film_sentences if 4 <= len(sentence.split()) <= 12][:40]
+    rows = [{"question": s, "choices": ["good", "bad", "fine"], "answer": i % 3} for i, s in enumerate(short)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def emulated(start_server, tiny_causal, tmp_path_factory):
+    """A recording server with an emulator of its middle: `(server, folder, key)`."""
+    folder = tmp_path_factory.mktemp("emulated")
+    backbone = load_backbone(str(tiny_causal["llama"]), cut=Cut(1, 1))
+    key = Ed25519PrivateKey.generate()
+    assert backbone.split is not None
+    stored = save_emulator(folder / "emulator", make_emulator(backbone.split, 2), backbone, key, int8=True)
+    options = {"split": 1, "emulator": folder / "emulator", "record": folder / "seen"}
+    with start_server(tiny_causal["llama"], **options) as server:
+        yield server, folder / "seen", stored.manifest.public_key
+
+
+def train(server: Any, questions: Path, method: str, output: Path, *options: object, check: bool = True) -> Result:
+    """In this process: loading Python's libraries takes longer than the runs."""
+    arguments = ["train", "--server", server.url, "--data", questions, "--method", method, "--output", output]
+    done = CliRunner().invoke(app, [*map(str, arguments), *SMALL, *map(str, options)], env={"COLUMNS": "160"})
+    assert not check or done.exit_code == 0, done.output
+    return done
+
+
+def test_gradfree_from_a_file_to_a_peft_checkpoint(split_server, questions, tmp_path):
+    out, results, truth = tmp_path / "out", tmp_path / "results.json", tmp_path / "truth.jsonl"
+    done = train(split_server, questions, "guarded-gradfree", out, "--json", results, "--truth", truth)
+    assert "sees every token's hidden state (int8 up, int8 down), once for each text, and no gradient" in done.stdout
+    numbers = json.loads(results.read_text())
+    assert set(numbers["traffic"]) == {"s_A up", "s_B down"}
+    assert 0 <= numbers["validation"]["accuracy"] <= 1
+    told = [json.loads(line) for line in truth.read_text().splitlines()]
+    assert len({entry["forward"] for entry in told}) == len(told) == 6
+    assert stat.S_IMODE(truth.stat().st_mode) == 0o600
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(split_server.model), out)
+    changed = [n for n, p in stock.named_parameters() if "lora_B" in n and p.abs().sum() > 0]
+    assert {name.split(".layers.")[1][0] for name in changed} == {"3", "4"}  # the top's blocks
+
+
+def test_a_run_that_goes_on(split_server, questions, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(split_server, questions, "guarded-online", whole)
+    train(split_server, questions, "guarded-online", parts, "--save-every", 2)
+    again = train(split_server, questions, "guarded-online", parts, "--resume")
+    assert "Resumed after step 6" in again.stdout
+    adapter = "adapter_model.safetensors"
+    assert (whole / adapter).read_bytes() == (parts / adapter).read_bytes()
+    refused = train(split_server, questions, "guarded-online", parts, check=False)
+    assert refused.exit_code == 1
+    assert "holds a checkpoint" in refused.stderr
+
+
+@pytest.mark.parametrize("method", ["guarded-offline", "offsite"])
+def test_offline_sends_nothing_of_the_texts(emulated, questions, tmp_path, method):
+    server, seen, key = emulated
+    results = tmp_path / "results.json"
+    done = train(server, questions, method, tmp_path / "out", "--provider-key", key, "--json", results)
+    assert "sees nothing of the texts" in done.stdout
+    assert not Transcript(seen).events
+    numbers = json.loads(results.read_text())
+    assert numbers["bytes_sent"] == 0
+    summary = json.loads((tmp_path / "out" / "blindtune.json").read_text())
+    assert summary["emulator"]["public_key"] == key
+
+
+def test_an_emulator_that_somebody_else_signed(emulated, questions, tmp_path):
+    server, _, _ = emulated
+    done = train(server, questions, "offsite", tmp_path / "out", "--provider-key", "0" * 64, check=False)
+    assert done.exit_code == 1
+    assert "key" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_tuned_ends_of_one_run_start_another(split_server, questions, tmp_path):
+    """Such as a bottom that was decorrelated on public texts, and then stays frozen."""
+    first = tmp_path / "first"
+    train(split_server, questions, "guarded-online", first, "--set", "decorrelation_weight=0.5", "--tune", "full")
+    done = train(split_server, questions, "guarded-gradfree", tmp_path / "second", "--start", first)
+    assert "Starts from the tuned ends" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--task", "poetry"], "There is no task 'poetry'"),
+        (["--set", "up=int2"], "no codec 'int2'"),
+        (["--template", "{nothing}"], "names 'nothing'"),
+        (["--cache-mb", "0"], "MiB are allowed"),
+        (["--start", "nowhere"], "holds no adapter_config.json"),
+        (["--target-modules", "query"], "No layer is called"),
+    ],
+)
+def test_mistakes_in_one_sentence(split_server, questions, tmp_path, options, says):
+    done = train(split_server, questions, "guarded-gradfree", tmp_path / "out", *options, check=False)
+    assert done.exit_code == 1
+    assert says in done.stderr.replace("\n", " ")
+
+
+def test_a_server_without_ends_to_give(tiny_server, questions, tmp_path):
+    done = train(tiny_server, questions, "guarded-online", tmp_path / "out", "--model", "llama", check=False)
+    assert done.exit_code == 1
+    assert "--split" in done.stderr
