@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from blindtune.errors import BadEncoding, BadLabels, ConfigError, DataError, EmptyRows, MissingColumn
-from blindtune.training import Columns, load_examples, split_examples
+from blindtune.training import Columns, Examples, load_examples, split_examples
 
 ROWS = [
     {"note": 'the patient coughs, "a lot"', "more": "since\nMonday", "diagnosis": "flu"},
@@ -174,3 +174,19 @@ def test_a_split_is_disjoint_complete_and_repeatable(tmp_path):
     assert split_examples(examples, 0.2, seed=3)[1].texts == held_out.texts
     with pytest.raises(ConfigError, match="leaves 0 of 50"):
         split_examples(examples, 0.001, seed=3)
+
+
+def test_a_hub_data_set_keeps_its_class_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the hub serves them: Parquet with features, here in a folder, which needs no network."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
+    features = datasets.Features(
+        {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["ill", "well"])}
+    )
+    rows = datasets.Dataset.from_dict({"sentence": ["fever", "rest", "pain"], "label": [0, 1, 0]}, features=features)
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    rows.to_parquet(tmp_path / "set" / "data" / "train-00000-of-00001.parquet")
+    examples = load_examples(str(tmp_path / "set"), Columns("sentence", "label"))
+    assert examples == Examples(["fever", "rest", "pain"], [0, 1, 0], ["ill", "well"])

@@ -172,7 +172,7 @@ def _read_hub(name: str, split: str) -> Table:
     for column, feature in loaded.features.items():
         if isinstance(feature, datasets.ClassLabel):  # integers with names: keep the names
             named = [None if v is None or v < 0 else feature.names[v] for v in table[column].to_pylist()]
-            table = table.setread_column(table.schema.get_field_index(column), column, pa.array(named, pa.string()))
+            table = table.set_column(table.schema.get_field_index(column), column, pa.array(named, pa.string()))
     return table
 
 
