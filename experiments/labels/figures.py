@@ -64,7 +64,7 @@ class Arm:
 
     @property
     def setting(self) -> str:
-        return self.name.partition("+")[2].replace("+", ", ").replace("_", " ")
+        return self.name.partition("+")[2].replace("first=0", "all layers").replace("+", ", ").replace("_", " ")
 
     @property
     def label(self) -> str:
@@ -219,10 +219,15 @@ def main_arms(arms: dict[str, Arm]) -> list[Arm]:
     """One setting of each method: the one with the most seeds, of those the shortest name."""
     chosen: list[Arm] = []
     for method in NAMES:
-        candidates = [arm for arm in arms.values() if arm.method == method]
+        candidates = [arm for arm in arms.values() if arm.method == method and arm not in on_all_layers(arms)]
         if candidates:
             chosen.append(max(candidates, key=lambda arm: (len(arm.runs), -len(arm.name))))
     return chosen
+
+
+def on_all_layers(arms: dict[str, Arm]) -> list[Arm]:
+    """Arms with adapters on every block, not only the upper ones: beside the main arms, not in their place."""
+    return [arm for name, arm in arms.items() if "first=0" in name.split("+")]
 
 
 def swept(arms: dict[str, Arm], method: str, key: str) -> list[Arm]:
@@ -381,7 +386,7 @@ def main() -> None:
     tasks = {task: arms for task in TASKS if (arms := load(task))}
     save(bars(tasks), "accuracy-and-leak")
     for task, arms in tasks.items():
-        fill(PAGE, task, table(arms, main_arms(arms)))
+        fill(PAGE, task, table(arms, main_arms(arms) + on_all_layers(arms)))
     sst2 = tasks["sst2"]
     save(tradeoff(sst2), "tradeoff")
     fill(PAGE, "areas", areas(sst2))
