@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.table import Table
 
 from blindtune.cli.console import console, reporting_errors, write_json
+from blindtune.errors import ConfigError
 
 if TYPE_CHECKING:
     from blindtune.audit import Finding, Verdict, View
@@ -22,7 +23,18 @@ def audit(
     transcripts: Annotated[
         list[Path], typer.Argument(help="Folders that `blindtune serve --record` wrote, one a server.")
     ],
-    labels: Annotated[str, typer.Option(help="The training file with the true labels, for scoring alone.")],
+    labels: Annotated[
+        str | None, typer.Option(help="The training file with the true labels, for scoring alone.")
+    ] = None,
+    truth: Annotated[
+        Path | None,
+        typer.Option(help="Split decoders: what `train --truth` wrote; then texts are attacked, not labels."),
+    ] = None,
+    public: Annotated[
+        list[Path] | None,
+        typer.Option(help="Split decoders: public text that attackers learn from (.txt, JSON lines, …); repeat."),
+    ] = None,
+    sequences: Annotated[int, typer.Option(help="Split decoders: texts to attack at each of three moments.")] = 32,
     text: Annotated[str, typer.Option(help="Its column of texts.")] = "text",
     text_pair: Annotated[str | None, typer.Option(help="Its column of second texts.")] = None,
     label: Annotated[str, typer.Option(help="Its column of labels.")] = "label",
@@ -50,9 +62,19 @@ def audit(
     same attacks on unprotected training, which must succeed, and on the frozen model. With --collude, all subsets of
     the servers are attacked too, as if they had pooled what they saw.
 
+    The transcript of a split decoder is attacked for its *texts*: give --truth, which the client wrote, and --public.
+
     Example:  blindtune audit seen-by-a seen-by-b --labels notes.csv --text note --label diagnosis
     """
     with reporting_errors():
+        if truth is not None:
+            _audit_texts(transcripts, truth, public or [], model, sequences, json)
+            return
+        if labels is None:
+            raise ConfigError(
+                "An audit is scored against what was secret.",
+                remedy="Give --labels, or for a split decoder --truth and --public.",
+            )
         from blindtune.training import Columns, load_examples
 
         examples = load_examples(labels, Columns(text, label, text_pair))
@@ -67,6 +89,21 @@ def audit(
         write_report(report, verdict, title="blindtune audit", classes=examples.classes)
         console.print(f"Report: {report.resolve()}", soft_wrap=True)
         write_json(json, verdict.to_json())
+
+
+def _audit_texts(
+    transcripts: list[Path], truth: Path, public: list[Path], model: str | None, sequences: int, json: Path | None
+) -> None:
+    from blindtune.cli.audit_inputs import print_input_audit, run_input_audit
+
+    if len(transcripts) != 1:
+        raise ConfigError(
+            f"{len(transcripts)} transcripts of a split decoder.",
+            remedy="Name the one of the server that has the trunk.",
+        )
+    found = run_input_audit(transcripts[0], truth, public, model=model, sequences=sequences, seed=0)
+    print_input_audit(found)
+    write_json(json, found.to_json())
 
 
 @dataclass(frozen=True)
@@ -93,7 +130,6 @@ def colluding(views: "list[View]") -> "list[View]":
         ConfigError: fewer than two servers, or so many that their subsets would take too long.
     """
     from blindtune.audit import join_views
-    from blindtune.errors import ConfigError
 
     if not 2 <= len(views) <= MOST_COLLUDING:
         raise ConfigError(

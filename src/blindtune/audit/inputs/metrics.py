@@ -1,0 +1,127 @@
+"""How much of a text was reconstructed: six numbers in [0, 1] for one true and one guessed sequence.
+
+| metric | counts |
+|---|---|
+| accuracy | positions with the right token; the primary one |
+| rouge1, rouge2 | n-grams in common (Lin 2004), F1 |
+| rougeL | the longest common subsequence (Lin 2004), F1 |
+| set_f1 | distinct tokens in common, F1: what a bag of words tells |
+| meteor | matches, with a penalty for wrong order (Banerjee and Lavie 2005) |
+
+METEOR matches exact tokens only: no stems, no synonyms. Its alignment is greedy from the left, at each place with the
+longest run that is left; that always gives the most matches, but not always the fewest chunks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+Tokens = Sequence[Hashable]
+
+
+def accuracy(truth: Tokens, guess: Tokens) -> float:
+    """Part of the positions at which both are the same. Raises `ValueError` for lengths that differ, or are 0."""
+    if len(truth) != len(guess) or not truth:
+        raise ValueError(f"{len(guess)} guesses for {len(truth)} tokens")
+    return sum(a == b for a, b in zip(truth, guess, strict=True)) / len(truth)
+
+
+def rouge_n(truth: Tokens, guess: Tokens, n: int) -> float:
+    """F1 of the n-grams, counted as often as they occur."""
+    true_grams, grams = (Counter(tuple(s[i : i + n]) for i in range(len(s) - n + 1)) for s in (truth, guess))
+    return _f1((true_grams & grams).total(), true_grams.total(), grams.total())
+
+
+def rouge_l(truth: Tokens, guess: Tokens) -> float:
+    """F1 of the longest common subsequence."""
+    longest = [0] * (len(guess) + 1)
+    for token in truth:
+        diagonal = 0
+        for j, other in enumerate(guess, start=1):
+            above = longest[j]
+            longest[j] = diagonal + 1 if token == other else max(above, longest[j - 1])
+            diagonal = above
+    return _f1(longest[-1], len(truth), len(guess))
+
+
+def set_f1(truth: Tokens, guess: Tokens) -> float:
+    """F1 of the distinct tokens."""
+    return _f1(len(set(truth) & set(guess)), len(set(truth)), len(set(guess)))
+
+
+def meteor(truth: Tokens, guess: Tokens) -> float:
+    """Fmean (1 − penalty), Fmean = 10PR / (R + 9P), penalty = 0.5 (chunks / matches)³."""
+    aligned = _align(truth, guess)
+    matches = len(aligned)
+    if not matches:
+        return 0.0
+    chunks = 1 + sum(b != (a[0] + 1, a[1] + 1) for a, b in pairwise(aligned))
+    precision, recall = matches / len(guess), matches / len(truth)
+    return 10 * precision * recall / (recall + 9 * precision) * (1 - 0.5 * (chunks / matches) ** 3)
+
+
+def _align(truth: Tokens, guess: Tokens) -> list[tuple[int, int]]:
+    """Pairs (place in guess, place in truth), each place at most once, in the order of the guess."""
+    free: dict[Hashable, list[int]] = {}
+    for j, token in enumerate(truth):
+        free.setdefault(token, []).append(j)
+    taken: set[int] = set()
+    pairs: list[tuple[int, int]] = []
+
+    def run(i: int, j: int) -> int:
+        length = 0
+        while i + length < len(guess) and j + length < len(truth) and guess[i + length] == truth[j + length]:
+            if j + length in taken:
+                break
+            length += 1
+        return length
+
+    for i, token in enumerate(guess):
+        places = [j for j in free.get(token, []) if j not in taken]
+        if places:
+            following = pairs[-1][1] + 1 if pairs and pairs[-1][0] == i - 1 else -1
+            chosen = following if following in places else max(places, key=lambda j: (run(i, j), -j))
+            taken.add(chosen)
+            pairs.append((i, chosen))
+    return pairs
+
+
+def _f1(common: int, true: int, guessed: int) -> float:
+    return 2 * common / (true + guessed) if common else 0.0
+
+
+METRICS: dict[str, Callable[[Tokens, Tokens], float]] = {
+    "accuracy": accuracy,
+    "rouge1": lambda truth, guess: rouge_n(truth, guess, 1),
+    "rouge2": lambda truth, guess: rouge_n(truth, guess, 2),
+    "rougeL": rouge_l,
+    "set_f1": set_f1,
+    "meteor": meteor,
+}
+ON_WORDS = ("rouge1", "rouge2", "rougeL", "meteor")
+"""Taken on words where texts can be decoded, as is usual for them; the others are always on tokens."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over texts, with its 95% bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def bootstrap_mean(values: Sequence[float], *, weights: Sequence[float], resamples: int = 1000) -> Interval:
+    """Weighted mean, and its 2.5% and 97.5% quantiles over resampled texts. Raises `ValueError` without values."""
+    if not values:
+        raise ValueError("There is nothing to take the mean of.")
+    data, weight = np.asarray(values, dtype=np.float64), np.asarray(weights, dtype=np.float64)
+    drawn = np.random.default_rng(0).integers(0, len(data), (resamples, len(data)))
+    means = (data * weight)[drawn].sum(1) / weight[drawn].sum(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Interval(float((data * weight).sum() / weight.sum()), float(low), float(high))

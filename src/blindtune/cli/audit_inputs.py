@@ -1,0 +1,181 @@
+"""`blindtune audit --truth`: what a split model's server could read of the texts."""
+
+import random
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from blindtune.cli.console import console
+from blindtune.errors import ConfigError, TranscriptError
+
+if TYPE_CHECKING:
+    from blindtune.audit.inputs import Attacker, Exchange, Reconstruction, Truth
+    from blindtune.models import Tokenizer
+
+CONTROL_MUST = 0.8
+"""Part of the tokens that the strongest attack must recover from undefended hidden states for an audit to count."""
+
+
+@dataclass(frozen=True)
+class InputAudit:
+    """Attacks on what was recorded, and the same ones on what undefended split learning would have sent."""
+
+    results: "list[Reconstruction]"
+    control: "list[Reconstruction]"
+
+    @property
+    def valid(self) -> bool:
+        return max(result.accuracy for result in self.control if not result.floor) >= CONTROL_MUST
+
+    def sentence(self) -> str:
+        from blindtune.audit.inputs import headline
+
+        best, control = headline(self.results), headline(self.control)
+        floor = max(result.accuracy for result in self.results if result.floor)
+        if not self.valid:
+            return (
+                f"Void: on undefended hidden states the strongest attack ({control.attack}) recovers "
+                f"{control.accuracy:.0%} of the tokens, and must recover {CONTROL_MUST:.0%}. Give more --public text."
+            )
+        return (
+            f"The server can read {best.accuracy:.0%} of the tokens ({best.attack}, {best.stage} of the run); "
+            f"without looking {floor:.0%}; of undefended hidden states {control.accuracy:.0%}."
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        def rows(results: "list[Reconstruction]") -> list[dict[str, Any]]:
+            return [
+                {
+                    "attack": r.attack,
+                    "stage": r.stage,
+                    "floor": r.floor,
+                    "sequences": r.sequences,
+                    "tokens": r.tokens,
+                    "seconds": round(r.seconds, 1),
+                    "metrics": {name: [i.mean, i.low, i.high] for name, i in r.metrics.items()},
+                }
+                for r in results
+            ]
+
+        return {"valid": self.valid, "sentence": self.sentence(), "attacks": rows(self.results),
+                "control": rows(self.control)}  # fmt: skip
+
+
+def run_input_audit(
+    folder: Path, truth_file: Path, public: list[Path], *, model: str | None, sequences: int, seed: int
+) -> InputAudit:
+    """Attacks a split model's transcript, with progress, and a control that is made here.
+
+    Raises:
+        TranscriptError: a transcript without a split model's messages, or a truth of another run.
+        ConfigError: no public text.
+    """
+    from blindtune.audit.inputs import Attacker, Truth, attack_inputs, read_exchanges
+    from blindtune.models import Cut, Tokenizer, load_backbone
+    from blindtune.wire import Transcript
+
+    if not public:
+        raise ConfigError(
+            "Attackers learn from public text.", remedy="Give some with --public: lines of text, or JSON lines."
+        )
+    transcript = Transcript(folder)
+    split = {name: m for name, m in transcript.recording.models.items() if m.bottom is not None and m.top is not None}
+    called = [name for name in split if any(e.kind == "trunk-forward" and e.model == name for e in transcript.events)]
+    if not called:
+        raise TranscriptError(f"{folder} has no message of a split model.", remedy="Record `blindtune serve --split`.")
+    recorded = split[called[0]]
+    cut = Cut(recorded.bottom or 0, recorded.top or 0)
+    backbone = load_backbone(model or recorded.source, dtype=recorded.dtype, cut=cut)
+    if backbone.fingerprint != recorded.fingerprint:
+        raise TranscriptError(
+            f"{folder} was recorded on other weights than {backbone.source.requested!r}.",
+            remedy="Give the same pretrained model with --model.",
+        )
+    tokenizer = Tokenizer(backbone.tokenizer, pad_token_id=backbone.pad_token_id, with_types=False)
+    exchanges = read_exchanges(transcript, called[0], dim=int(backbone.config.hidden_size))
+    truth = Truth.read(truth_file)
+    longest = max(len(ids) for exchange in exchanges for ids in truth.of(exchange).ids)
+    rows = _public_rows(public, tokenizer, longest, seed)
+    up = next(event.up for event in transcript.events if event.kind == "trunk-forward" and event.model == called[0])
+    assert backbone.split is not None  # noqa: S101 - it was cut
+    attacker = Attacker(backbone.split, rows, simulate=partial(_through_codec, up), seed=seed)
+    say = partial(console.print, soft_wrap=True, highlight=False)
+    say(f"{len(exchanges)} messages of {called[0]}; {len(rows)} public texts to learn from")
+    results = attack_inputs(exchanges, truth, attacker, sequences=sequences, progress=say)
+    say("Control: the same texts, undefended")
+    clean = Attacker(backbone.split, rows, seed=seed)
+    control = attack_inputs(
+        [_undefended(exchange, truth, clean) for exchange in _first(exchanges, truth, sequences)],
+        truth,
+        clean,
+        sequences=sequences,
+        progress=say,
+    )
+    return InputAudit(results, control)
+
+
+def print_input_audit(audit: InputAudit) -> None:
+    """The table of an audit and its sentence."""
+    table = Table(title="What the server could read of the texts", title_justify="left")
+    for name in ("attack", "stage"):
+        table.add_column(name)
+    for name in ("tokens in place [95%]", "ROUGE-L", "undefended"):
+        table.add_column(name, justify="right")
+    for result in sorted(audit.results, key=lambda r: (r.floor, -r.accuracy)):
+        accuracy = result.metrics["accuracy"]
+        same = [c.accuracy for c in audit.control if c.attack == result.attack]
+        table.add_row(
+            result.attack + (" (looks at nothing)" if result.floor else ""),
+            result.stage,
+            f"{accuracy.mean:.1%} [{accuracy.low:.1%}, {accuracy.high:.1%}]",
+            f"{result.metrics['rougeL'].mean:.2f}",
+            f"{max(same):.1%}" if same else "–",
+        )
+    console.print(table)
+    console.print(audit.sentence(), style="bold" if audit.valid else "bold red", soft_wrap=True)
+
+
+def _public_rows(paths: list[Path], tokenizer: "Tokenizer", longest: int, seed: int) -> list[list[int]]:
+    """Token rows of public lines, no longer than the client's."""
+    from blindtune.cli.public_text import read_lines
+
+    lines = [line for path in paths for line in read_lines(path)]
+    random.Random(seed).shuffle(lines)
+    return [list(row.ids) for row in tokenizer.rows(lines[:20_000], max_length=longest)]
+
+
+def _through_codec(codec: Any, hidden: Any) -> Any:
+    from blindtune.wire import dequantize, quantize
+
+    return dequantize("hidden", quantize("hidden", hidden, codec), codec, hidden.shape[1])
+
+
+def _first(exchanges: "list[Exchange]", truth: "Truth", sequences: int) -> "list[Exchange]":
+    """The first messages that have so many texts together."""
+    taken: list[Any] = []
+    count = 0
+    for exchange in exchanges:
+        if count >= sequences:
+            break
+        taken.append(exchange)
+        count += len(truth.of(exchange).ids)
+    return taken
+
+
+def _undefended(exchange: "Exchange", truth: "Truth", attacker: "Attacker") -> "Exchange":
+    """The same texts as plain split learning would have sent them with the pretrained bottom."""
+    import torch
+
+    from blindtune.audit.inputs import Exchange, Observed
+    from blindtune.audit.inputs.attacker import pad
+
+    ids, lengths = pad(truth.of(exchange).ids, torch.device("cpu"))
+
+    def read() -> Observed:
+        hidden = attacker.run_bottom(ids, lengths)
+        return Observed(lengths, hidden, attacker.run_trunk(hidden, lengths))
+
+    return Exchange(exchange.step, exchange.forward, read)

@@ -1,0 +1,93 @@
+"""`blindtune audit --truth`: from a recorded run of a split decoder to what its server could read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from blindtune.cli import app
+from tests.audit.test_inputs_attacks import save
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "160"})
+
+
+@pytest.fixture(scope="module")
+def public(film_sentences, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("public") / "public.txt"
+    path.write_text("\n".join(film_sentences[100:600]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(start_server, film_sentences, tmp_path_factory) -> dict[str, tuple[Path, Path]]:
+    """Name -> transcript and truth: plain split learning, and with noise larger than what it covers."""
+    folder = tmp_path_factory.mktemp("runs")
+    model = save("llama", folder / "llama", film_sentences[:600])
+    short = [s for s in film_sentences[:100] if 4 <= len(s.split()) <= 14]
+    rows = [{"question": s, "choices": ["good", "bad"], "answer": i % 2} for i, s in enumerate(short)]
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    runs: dict[str, tuple[Path, Path]] = {}
+    for name, options in {"plain": (), "noisy": ("--set", "noise=20")}.items():
+        seen, truth = folder / f"{name}-seen", folder / f"{name}-truth.jsonl"
+        with start_server(model, split=2, record=seen) as server:
+            done = call(
+                "train", "--server", server.url, "--data", folder / "questions.jsonl", "--method", "guarded-online",
+                "--steps", 4, "--batch-size", 8, "--max-length", 24, "--validation-fraction", 0,
+                "--output", folder / name, "--truth", truth, *options,
+            )  # fmt: skip
+        assert done.exit_code == 0, done.output
+        runs[name] = (seen, truth)
+    return runs
+
+
+def audit(run: tuple[Path, Path], public: Path, tmp_path: Path) -> tuple[str, dict[str, Any]]:
+    results = tmp_path / "audit.json"
+    done = call("audit", run[0], "--truth", run[1], "--public", public, "--sequences", 8, "--json", results)
+    assert done.exit_code == 0, done.output
+    return done.output, json.loads(results.read_text())
+
+
+def best(rows: list[dict[str, Any]], *, floor: bool = False) -> float:
+    return max(row["metrics"]["accuracy"][0] for row in rows if row["floor"] is floor)
+
+
+def test_plain_split_learning_is_read(trained, public, tmp_path):
+    printed, found = audit(trained["plain"], public, tmp_path)
+    assert found["valid"]
+    assert best(found["attacks"]) > 0.8
+    assert "The server can read" in printed
+
+
+def test_noise_is_what_stops_it(trained, public, tmp_path):
+    _, found = audit(trained["noisy"], public, tmp_path)
+    assert found["valid"]  # on the same texts, undefended
+    assert best(found["attacks"]) < best(found["attacks"], floor=True) + 0.15
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (lambda seen, truth, public: [seen, "--truth", truth], "--public"),
+        (lambda seen, truth, public: [seen, seen, "--truth", truth, "--public", public], "2 transcripts"),
+        (lambda seen, truth, public: [seen], "--labels"),
+        (lambda seen, truth, public: [seen, "--truth", public.with_name("no"), "--public", public], "There is no file"),
+    ],
+    ids=["no-public-text", "two", "nothing", "no-truth"],
+)
+def test_mistakes(trained, public, options, says):
+    done = call("audit", *options(*trained["plain"], public))
+    assert done.exit_code == 1
+    assert says in done.output.replace("\n", " ")
+
+
+def test_the_truth_of_another_run(trained, public):
+    done = call("audit", trained["plain"][0], "--truth", trained["noisy"][1], "--public", public)
+    assert done.exit_code == 1
+    assert "this very run" in done.output.replace("\n", " ")
