@@ -37,6 +37,7 @@ from tests.tiny_causal import save_tiny_causal
 Rows = list[list[int]]
 BATCH, STEPS, LENGTH = 8, 9, 16
 BUDGET = Budget(public_rows=300, deep_rows=100, epochs=6, negatives=300, eia_steps=40, solver_steps=25, lamp_rounds=2)
+QUICK = replace(BUDGET, public_rows=200, epochs=2, eia_steps=20)
 ON_S_A = ["nearest token", "nearest, left to right", "SIP", "EIA", "BiSR(f)"]
 
 
@@ -201,8 +202,8 @@ def test_large_noise_leaves_nothing_to_read_even_for_who_knows_of_it(recorded, l
         return hidden + 100 * hidden.std() * torch.randn(hidden.shape)
 
     exchanges = noisy(recorded, disturb, llama[1].model)
-    for attacker in (recorded.attacker(), recorded.attacker(simulate=disturb)):
-        found = attack_inputs(exchanges, recorded.truth, attacker, sequences=32)
+    for attacker in (recorded.attacker(budget=QUICK), recorded.attacker(budget=QUICK, simulate=disturb)):
+        found = attack_inputs(exchanges, recorded.truth, attacker, sequences=24)
         floor = max(result.accuracy for result in found if result.floor)
         assert headline(found).accuracy < floor + 0.1
         assert "TAG" not in {result.attack for result in found}  # there were no gradients
@@ -215,7 +216,8 @@ def test_little_noise_is_seen_through_by_who_knows_of_it(recorded, llama):
         return hidden + 0.1 * hidden.std() * torch.randn(hidden.shape)
 
     exchanges = noisy(recorded, disturb, llama[1].model)
-    found = attack_inputs(exchanges, recorded.truth, recorded.attacker(simulate=disturb), ON_S_A, sequences=32)
+    attacker = recorded.attacker(budget=QUICK, simulate=disturb)
+    found = attack_inputs(exchanges, recorded.truth, attacker, ON_S_A, sequences=16)
     assert headline(found).accuracy > 0.7
 
 
@@ -236,7 +238,7 @@ def test_an_attacker_that_has_the_clients_bottom_reads_what_a_static_one_cannot(
     exchanges = [replace(exchange, read=lambda e=exchange: read(e)) for exchange in recorded.exchanges[:2]]
     accuracies = [
         headline(attack_inputs(exchanges, recorded.truth, attacker, ON_S_A, sequences=16)).accuracy
-        for attacker in (recorded.attacker(), recorded.attacker(bottom=theirs))
+        for attacker in (recorded.attacker(budget=QUICK), recorded.attacker(budget=QUICK, bottom=theirs))
     ]
     assert accuracies[1] > 0.9
     assert accuracies[0] < accuracies[1] - 0.3
@@ -281,7 +283,7 @@ def test_an_attack_is_given_only_what_it_says_it_observes(recorded):
     blind = replace(
         observed, s_b=torch.full_like(observed.s_b, torch.nan), g_b=torch.full_like(observed.s_b, torch.nan)
     )
-    attacker = recorded.attacker()
+    attacker = recorded.attacker(budget=QUICK)
     for name in ON_S_A:
         assert torch.equal(ATTACKS[name].run(blind, attacker), ATTACKS[name].run(observed, attacker)), name
 

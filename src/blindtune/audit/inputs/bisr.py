@@ -34,8 +34,10 @@ def bisr_backward(observed: Observed, attacker: Attacker) -> Tensor:
 
 @attack("BiSR", observes=("s_A", "s_B", "gradients"), needs=("bottom", "trunk", "top", "public text"))
 def bisr(observed: Observed, attacker: Attacker) -> Tensor:
+    half = attacker.budget.candidates // 2
     lists = both(observed, attacker), forward_shortlist(observed, attacker), label_tokens(observed, attacker)
-    candidates = Shortlist(torch.cat([some.ids for some in lists], 1), torch.cat([some.scores for some in lists], 1))
+    ids, scores = ([getattr(some, name)[:, :half] for some in lists] for name in ("ids", "scores"))
+    candidates = Shortlist(torch.cat(ids, dim=1), torch.cat(scores, dim=1))
     evidence = shortlist_after_first(next_shortlist(observed, attacker, prior=False), observed, attacker)
     evidence.scores[observed.positions == 0] = 0.0  # no gradient knows the first token
     return read_in_context(observed, attacker, candidates, evidence)

@@ -92,7 +92,7 @@ def left_to_right(
     states, listed = (unpack(x, lengths)[order] for x in (observed.s_a, candidates.ids))  # (B, L, d), (B, L, K)
     known = None if evidence is None else [unpack(x, lengths)[order] for x in (evidence.ids, evidence.scores)]
     bottom, model = Reader(attacker.simulated.causal), Reader(attacker.model.causal)
-    table = tables(attacker)[1]
+    first, later = tables(attacker)
     guesses = torch.zeros(listed.shape[:2], dtype=torch.long, device=attacker.device)
     for place in range(listed.shape[1]):
         alive = int((lengths > place).sum())
@@ -104,10 +104,10 @@ def left_to_right(
         proposed = said.topk(min(FROM_MODEL, said.shape[1])).indices
         tokens = torch.cat([listed[:alive, place], proposed], dim=1)  # (alive, K)
         state, expected = states[:alive, place], _expect(bottom, tokens, attacker)
-        if place:
-            offset = (expected - table.states[tokens]).mean(1)
-            more = table.log_densities(state, offset).topk(candidates.ids.shape[1]).indices
-            tokens, expected = torch.cat([tokens, more], 1), torch.cat([expected, _expect(bottom, more, attacker)], 1)
+        offset = (expected - later.states[tokens]).mean(1) if place else None
+        densities = (later if place else first).log_densities(state, offset)
+        more = densities.topk(min(attacker.budget.candidates, densities.shape[1])).indices
+        tokens, expected = torch.cat([tokens, more], 1), torch.cat([expected, _expect(bottom, more, attacker)], 1)
         scores = scatter.log_density(state.unsqueeze(1) - expected) + said.gather(1, tokens)
         if known is not None:
             scores = scores + Shortlist(*(x[:alive, place] for x in known)).find(tokens)[0]
