@@ -74,6 +74,7 @@ def run_input_audit(
         ConfigError: no public text.
     """
     from blindtune.audit.inputs import Attacker, Truth, attack_inputs, read_exchanges
+    from blindtune.audit.inputs.evaluate import first_calls
     from blindtune.models import Cut, Tokenizer, load_backbone
     from blindtune.wire import Transcript
 
@@ -97,7 +98,8 @@ def run_input_audit(
     tokenizer = Tokenizer(backbone.tokenizer, pad_token_id=backbone.pad_token_id, with_types=False)
     exchanges = read_exchanges(transcript, called[0], dim=int(backbone.config.hidden_size))
     truth = Truth.read(truth_file)
-    longest = max(len(ids) for exchange in exchanges for ids in truth.of(exchange).ids)
+    calls = [(exchange, truth.of(exchange)) for exchange in exchanges]
+    longest = max(len(ids) for _, call in calls for ids in call.ids)
     rows = _public_rows(public, tokenizer, longest, seed)
     up = next(event.up for event in transcript.events if event.kind == "trunk-forward" and event.model == called[0])
     assert backbone.split is not None  # noqa: S101 - it was cut
@@ -108,7 +110,7 @@ def run_input_audit(
     say("Control: the same texts, undefended")
     clean = Attacker(backbone.split, rows, seed=seed)
     control = attack_inputs(
-        [_undefended(exchange, truth, clean) for exchange in _first(exchanges, truth, sequences)],
+        [_undefended(exchange, truth, clean) for exchange, _ in first_calls(calls, sequences)],
         truth,
         clean,
         sequences=sequences,
@@ -153,26 +155,12 @@ def _through_codec(codec: Any, hidden: Any) -> Any:
     return dequantize("hidden", quantize("hidden", hidden, codec), codec, hidden.shape[1])
 
 
-def _first(exchanges: "list[Exchange]", truth: "Truth", sequences: int) -> "list[Exchange]":
-    """The first messages that have so many texts together."""
-    taken: list[Any] = []
-    count = 0
-    for exchange in exchanges:
-        if count >= sequences:
-            break
-        taken.append(exchange)
-        count += len(truth.of(exchange).ids)
-    return taken
-
-
 def _undefended(exchange: "Exchange", truth: "Truth", attacker: "Attacker") -> "Exchange":
     """The same texts as plain split learning would have sent them with the pretrained bottom."""
-    import torch
-
     from blindtune.audit.inputs import Exchange, Observed
-    from blindtune.audit.inputs.attacker import pad
+    from blindtune.models.split import pad_rows
 
-    ids, lengths = pad(truth.of(exchange).ids, torch.device("cpu"))
+    ids, lengths = pad_rows(truth.of(exchange).ids)
 
     def read() -> Observed:
         hidden = attacker.run_bottom(ids, lengths)

@@ -97,21 +97,10 @@ def build(
 
 def _distill(backbone: "FrozenBackbone", made: "Part", text: "PublicText", steps: int, lr: float) -> None:
     """Under a progress bar."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    from blindtune.cli.progress import Bars
+    from blindtune.cli.progress import STEP_COLUMNS, Bars
     from blindtune.server.distill import distill
 
-    columns = (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[status]}"),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-    )
-    with Bars(*columns, console=console) as progress:
+    with Bars(*STEP_COLUMNS, console=console) as progress:
         task = progress.add_task("distilling", total=steps, status="")
         for step in distill(backbone, made, text.batches(), steps=steps, lr=lr):
             rate = step.tokens / step.seconds

@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, cast
 
 import typer
 from rich.table import Table
@@ -63,10 +63,10 @@ class Session:
 
 def make_fields(task: str, template: str | None, choices: str, answer: str, label: str) -> "Fields":
     """Raises `ConfigError` for an unknown task. `\\n` in a template is a new line."""
-    from blindtune.training.questions import KINDS, Fields, Kind
+    from blindtune.training.questions import KINDS, Fields
 
     if task not in KINDS:
-        raise ConfigError(f"There is no task {task!r}.", remedy=f"Use one of: {', '.join(get_args(Kind))} (--task).")
+        raise ConfigError(f"There is no task {task!r}.", remedy=f"Use one of: {', '.join(KINDS)} (--task).")
     written = None if template is None else template.replace("\\n", "\n")
     return Fields(task, written, choices, answer, label)
 
@@ -107,7 +107,7 @@ def train_guarded(
     train = tokenize(questions, tokenizer, max_length=length)
     validation = tokenize(held_out, tokenizer, max_length=length)
     count = steps if steps is not None else steps_for(len(train), config.batch_size, epochs)
-    config = type(config)(**{**asdict(config), "steps": count})
+    config = replace(config, steps=count)
     _prepare_store(session, train, output, cache_mb)
     summary = _summary(session, chosen, tuning, data, length)
     trainer = GuardedTrainer(
@@ -169,17 +169,15 @@ def take_over(ends: "Ends", folder: Path) -> None:
 
 
 def _load(data: Data, seed: int) -> tuple[list["Question"], list["Question"]]:
-    import numpy as np
-
+    from blindtune.training.data import split_indices
     from blindtune.training.questions import load_questions
 
     questions = load_questions(data.train, data.fields, classes=data.classes, split=data.split)
     if data.validation or data.validation_split:
         source, split = data.validation or data.train, data.validation_split or "validation"
         return questions, load_questions(source, data.fields, classes=data.classes, split=split)
-    count = round(len(questions) * data.validation_fraction)
-    order = np.random.default_rng(seed).permutation(len(questions)).tolist()
-    return [questions[i] for i in sorted(order[count:])], [questions[i] for i in sorted(order[:count])]
+    kept, held_out = split_indices(len(questions), round(len(questions) * data.validation_fraction), seed)
+    return [questions[i] for i in kept], [questions[i] for i in held_out]
 
 
 def _prepare_store(session: Session, train: list["TokenizedQuestion"], output: Path, cache_mb: int) -> None:

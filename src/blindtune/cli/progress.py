@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -20,6 +21,8 @@ from rich.progress import (
 from blindtune.client import Backbone
 from blindtune.training import Step, Trainer
 from blindtune.training.guarded import GuardedStep, GuardedTrainer
+
+S = TypeVar("S")
 
 
 class Bars(Progress):
@@ -37,7 +40,7 @@ class Bars(Progress):
             self.console.print(f"{task.description} {task.completed:.0f}/{task.total:.0f} {status}")
 
 
-_COLUMNS = (
+STEP_COLUMNS = (
     TextColumn("[bold]{task.description}"),
     BarColumn(bar_width=20),
     MofNCompleteColumn(),
@@ -60,34 +63,26 @@ def run_steps(
     Raises:
         Interrupted: after the step that was under way at the first Ctrl-C.
     """
-    done: list[Step] = []
-    with Bars(*_COLUMNS, console=console) as progress, _stop_request() as stopped:
-        task = progress.add_task(title, total=trainer.config.steps, completed=trainer.done, status="")
-        for step in trainer.steps():
-            done.append(step)
-            progress.update(task, status=_status(done))
-            progress.advance(task)
-            if on_step is not None:
-                on_step(step)
-            if stopped():
-                raise Interrupted
-    return done
+    return _run_steps(trainer, console, title, _status, on_step)
 
 
 def run_guarded_steps(trainer: GuardedTrainer, console: Console, title: str) -> list[GuardedStep]:
     """As `run_steps`, for split models."""
-    done: list[GuardedStep] = []
-    with Bars(*_COLUMNS, console=console) as progress, _stop_request() as stopped:
+    return _run_steps(trainer, console, title, _guarded_status, None)
+
+
+def _run_steps(
+    trainer: Any, console: Console, title: str, status: Callable[[list[S]], str], on_step: Callable[[S], None] | None
+) -> list[S]:
+    done: list[S] = []
+    with Bars(*STEP_COLUMNS, console=console) as progress, _stop_request() as stopped:
         task = progress.add_task(title, total=trainer.config.steps, completed=trainer.done, status="")
         for step in trainer.steps():
             done.append(step)
-            recent = done[-20:]
-            means = {name: sum(s.losses[name] for s in recent) / len(recent) for name in step.losses}
-            losses = "  ".join(f"{'loss' if name == 'task' else name} {value:.3f}" for name, value in means.items())
-            rate = len(recent) / sum(s.seconds for s in recent)
-            moved = human_bytes(sum(step.traffic.values()))
-            progress.update(task, status=f"{losses}  {rate:.2f} steps/s  {moved}/step")
+            progress.update(task, status=status(done))
             progress.advance(task)
+            if on_step is not None:
+                on_step(step)
             if stopped():
                 raise Interrupted
     return done
@@ -120,6 +115,14 @@ def _status(steps: list[Step]) -> str:
     accuracy = sum(step.accuracy for step in recent) / len(recent)
     shown = f"loss {loss:.3f}  acc {accuracy:.2f}  {rate:.2f} steps/s  {human_bytes(traffic)}/step"
     return shown if mu is None else f"{shown}  μ {mu:.3f}"
+
+
+def _guarded_status(steps: list[GuardedStep]) -> str:
+    recent = steps[-20:]
+    means = {name: sum(step.losses[name] for step in recent) / len(recent) for name in recent[-1].losses}
+    losses = "  ".join(f"{'loss' if name == 'task' else name} {value:.3f}" for name, value in means.items())
+    rate = len(recent) / sum(step.seconds for step in recent)
+    return f"{losses}  {rate:.2f} steps/s  {human_bytes(sum(recent[-1].traffic.values()))}/step"
 
 
 def human_bytes(count: float) -> str:

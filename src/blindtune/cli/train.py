@@ -143,6 +143,7 @@ def train(
 
         connection = {"token": token, "tls_ca": tls_ca, "wait": wait, "insecure": insecure, "model": model}
         targets = [target.strip() for target in target_modules.split(",")] if target_modules else None
+        names = [name.strip() for name in classes.split(",")] if classes else None
         if method in DESIGNS:
             result = guarded.train_guarded(
                 server,
@@ -151,7 +152,7 @@ def train(
                 guarded.Data(
                     data,
                     guarded.make_fields(task, template, choices, answer, label),
-                    [name.strip() for name in classes.split(",")] if classes else None,
+                    names,
                     validation,
                     validation_fraction,
                     split,
@@ -180,7 +181,6 @@ def train(
             write_json(json, result)
             return
         columns = Columns(text, label, text_pair)
-        names = [name.strip() for name in classes.split(",")] if classes else None
         examples = load_examples(data, columns, classes=names, split=split)
         held_out: Examples | None = None
         if validation or validation_split:

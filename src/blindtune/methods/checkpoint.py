@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from blindtune.client import Backbone
 from blindtune.errors import CheckpointError, ConfigError
-from blindtune.files import PRIVATE, replace_file
+from blindtune.files import replace_file
 from blindtune.methods.distance_correlation import DistanceCorrelation
 from blindtune.methods.head import LinearHead
 from blindtune.methods.head_only import HeadOnly
@@ -33,7 +32,7 @@ from blindtune.methods.p3eft import P3EFT
 from blindtune.methods.p3eft_published import PublishedP3EFT
 from blindtune.methods.pslf import PSLF
 from blindtune.methods.randomized_response import RandomizedResponse
-from blindtune.methods.state import under
+from blindtune.methods.state import read_tensors, under, write_tensors
 from blindtune.models.adapters import read_lora_config
 from blindtune.privacy.randomness import SecureGenerator
 
@@ -90,11 +89,11 @@ def save_model(
     for adapter, place in zip(adapters, _adapter_folders(folder, len(adapters)), strict=True):
         adapter.save_pretrained(place)
     head = {name: tensor.detach().contiguous() for name, tensor in model.head.state_dict().items()}
-    _write(folder / HEAD, head)
+    write_tensors(folder / HEAD, head)
     save_secret(model, folder)
     if resume is not None:
         learned = {f"method.{name}": tensor for name, tensor in method.state().items()}
-        _write(folder / RESUME, {**learned, **resume})
+        write_tensors(folder / RESUME, {**learned, **resume})
     options = {f.name: getattr(method, f.name) for f in fields(METHODS[method.name]) if f.init}
     summary = {
         "format": 1,
@@ -125,7 +124,7 @@ def save_secret(model: PrivateModel, folder: str | Path) -> None:
     secret = {name: tensor for name, tensor in model.method.state().items() if not name.startswith(RESUME_ONLY)}
     secret["key"] = torch.frombuffer(bytearray(model.generator.key), dtype=torch.uint8)
     try:
-        _write(path, secret)
+        write_tensors(path, secret)
     except OSError as error:
         raise CheckpointError(
             f"{path} can't be written: {error}.", remedy="Make it writable: it counts what operators have seen."
@@ -174,14 +173,14 @@ def load_model(
     folder = Path(folder)
     summary = read_summary(folder)
     check_fingerprint(summary, backbone, folder)
-    secret = _read(folder / SECRET)
+    secret, _ = read_tensors(folder / SECRET)
     key = secret.pop("key")
     if head is None:
         if summary["head"] != "LinearHead":
             raise CheckpointError(f"The head is a {summary['head']}.", remedy="Pass head= with a module of that class.")
         head = LinearHead(summary["hidden_size"], summary["num_classes"])
     try:
-        head.load_state_dict(_read(folder / HEAD))
+        head.load_state_dict(read_tensors(folder / HEAD)[0])
     except RuntimeError as error:
         raise CheckpointError(
             f"{folder / HEAD} doesn't fit the head: {error}", remedy="Pass the head of this run."
@@ -201,7 +200,7 @@ def read_resume(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor
     Raises:
         CheckpointError: the folder holds no run that can go on.
     """
-    tensors = _read(Path(folder) / RESUME)
+    tensors, _ = read_tensors(Path(folder) / RESUME)
     return under("method.", tensors), {
         name: tensor for name, tensor in tensors.items() if not name.startswith("method.")
     }
@@ -217,14 +216,3 @@ def adapter_config(folder: str | Path) -> Any:
 
 def _adapter_folders(folder: Path, count: int) -> list[Path]:
     return [folder] if count == 1 else [folder / f"adapter_{index}" for index in range(count)]
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise CheckpointError(f"There is no {path}.", remedy="Name a complete checkpoint of `blindtune train`.")
-    return load_file(path)
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    content = save({name: t.detach().clone().contiguous() for name, t in tensors.items()})
-    replace_file(path, content, PRIVATE)

@@ -115,8 +115,8 @@ class FrozenBackbone:
         if self.split is None:
             return None
         cut, shared = self.split.cut, self.split.weights_shared()
-        offered = [part for part in PARTS if part != "trunk"]
-        return SplitInfo(bottom=cut.bottom, top=cut.top, parts=list(offered), weights_shared=round(shared, 4))
+        offered: list[str] = [part for part in PARTS if part != "trunk"]
+        return SplitInfo(bottom=cut.bottom, top=cut.top, parts=offered, weights_shared=round(shared, 4))
 
     def forward(
         self,

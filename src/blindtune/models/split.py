@@ -141,6 +141,12 @@ def padding_mask(lengths: Tensor, length: int) -> Tensor:
     return (torch.arange(length, device=lengths.device) < lengths.unsqueeze(1)).long()
 
 
+def pad_rows(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Right-padded ids `(B, L)` (0 where there is padding) and lengths `(B,)` of token rows."""
+    lengths = torch.tensor([len(row) for row in rows])
+    return unpack(torch.tensor([token for row in rows for token in row]), lengths), lengths
+
+
 def pack(padded: Tensor, lengths: Tensor) -> Tensor:
     """`(B, L, …)` to `(N, …)`: the tokens of all examples one after the other, without padding."""
     return padded[padding_mask(lengths, padded.shape[1]).bool()]

@@ -1,4 +1,7 @@
-"""Which examples each step sees: shuffled anew every epoch, batches of similar length, a function of (seed, step)."""
+"""What each step sees, and how fast it learns: functions of the step (and the seed), so that runs can be resumed.
+
+Examples are shuffled anew every epoch, into batches of similar length.
+"""
 
 from __future__ import annotations
 
@@ -48,3 +51,8 @@ class BatchPlan:
         last = [batch for batch in batches if len(batch) < self.batch_size]  # the short one comes last
         full = [batch for batch in batches if len(batch) == self.batch_size]
         return [full[i] for i in rng.permutation(len(full))] + last
+
+
+def linear_rate(step: int, steps: int, warmup: int, floor: float) -> float:
+    """The factor on learning rates at step 0, 1, …: rises over `warmup` steps while it falls linearly to `floor`."""
+    return min(1.0, (step + 1) / max(1, warmup)) * max(floor, 1 - step / steps)

@@ -61,7 +61,11 @@ def load_examples(
     Raises:
         DataError: one of its subclasses says what is wrong, in which rows, and what to do.
     """
-    table = read_table(source, split)
+    return examples_of(read_table(source, split), source, columns, classes)
+
+
+def examples_of(table: Table, source: str, columns: Columns, classes: Sequence[str] | None = None) -> Examples:
+    """The examples in a table that `read_table` gave; see `load_examples`."""
     texts = _texts(table, source, columns)
     if columns.label is None:
         return Examples(texts, None, list(classes or []))
@@ -90,8 +94,14 @@ def split_examples(examples: Examples, fraction: float, seed: int) -> tuple[Exam
             f"A validation fraction of {fraction} leaves {count} of {len(examples)} examples.",
             remedy="Choose a fraction between 0 and 1 that leaves examples on both sides.",
         )
-    order = np.random.default_rng(seed).permutation(len(examples)).tolist()
-    return examples.take(sorted(order[count:])), examples.take(sorted(order[:count]))
+    kept, held_out = split_indices(len(examples), count, seed)
+    return examples.take(kept), examples.take(held_out)
+
+
+def split_indices(examples: int, held_out: int, seed: int) -> tuple[list[int], list[int]]:
+    """Which of so many examples stay, and which random `held_out` of them are set aside; both in order."""
+    order = np.random.default_rng(seed).permutation(examples).tolist()
+    return sorted(order[held_out:]), sorted(order[:held_out])
 
 
 def _kind(path: Path) -> str:

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from blindtune.errors import CheckpointError, ConfigError
-from blindtune.files import PRIVATE, replace_file
+from blindtune.files import replace_file
 from blindtune.methods.guarded import CausalBatch, Design, Ends, Gradfree, SplitCausalLM
-from blindtune.training.batches import BatchPlan
+from blindtune.methods.state import read_tensors, under, write_tensors
+from blindtune.training.batches import BatchPlan, linear_rate
 from blindtune.training.questions import TokenizedQuestion
 
 STATE, SUMMARY = "resume.safetensors", "blindtune.json"
@@ -47,7 +46,7 @@ class GuardedConfig:
 
     def rate(self, step: int) -> float:
         """The factor on the learning rate at step 0, 1, …"""
-        return min(1.0, (step + 1) / max(1, self.warmup)) * max(self.floor, 1 - step / self.steps)
+        return linear_rate(step, self.steps, self.warmup, self.floor)
 
 
 @dataclass(frozen=True)
@@ -132,8 +131,7 @@ class GuardedTrainer:
             moments = self.optimizer.state.get(parameter, {})
             state |= {f"{key}.{name}": moments[key] for key in ("exp_avg", "exp_avg_sq") if key in moments}
         identity = {"identity": self._identity(), "done": str(self.done)}
-        content = save({name: tensor.contiguous() for name, tensor in state.items()}, identity)
-        replace_file(self.checkpoint / STATE, content, PRIVATE)
+        write_tensors(self.checkpoint / STATE, state, identity)
         summary = {**self.summary, "steps": self.done, "training": asdict(self.config)}
         replace_file(self.checkpoint / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
         if isinstance(self.design, Gradfree) and self.design.store is not None:
@@ -147,16 +145,17 @@ class GuardedTrainer:
         """
         path = (self.checkpoint or Path()) / STATE
         try:
-            metadata, state = _metadata(path), load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} can't be read: {error}.", remedy="Start anew without --resume.") from None
+            state, metadata = read_tensors(path)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{path} can't be read: {error.message}", remedy="Start anew without --resume."
+            ) from None
         if metadata.get("identity") != self._identity():
             raise CheckpointError(
                 "The checkpoint comes from a run with other data, seed, batch size, steps, rate or method.",
                 remedy="Resume with the same options and file, or start anew without --resume.",
             )
-        weights = {n.removeprefix("weights."): t for n, t in state.items() if n.startswith("weights.")}
-        self.ends.copy(weights, str(path))
+        self.ends.copy(under("weights.", state), str(path))
         self.done = int(metadata["done"])
         for name, parameter in self.ends.trainable.items():
             if f"exp_avg.{name}" in state:
@@ -217,10 +216,3 @@ def _parts(order: list[int], lengths: list[int], tokens: int) -> list[list[int]]
             parts.append([])
         parts[-1].append(index)
     return parts
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        return file.metadata() or {}

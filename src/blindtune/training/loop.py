@@ -15,7 +15,7 @@ from torch import Tensor
 from blindtune.errors import CheckpointError, ConfigError
 from blindtune.methods import PrivateModel, save_model
 from blindtune.models.tokenizer import Text, TokenRow
-from blindtune.training.batches import BatchPlan
+from blindtune.training.batches import BatchPlan, linear_rate
 from blindtune.training.data import Examples
 from blindtune.training.metrics import scores
 
@@ -50,8 +50,7 @@ class TrainConfig:
 
     def rate(self, step: int) -> float:
         """The factor on the learning rates at step 0, 1, …"""
-        rising = min(1.0, (step + 1) / max(1, self.warmup))
-        return rising * max(self.floor, 1 - step / self.steps)
+        return linear_rate(step, self.steps, self.warmup, self.floor)
 
 
 @dataclass(frozen=True)

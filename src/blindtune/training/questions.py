@@ -21,7 +21,7 @@ from typing import Any, Literal, cast, get_args
 
 from blindtune.errors import BadLabels, ConfigError, DataError, EmptyRows, MissingColumn, SequenceTooLong
 from blindtune.models import Tokenizer
-from blindtune.training.data import Columns, load_examples, read_column, read_table, some_of
+from blindtune.training.data import Columns, examples_of, read_column, read_table, some_of
 
 Kind = Literal["choice", "classification", "instruction"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -88,7 +88,7 @@ def load_questions(
     prompts = _prompts(table, source, template)
     if fields.kind == "classification":
         columns = [name for name in _names(template) if name in table.column_names]
-        examples = load_examples(source, Columns(columns[0], fields.label), classes=classes, split=split)
+        examples = examples_of(table, source, Columns(columns[0], fields.label), classes)
         words = tuple(" " + name for name in examples.classes)
         return [Question(p, words, label) for p, label in zip(prompts, examples.labels or [], strict=True)]
     answers = read_column(table, source, fields.answer)

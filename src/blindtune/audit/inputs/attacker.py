@@ -18,7 +18,7 @@ from torch import Tensor
 
 from blindtune.errors import ConfigError
 from blindtune.models import Part, SplitModel
-from blindtune.models.split import decoder_of, pack, padding_mask, unpack
+from blindtune.models.split import decoder_of, pack, pad_rows, padding_mask, unpack
 
 T = TypeVar("T")
 Disturb = Callable[[Tensor], Tensor]
@@ -136,11 +136,15 @@ class Attacker:
         """
         result: list[PublicBatch] = []
         for start in range(0, len(rows), CHUNK):
-            ids, lengths = pad(rows[start : start + CHUNK], self.device)
+            ids, lengths = (x.to(self.device) for x in pad_rows(rows[start : start + CHUNK]))
             drawn = torch.randint(0, len(self.embeddings), ids.shape, device=ids.device)
             ids = torch.where(torch.rand(ids.shape, device=ids.device) < replaced, drawn, ids)
             result.append(PublicBatch(pack(ids, lengths), lengths, self.run_bottom(ids, lengths)))
         return result
+
+    def public_batches(self) -> list[PublicBatch]:
+        """All public texts of the budget as they are. Made once."""
+        return self.remember("public", lambda: self.batches(self.rows(self.budget.public_rows)))
 
     def run_bottom(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """s_A as computed `(N, d)`, float32, for tokens `(B, L)`."""
@@ -182,15 +186,6 @@ class Attacker:
         ids = torch.tensor([row[0] for row in self.public if len(row)], dtype=torch.long, device=self.device)
         counts = torch.bincount(ids, minlength=len(self.embeddings)).float() + self.log_frequencies.exp()
         return (counts / counts.sum()).log()
-
-
-def pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Right-padded ids `(B, L)` and lengths `(B,)`."""
-    lengths = torch.tensor([len(row) for row in rows])
-    ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
-    for index, row in enumerate(rows):
-        ids[index, : len(row)] = torch.tensor(row, dtype=torch.long)
-    return ids.to(device), lengths.to(device)
 
 
 def chunks(packed: Tensor, lengths: Tensor) -> list[tuple[Tensor, Tensor]]:

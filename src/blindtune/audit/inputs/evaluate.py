@@ -128,10 +128,10 @@ Call = tuple[Exchange, TrueCall]
 
 def _stages(calls: Sequence[Call], sequences: int) -> list[tuple[str, Sequence[Call]]]:
     """The first calls, those around the middle, and the last; without repetition."""
-    start = _until(calls, sequences)
-    end = list(reversed(_until(list(reversed(calls)), sequences)))
+    start = first_calls(calls, sequences)
+    end = list(reversed(first_calls(list(reversed(calls)), sequences)))
     centre = max((len(calls) - len(start)) // 2, 0)
-    middle = _until(calls[centre:], sequences)
+    middle = first_calls(calls[centre:], sequences)
     result: list[tuple[str, Sequence[Call]]] = []
     for stage, some in zip(STAGES, (start, middle, end), strict=True):
         events = [exchange.step for exchange, _ in some]
@@ -140,8 +140,8 @@ def _stages(calls: Sequence[Call], sequences: int) -> list[tuple[str, Sequence[C
     return result
 
 
-def _until(calls: Sequence[Call], sequences: int) -> list[Call]:
-    """The first calls that have so many texts together."""
+def first_calls(calls: Sequence[Call], sequences: int) -> list[Call]:
+    """The first calls that have so many texts together, with their truth."""
     taken: list[Call] = []
     count = 0
     for exchange, call in calls:

@@ -64,7 +64,7 @@ def simulated_scatter(attacker: Attacker) -> Scatter:
     """Of what the simulated defence does at random, around what it is expected to do."""
 
     def make() -> Scatter:
-        hidden = torch.cat([batch.hidden for batch in attacker.batches(attacker.rows(attacker.budget.public_rows))])
+        hidden = torch.cat([batch.hidden for batch in attacker.public_batches()])
         return scatter_around(attacker.simulate(hidden) - attacker.expected(hidden), attacker)
 
     return attacker.remember("simulated scatter", make)

@@ -83,7 +83,7 @@ def tables(attacker: Attacker) -> tuple[Table, Table]:
 def _tables(attacker: Attacker) -> tuple[Table, Table]:
     rows = attacker.rows(attacker.budget.public_rows)
     context = next((row for row in rows if len(row) >= CONTEXT), rows[-1])[:CONTEXT]
-    batches = attacker.batches(rows)
+    batches = attacker.public_batches()
     seen = torch.cat([attacker.simulate(batch.hidden) for batch in batches])
     ids = torch.cat([batch.ids for batch in batches])
     first = torch.cat([batch.positions for batch in batches]) == 0

@@ -10,11 +10,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, Protocol, get_args
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from blindtune.errors import ConfigError, NonFiniteTensor
 from blindtune.methods.guarded.ends import Ends
 from blindtune.methods.guarded.model import CausalBatch, SplitCausalLM
 from blindtune.methods.guarded.smashed import SmashedStore
+from blindtune.methods.options import check_positive, check_weights
 from blindtune.models.split import pack
 from blindtune.privacy.decorrelation import decorrelation
 from blindtune.privacy.token_noise import add_token_noise
@@ -81,12 +81,9 @@ class _Guarded:
     def __post_init__(self) -> None:
         for codec in (self.up, self.down):
             if codec not in CODECS:
-                raise ConfigError(f"There is no codec {codec!r}.", remedy=f"Use one of: {', '.join(get_args(Codec))}.")
-        if not (0 <= self.noise < math.inf and 0 < self.clip_norm < math.inf):
-            raise ConfigError(
-                f"noise = {self.noise}, clip_norm = {self.clip_norm}.",
-                remedy="Use noise of at least 0, a norm above 0.",
-            )
+                raise ConfigError(f"There is no codec {codec!r}.", remedy=f"Use one of: {', '.join(CODECS)}.")
+        check_weights(noise=self.noise)
+        check_positive(clip_norm=self.clip_norm)
 
     @property
     def parts(self) -> tuple[End, ...]:
@@ -102,25 +99,38 @@ class _Guarded:
 
 
 @dataclass
-class Online(_Guarded):
-    """Both ends are trained through the provider's trunk.
+class _BothEnds(_Guarded):
+    """What Online and Offline share: one backward pass through both ends and what is between them.
 
     Args:
-        decorrelation_weight: λ of λ · dCor(e, s_A); 0 for plain split learning.
+        decorrelation_weight: λ of λ · dCor(e, s_A); 0 for none.
     """
 
     decorrelation_weight: float = 0.0
 
-    name: ClassVar[str] = "guarded-online"
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_weight("decorrelation_weight", self.decorrelation_weight)
+        check_weights(decorrelation_weight=self.decorrelation_weight)
 
     def step(
         self, model: SplitCausalLM, ends: Ends, batch: CausalBatch, generator: torch.Generator
     ) -> dict[str, float]:
-        return _backward(model, batch, self.decorrelation_weight, generator)
+        smashed = model.smash(batch)
+        task = model.losses(model.through(smashed, batch), batch).mean()
+        parts, total = {"task": task}, task
+        if self.decorrelation_weight:
+            parts["dcor"] = decorrelation(model.embedded(batch), pack(smashed, batch.lengths), generator)
+            total = task + self.decorrelation_weight * parts["dcor"]
+        _check_loss(total)
+        total.backward()
+        return {name: float(value.detach()) for name, value in parts.items()}
+
+
+@dataclass
+class Online(_BothEnds):
+    """Both ends are trained through the provider's trunk; plain split learning without decorrelation and noise."""
+
+    name: ClassVar[str] = "guarded-online"
 
 
 @dataclass
@@ -140,8 +150,7 @@ class Gradfree(_Guarded):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.zo_scale < math.inf:
-            raise ConfigError(f"zo_scale = {self.zo_scale}.", remedy="Use a small positive number.")
+        check_positive(zo_scale=self.zo_scale)
         self.store: SmashedStore | None = None
         """Where hidden states are kept; needed unless `zo`."""
 
@@ -194,26 +203,14 @@ class Gradfree(_Guarded):
 
 
 @dataclass
-class Offline(_Guarded):
+class Offline(_BothEnds):
     """Both ends are trained around an emulator that is here; nothing travels until the tuned ends do.
 
-    Args:
-        decorrelation_weight: λ of λ · dCor(e, s_A), for those who will send texts through the real trunk later.
+    Decorrelation is for those who will send texts through the real trunk later.
     """
-
-    decorrelation_weight: float = 0.0
 
     name: ClassVar[str] = "guarded-offline"
     emulated: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_weight("decorrelation_weight", self.decorrelation_weight)
-
-    def step(
-        self, model: SplitCausalLM, ends: Ends, batch: CausalBatch, generator: torch.Generator
-    ) -> dict[str, float]:
-        return _backward(model, batch, self.decorrelation_weight, generator)
 
 
 @dataclass
@@ -252,28 +249,11 @@ def make_design(name: str, options: dict[str, Any]) -> Online | Gradfree | Offli
     return DESIGNS[name](**options)
 
 
-def _backward(model: SplitCausalLM, batch: CausalBatch, weight: float, generator: torch.Generator) -> dict[str, float]:
-    smashed = model.smash(batch)
-    task = model.losses(model.through(smashed, batch), batch).mean()
-    parts = {"task": task}
-    if weight:
-        parts["dcor"] = decorrelation(model.embedded(batch), pack(smashed, batch.lengths), generator)
-    total = task + weight * parts["dcor"] if weight else task
-    _check_loss(total)
-    total.backward()
-    return {name: float(value.detach()) for name, value in parts.items()}
-
-
 def _check_loss(loss: Tensor) -> None:
     if not bool(torch.isfinite(loss)):
         raise NonFiniteTensor(
             f"The loss is {float(loss.detach())}; no gradient was sent for it.", remedy="Lower the learning rate."
         )
-
-
-def _check_weight(name: str, value: float) -> None:
-    if not 0 <= value < math.inf:
-        raise ConfigError(f"{name} = {value}.", remedy="Use a number of at least 0.")
 
 
 @contextmanager

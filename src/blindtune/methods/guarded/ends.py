@@ -16,12 +16,10 @@ from typing import Any, Literal, cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from blindtune.errors import CheckpointError, ConfigError
-from blindtune.files import PRIVATE, replace_file
+from blindtune.methods.state import read_tensors, write_tensors
 from blindtune.models.split import Part, decoder_of
 
 Trained = Literal["lora", "full"]
@@ -63,7 +61,6 @@ class Ends:
             for name in self.parts:
                 part: Part = getattr(self, name)
                 (self._add_lora if self.trained == "lora" else self._unfreeze)(part)
-        self.initial = {name: parameter.detach().clone() for name, parameter in self.trainable.items()}
 
     def parameters(self, part: Literal["bottom", "top"] | None = None) -> list[nn.Parameter]:
         """What is trained, of one end or of both."""
@@ -111,23 +108,13 @@ class Ends:
             base_model: what PEFT writes into `base_model_name_or_path`.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        content = save({name: t.contiguous() for name, t in self.tensors().items()}, {"format": "pt"})
-        replace_file(folder / (ADAPTER if self.trained == "lora" else WHOLE), content, PRIVATE)
+        write_tensors(folder / (ADAPTER if self.trained == "lora" else WHOLE), self.tensors(), {"format": "pt"})
         if self.trained == "lora":
             config = LoraConfig(
                 r=self.rank, lora_alpha=self.alpha, target_modules=self._modules, task_type="CAUSAL_LM",
                 base_model_name_or_path=base_model, inference_mode=True,
             )  # fmt: skip
             config.save_pretrained(str(folder))
-
-    def load(self, folder: Path) -> None:
-        """Takes over what `save` wrote for ends of the same kind.
-
-        Raises:
-            CheckpointError: missing, damaged, or of other layers or another rank. Nothing has changed then.
-        """
-        path = folder / (ADAPTER if self.trained == "lora" else WHOLE)
-        self.copy(_read(path), str(path))
 
     def copy(self, tensors: dict[str, Tensor], source: str) -> None:
         """Takes over tensors by name. Raises `CheckpointError`; nothing has changed then."""
@@ -152,7 +139,7 @@ def merge_checkpoint(ends: Ends, folder: Path) -> None:
         CheckpointError: a checkpoint of other blocks, or a damaged one. Nothing has changed then.
     """
     kind = read_ends(folder)
-    tensors = _read(folder / (WHOLE if kind["trained"] == "full" else ADAPTER))
+    tensors, _ = read_tensors(folder / (WHOLE if kind["trained"] == "full" else ADAPTER))
     bases: dict[str, nn.Parameter] = {}
     for part in (ends.bottom, ends.top):
         named = dict(part.causal.named_parameters())
@@ -192,12 +179,3 @@ def read_ends(folder: Path) -> dict[str, Any]:
         return {"trained": "lora", "rank": int(config["r"]), "alpha": int(config["lora_alpha"]), "targets": targets}
     except (ValueError, KeyError, TypeError):
         raise CheckpointError(f"{folder / CONFIG} is no LoRA configuration.", remedy="Use another copy.") from None
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise CheckpointError(f"There is no {path}.", remedy="Name a complete checkpoint of `blindtune train`.")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged: {error}.", remedy="Use another copy of it.") from None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blindtune.models.split import Part, pack, padding_mask
+from blindtune.models.split import Part, pack, pad_rows, unpack
 
 
 class Middle(Protocol):
@@ -31,13 +31,9 @@ class CausalBatch:
     starts: Tensor
 
     @staticmethod
-    def of(rows: Sequence[Sequence[int]], starts: Sequence[int], pad: int = 0) -> CausalBatch:
+    def of(rows: Sequence[Sequence[int]], starts: Sequence[int]) -> CausalBatch:
         """From token rows of several lengths."""
-        lengths = torch.tensor([len(row) for row in rows])
-        ids = torch.full((len(rows), int(lengths.max())), pad)
-        for index, row in enumerate(rows):
-            ids[index, : len(row)] = torch.tensor(row)
-        return CausalBatch(ids, lengths, torch.tensor(starts))
+        return CausalBatch(*pad_rows(rows), torch.tensor(starts))
 
     @property
     def learned(self) -> Tensor:
@@ -80,10 +76,7 @@ class SplitCausalLM(nn.Module):
         smashed = self.bottom(batch.ids, batch.lengths)
         if self.disturb is None:
             return smashed
-        mask = padding_mask(batch.lengths, smashed.shape[1]).bool()
-        disturbed = torch.zeros_like(smashed)
-        disturbed[mask] = self.disturb(smashed[mask])
-        return disturbed
+        return unpack(self.disturb(pack(smashed, batch.lengths)), batch.lengths)
 
     def through(self, smashed: Tensor, batch: CausalBatch) -> Tensor:
         """s_B `(B, L, d)` of s_A."""

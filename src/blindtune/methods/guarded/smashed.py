@@ -11,12 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from blindtune.errors import CacheFull, CheckpointError
-from blindtune.files import PRIVATE, replace_file
+from blindtune.methods.state import read_tensors, write_tensors
 from blindtune.wire import Codec, dequantize, quantize
 
 MEGABYTE = 2**20
@@ -92,20 +90,14 @@ class SmashedStore:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"{key}/{name}": tensor for key in self._unsaved for name, tensor in self._kept[key].items()}
-        path = self.folder / f"smashed-{self._files:05d}.safetensors"
-        replace_file(path, save(tensors, {"identity": self.identity}), PRIVATE)
+        write_tensors(self.folder / f"smashed-{self._files:05d}.safetensors", tensors, {"identity": self.identity})
         self._files += 1
         self._unsaved = []
 
     def _read(self, folder: Path) -> None:
         for path in sorted(folder.glob("smashed-*.safetensors")):
-            try:
-                with safe_open(path, framework="pt") as file:
-                    identity = (file.metadata() or {}).get("identity")
-                tensors = load_file(path)
-            except SafetensorError as error:
-                raise CheckpointError(f"{path} is damaged: {error}.", remedy="Remove it; it is sent again.") from None
-            if identity != self.identity:
+            tensors, metadata = read_tensors(path)
+            if metadata.get("identity") != self.identity:
                 raise CheckpointError(
                     f"{path} holds hidden states of another model, bottom or codec.",
                     remedy="Use another folder (--output), or remove the file.",
