@@ -351,6 +351,7 @@ def test_non_finite_smashed_data_are_not_sent(setup: MakeSetup) -> None:
         ("guarded-online", {"decorrelation_weight": -1}, "decorrelation_weight"),
         ("guarded-online", {"zo": True}, "no option 'zo'"),
         ("guarded-gradfree", {"zo_scale": 0}, "zo_scale"),
+        ("guarded-gradfree", {"zo": "no"}, "zo = 'no' is neither true nor false"),
         ("guarded-online", {"noise": -0.1}, "noise"),
         ("offsite", {"up": "int8"}, "guarded-offline"),
     ],

@@ -22,7 +22,7 @@ from blindtune.errors import ConfigError, NonFiniteTensor
 from blindtune.methods.guarded.ends import Ends
 from blindtune.methods.guarded.model import CausalBatch, SplitCausalLM
 from blindtune.methods.guarded.smashed import SmashedStore
-from blindtune.methods.options import check_positive, check_weights
+from blindtune.methods.options import check_positive, check_switches, check_weights
 from blindtune.models.split import pack
 from blindtune.privacy.decorrelation import decorrelation
 from blindtune.privacy.token_noise import add_token_noise
@@ -150,6 +150,7 @@ class Gradfree(_Guarded):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_switches(zo=self.zo)
         check_positive(zo_scale=self.zo_scale)
         self.store: SmashedStore | None = None
         """Where hidden states are kept; needed unless `zo`."""
