@@ -16,6 +16,7 @@ BlindtuneError
 │   ├── CodecMismatch           422  a tensor in another number format than its message says
 │   ├── GraphLost               404  the server has forgotten a forward pass; the client sends it again
 │   ├── UnknownPart             404  a part of a model (bottom, top, emulator) that isn't offered
+│   ├── UnknownPlugin           404  the server no longer holds tuned ends that were plugged in
 │   ├── EmptyBatch              422  a batch without examples or an example without tokens
 │   ├── SequenceTooLong         422  more tokens than the model or the server takes
 │   ├── TooBusy                 503  the queue is full; the client waits and tries again
@@ -136,6 +137,10 @@ class GraphLost(RequestError):
 
 class UnknownPart(RequestError):
     slug, status, title = "unknown-part", 404, "Part of a model that isn't offered"
+
+
+class UnknownPlugin(RequestError):
+    slug, status, title = "unknown-plugin", 404, "Tuned ends not in the cache"
 
 
 class EmptyBatch(RequestError):

@@ -16,7 +16,7 @@ from blindtune.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from blindtune.client import Operator, RemoteTrunk
     from blindtune.methods.guarded import Design, Ends, SplitCausalLM
-    from blindtune.training.guarded import GuardedConfig, GuardedTrainer
+    from blindtune.training.guarded import GuardedConfig, GuardedTrainer, Scorer
     from blindtune.training.questions import Fields, Question, TokenizedQuestion
 
 SUMMARY = "blindtune.json"
@@ -298,7 +298,7 @@ def _run(trainer: "GuardedTrainer", session: Session, output: Path) -> dict[str,
     }
 
 
-def evaluate(model: "SplitCausalLM", questions: list["TokenizedQuestion"], title: str) -> dict[str, float]:
+def evaluate(model: "Scorer", questions: list["TokenizedQuestion"], title: str) -> dict[str, float]:
     """Accuracy by likelihood, with progress."""
     from blindtune.cli.progress import Bars
     from blindtune.training.guarded import evaluate_questions

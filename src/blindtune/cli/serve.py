@@ -62,6 +62,7 @@ def serve(
     max_queue: Annotated[int, typer.Option(help="Requests that may wait before clients are told to come back.")] = 64,
     graph_mb: Annotated[int, typer.Option(help="Memory for retained autograd graphs, MiB.")] = 2048,
     adapter_mb: Annotated[int, typer.Option(help="Memory for uploaded adapters, MiB.")] = 1024,
+    plugin_mb: Annotated[int, typer.Option(help="Memory for tuned ends that clients plug in, MiB.")] = 1024,
     record: Annotated[
         Path | None, typer.Option(help="Write what this server sees to this folder, for `blindtune audit`.")
     ] = None,
@@ -100,6 +101,7 @@ def serve(
             limits=limits,
             graph_bytes=graph_mb * 2**20,
             adapter_bytes=adapter_mb * 2**20,
+            plugin_bytes=plugin_mb * 2**20,
             max_queue=max_queue,
             record=record,
             emulators=emulator or [],

@@ -3,6 +3,7 @@
 from blindtune.client.backbone import Backbone
 from blindtune.client.channel import Channel, PlainChannel, RemoteBatch
 from blindtune.client.operators import Operator, OperatorPool, Upload
+from blindtune.client.plugin import RemotePlugin
 from blindtune.client.transport import Patience, Traffic, Transport
 from blindtune.client.trunk import RemoteTrunk, fetch_emulator, fetch_part
 
@@ -14,6 +15,7 @@ __all__ = [
     "Patience",
     "PlainChannel",
     "RemoteBatch",
+    "RemotePlugin",
     "RemoteTrunk",
     "Traffic",
     "Transport",

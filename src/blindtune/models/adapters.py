@@ -35,7 +35,7 @@ _WITHOUT_EFFECT = {
     *("inference_mode", "runtime_config", "megatron_core", "loftq_config", "qalora_group_size"),
 }
 """Options of `LoraConfig` that change nothing unless another one does, which is refused."""
-_PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
 
 
 def lora_spec(config: LoraConfig, info: ModelInfo, *, a_seed: str | None = None) -> LoraSpec:
@@ -129,8 +129,8 @@ class LoraAdapter(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, Tensor] = {}
         for name, (a, b) in self.named_matrices().items():
-            tensors[f"{_PREFIX}{name}.lora_A.weight"] = a.detach().contiguous()
-            tensors[f"{_PREFIX}{name}.lora_B.weight"] = b.detach().contiguous()
+            tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = a.detach().contiguous()
+            tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = b.detach().contiguous()
         replace_file(folder / WEIGHTS_FILE, save(tensors, {"format": "pt"}), PRIVATE)
         config = copy.deepcopy(self.config)
         config.base_model_name_or_path = self.info.base_model_name
@@ -156,7 +156,7 @@ class LoraAdapter(nn.Module):
         found: list[tuple[nn.Parameter, Tensor]] = []
         for name, matrices in self.named_matrices().items():
             for part, parameter in zip(("lora_A", "lora_B"), matrices, strict=True):
-                key = f"{_PREFIX}{name}.{part}.weight"
+                key = f"{PEFT_PREFIX}{name}.{part}.weight"
                 tensor = tensors.pop(key, None)
                 if tensor is None or tensor.shape != parameter.shape:
                     shape = None if tensor is None else tuple(tensor.shape)

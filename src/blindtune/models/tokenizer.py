@@ -48,6 +48,10 @@ class Tokenizer:
             raise ConfigError(f"max_length is {max_length}, too few for special tokens.", remedy="Raise max_length.")
         return [TokenRow(tuple(e.ids), tuple(e.type_ids)) for e in encodings]
 
+    def text(self, ids: Sequence[int]) -> str:
+        """What tokens spell, without special ones."""
+        return self._backend.decode(list(ids))
+
     def pad(self, rows: Sequence[TokenRow]) -> Tokens:
         """A right-padded batch, as long as its longest row."""
         length = max((len(row) for row in rows), default=0)

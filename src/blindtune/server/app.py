@@ -49,6 +49,7 @@ from blindtune.server.cache import ByteLRU
 from blindtune.server.emulators import load_emulators, with_emulator
 from blindtune.server.engine import Call, Engine, RetainedGraph, StoredAdapter
 from blindtune.server.metrics import Metrics
+from blindtune.server.plugins import Plugins
 from blindtune.server.recorder import Recorder
 from blindtune.server.trunk import Trunk
 from blindtune.wire import (
@@ -59,10 +60,13 @@ from blindtune.wire import (
     BackwardResponse,
     ForwardRequest,
     ForwardResponse,
+    GenerateRequest,
     Limits,
     ModelInfo,
     ModelList,
     PartFile,
+    PluginReceipt,
+    ScoreRequest,
     TokenizerFile,
     TrunkRequest,
     check_finite,
@@ -83,6 +87,8 @@ class ServerSettings:
     limits: Limits = field(default_factory=Limits)
     graph_bytes: int = 2 * 2**30
     adapter_bytes: int = 2**30
+    plugin_bytes: int = 2**30
+    """Tuned ends that clients plugged in, of all tenants together."""
     max_queue: int = 64
     record: Path | None = None
     emulators: Sequence[Path] = ()
@@ -107,6 +113,7 @@ class Host:
             name: Trunk(name, model, self.graphs) for name, model in models.items() if model.split is not None
         }
         self.infos = {name: model.info(name, settings.limits) for name, model in models.items()}
+        self.plugins = Plugins(models, settings.plugin_bytes, settings.limits)
         self.emulators = load_emulators(settings.emulators, models)
         for name in self.emulators:
             self.infos[name] = with_emulator(self.infos[name])
@@ -250,6 +257,34 @@ class Host:
             self.recorder.trunk(tenant, model, request, named, received, sent, backward=backward)
         return encode(response, sent)
 
+    def put_plugin(self, tenant: str, sha256: str, body: bytes) -> PluginReceipt:
+        upload, tensors, receipt = self.plugins.put(tenant, sha256, body)
+        if self.recorder is not None:
+            self.recorder.tuned(tenant, upload.model, "plugin", sha256, tensors)
+        return receipt
+
+    def score(self, tenant: str, model: str, body: bytes) -> bytes:
+        request, tensors = decode(body, ScoreRequest, self.settings.limits)
+        starts = check_tensor(tensors, "starts", (None,), torch.int32)
+        tokens = self._tokens(model, [], tensors)
+        answer = self.plugins.score(tenant, model, tokens, starts, request)
+        self._note(tenant, model, "score", request.plugin, tokens, {"starts": starts})
+        return answer
+
+    def generate(self, tenant: str, model: str, body: bytes) -> bytes:
+        request, tensors = decode(body, GenerateRequest, self.settings.limits)
+        tokens = self._tokens(model, [], tensors)
+        answer = self.plugins.generate(tenant, model, tokens, request)
+        self._note(tenant, model, "generate", request.plugin, tokens, {})
+        return answer
+
+    def _note(
+        self, tenant: str, model: str, kind: str, plugin: str | None, tokens: Tokens, more: dict[str, Tensor]
+    ) -> None:
+        self.metrics.tokens.labels(kind).inc(tokens.input_ids.numel())
+        if self.recorder is not None:
+            self.recorder.tuned(tenant, model, kind, plugin, {**tokens.tensors(), **more})
+
     def _check_answer(self, size: int) -> None:
         """Raises `BodyTooLarge` before gradients of that many bytes are computed."""
         limit = self.settings.limits.max_answer_bytes
@@ -346,6 +381,34 @@ def _add_routes(app: FastAPI, host: Host) -> None:
         with host.place():
             body = await _read(request, host.settings.limits)
             return await asyncio.to_thread(host.put_adapter, owner, sha256, body)
+
+    @app.put("/v1/plugins/{sha256}")
+    async def plug_in(sha256: str, request: Request) -> PluginReceipt:
+        """Stores tuned ends of a split model under the SHA-256 of the body, for this tenant."""
+        owner = tenant(request)
+        with host.place():
+            body = await _read(request, host.settings.limits)
+            return await asyncio.to_thread(host.put_plugin, owner, sha256, body)
+
+    @app.post("/v1/models/{model:path}/score")
+    async def score(model: str, request: Request) -> Response:
+        """How likely texts are, with plugged-in ends or without."""
+        owner = tenant(request)
+        host.engine(model)
+        with host.place():
+            body = await _read(request, host.settings.limits)
+            answer = await host.on_engine(model, lambda: host.score(owner, model, body))
+        return Response(answer, media_type=MEDIA_TYPE)
+
+    @app.post("/v1/models/{model:path}/generate")
+    async def generate(model: str, request: Request) -> Response:
+        """Goes on with one text, with plugged-in ends or without."""
+        owner = tenant(request)
+        host.engine(model)
+        with host.place():
+            body = await _read(request, host.settings.limits)
+            answer = await host.on_engine(model, lambda: host.generate(owner, model, body))
+        return Response(answer, media_type=MEDIA_TYPE)
 
     @app.post("/v1/models/{model:path}/trunk/{direction}")
     async def trunk(model: str, direction: Literal["forward", "backward"], request: Request) -> Response:

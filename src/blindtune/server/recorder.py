@@ -58,6 +58,12 @@ class Recorder:
         answer = {"answer." + name.split(".", 1)[1]: tensor for name, tensor in sent.items()}
         self._writer.add(event, {**received, **answer})
 
+    def tuned(self, tenant: str, model: str, kind: str, plugin: str | None, tensors: Mapping[str, Tensor]) -> None:
+        """Tuned ends that came (`plugin`), or what they were asked about (`score`, `generate`)."""
+        names = [] if plugin is None else [plugin]
+        event = {"event": 0, "time": 0, "tenant": tenant, "kind": kind, "model": model, "adapters": names}
+        self._writer.add(Event.model_validate(event), tensors)
+
     def close(self) -> None:
         self._writer.close()
 

@@ -8,11 +8,12 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
+from blindtune.client import RemotePlugin
 from blindtune.errors import CheckpointError, ConfigError
 from blindtune.files import replace_file
 from blindtune.methods.guarded import CausalBatch, Design, Ends, Gradfree, SplitCausalLM
@@ -174,13 +175,32 @@ class GuardedTrainer:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+class Scorer(Protocol):
+    """Tells how likely texts are: a `SplitCausalLM`, or `Plugged` ends at the provider's."""
+
+    def log_likelihoods(self, batch: CausalBatch) -> Tensor:
+        """log p of each text's learned tokens together, `(B,)`."""
+        ...
+
+
+class Plugged:
+    """Tuned ends around the real trunk, at the provider's."""
+
+    def __init__(self, plugin: RemotePlugin) -> None:
+        self.plugin = plugin
+
+    def log_likelihoods(self, batch: CausalBatch) -> Tensor:
+        """log p of each text's learned tokens together, `(B,)`."""
+        return self.plugin.score(batch.rows(), batch.starts.tolist())
+
+
 def traffic_of(model: SplitCausalLM) -> dict[str, int]:
     """Body bytes so far by kind; empty where the middle is here."""
     return dict(getattr(model.middle, "traffic", {}))
 
 
 def evaluate_questions(
-    model: SplitCausalLM, questions: Sequence[TokenizedQuestion], *, tokens: int = 2048
+    model: Scorer, questions: Sequence[TokenizedQuestion], *, tokens: int = 2048
 ) -> Iterator[tuple[int, dict[str, float]]]:
     """Scores by likelihood, as the LM evaluation harness does.
 

@@ -11,6 +11,9 @@
 | `GET /v1/models/{m}/parts/{part}` | | `PartFile` + the weights of a part |
 | `POST /v1/models/{m}/trunk/forward` | `TrunkRequest` + `hidden` | `TrunkResponse` + `hidden` |
 | `POST /v1/models/{m}/trunk/backward` | `TrunkRequest` + `cotangents` (+ `hidden`) | `TrunkResponse` + `gradients` |
+| `PUT /v1/plugins/{sha256}` | `PluginUpload` + tuned weights by name | `PluginReceipt` (JSON) |
+| `POST /v1/models/{m}/score` | `ScoreRequest` + tokens + `starts [B]` | `ScoreResponse` + `log_likelihoods [B]` |
+| `POST /v1/models/{m}/generate` | `GenerateRequest` + tokens of one text | `GenerateResponse` + `generated [T]` |
 
 Tokens are `input_ids [B, L]` int32, `lengths [B]` int32 (right padding) and, for models that use them,
 `token_type_ids [B, L]` uint8.
@@ -156,6 +159,49 @@ class PartFile(Message):
     fingerprint: Sha256
     manifest: str | None = None
     """Of an emulator: JSON, signed (`blindtune.models.emulator`)."""
+
+
+class PluginUpload(Message):
+    """Tuned ends of a split model, to be put around its real trunk; tensors as a checkpoint holds them."""
+
+    model: Name
+    fingerprint: Sha256
+    """Of the model that they were tuned for."""
+    scaling: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    """LoRA's alpha / rank, and the tensors are its matrices under PEFT's names. None: the tensors are whole weights."""
+
+
+class PluginReceipt(Message):
+    sha256: Sha256
+    parameters: PositiveInt
+
+
+class ScoreRequest(Message):
+    """How likely the tokens from `starts [B]` int32 on are, with plugged-in ends, or (None) for the model as it is."""
+
+    plugin: Sha256 | None = None
+
+
+class ScoreResponse(Message):
+    """With `log_likelihoods [B]` float32: the sum of log p over each text's tokens from its start on, in nats."""
+
+    fingerprint: Sha256
+
+
+class GenerateRequest(Message):
+    """Goes on with one text."""
+
+    plugin: Sha256 | None = None
+    max_new_tokens: Annotated[int, Field(ge=1, le=1024)] = 64
+    temperature: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """0: always the likeliest token."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+
+class GenerateResponse(Message):
+    """With `generated [T]` int32, without the prompt; the end-of-text token ends it and isn't part of it."""
+
+    fingerprint: Sha256
 
 
 class SplitInfo(Message):

@@ -9,6 +9,9 @@ A folder with `index.jsonl` (a first line that describes the recording, then a l
 | forward | `input_ids [B, L]`, `lengths [B]`, (`token_type_ids [B, L]`,) `hidden` as sent (if it was sent) |
 | backward | `input_ids`, `lengths`, (`token_type_ids`,) `cotangents [m, n, B, d]` |
 | trunk-forward | `lengths [B]`, `hidden` up as received, `answer` as sent; packed, in the event's codecs |
+| plugin | tuned weights by name, as received |
+| score | `input_ids`, `lengths`, `starts [B]` |
+| generate | `input_ids`, `lengths` |
 | trunk-backward | `lengths [B]`, `cotangents` (and `hidden` if sent again) as received, `answer` (gradients) as sent |
 """
 
@@ -61,10 +64,10 @@ class Event(BaseModel):
     event: int
     time: float
     tenant: str
-    kind: Literal["adapter", "forward", "backward", "trunk-forward", "trunk-backward"]
+    kind: Literal["adapter", "forward", "backward", "trunk-forward", "trunk-backward", "plugin", "score", "generate"]
     model: str
     adapters: list[str] = []
-    """Content hashes; for kind `adapter` the one hash of what was uploaded."""
+    """Content hashes; for kinds `adapter` and `plugin` the one hash of what was uploaded."""
     spec: LoraSpec | None = None
     pooling: str | None = None
     seed: int | None = None

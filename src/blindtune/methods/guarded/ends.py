@@ -18,12 +18,13 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from blindtune.errors import CheckpointError, ConfigError
+from blindtune.errors import CheckpointError, ConfigError, InvalidTensor
 from blindtune.methods.state import read_tensors, write_tensors
+from blindtune.models.adapters import PEFT_PREFIX
+from blindtune.models.plugged import merge
 from blindtune.models.split import Part, decoder_of
 
 Trained = Literal["lora", "full"]
-PREFIX = "base_model.model."
 ADAPTER, WHOLE, CONFIG = "adapter_model.safetensors", "model.safetensors", "adapter_config.json"
 _NAME = "default"
 
@@ -88,7 +89,7 @@ class Ends:
         for name, parameter in blocks.named_parameters():
             if f".{_NAME}." in name:
                 parameter.requires_grad_()
-                self.trainable[f"{PREFIX}{prefix}." + name.replace(f".{_NAME}.", ".")] = parameter
+                self.trainable[f"{PEFT_PREFIX}{prefix}." + name.replace(f".{_NAME}.", ".")] = parameter
 
     def _unfreeze(self, part: Part) -> None:
         blocks = decoder_of(part.causal).layers
@@ -138,29 +139,30 @@ def merge_checkpoint(ends: Ends, folder: Path) -> None:
     Raises:
         CheckpointError: a checkpoint of other blocks, or a damaged one. Nothing has changed then.
     """
-    kind = read_ends(folder)
-    tensors, _ = read_tensors(folder / (WHOLE if kind["trained"] == "full" else ADAPTER))
+    tensors, scaling = read_tuned(folder)
     bases: dict[str, nn.Parameter] = {}
     for part in (ends.bottom, ends.top):
         named = dict(part.causal.named_parameters())
         bases |= {name.replace(".base_layer.", "."): parameter for name, parameter in named.items()}
-    updates: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if kind["trained"] == "full":
-            updates[name] = tensor
-        elif name.endswith(".lora_A.weight"):
-            module = name.removeprefix(PREFIX).removesuffix(".lora_A.weight")
-            b = tensors.get(name.replace("lora_A", "lora_B"))
-            if b is None or f"{module}.weight" not in bases:
-                continue
-            updates[f"{module}.weight"] = bases[f"{module}.weight"].detach() + kind["alpha"] / kind["rank"] * b @ tensor
-    if not updates or any(n not in bases or bases[n].shape != t.shape for n, t in updates.items()):
-        raise CheckpointError(f"{folder} holds no weights for these ends.", remedy="Use a checkpoint of this model.")
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in updates.values()):
-        raise CheckpointError(f"{folder} holds NaN or infinity.", remedy="Use an earlier checkpoint.")
+    try:
+        updates = merge(tensors, scaling, bases)
+    except InvalidTensor as error:
+        raise CheckpointError(f"{folder} doesn't fit: {error.message}", remedy=error.remedy) from None
     with torch.no_grad():
         for name, tensor in updates.items():
             bases[name].copy_(tensor)
+
+
+def read_tuned(folder: Path) -> tuple[dict[str, Tensor], float | None]:
+    """The tensors of a checkpoint of either kind, and LoRA's alpha / rank (None for whole weights).
+
+    Raises:
+        CheckpointError: neither kind of checkpoint, or a damaged one.
+    """
+    kind = read_ends(folder)
+    whole = kind["trained"] == "full"
+    tensors, _ = read_tensors(folder / (WHOLE if whole else ADAPTER))
+    return tensors, None if whole else kind["alpha"] / kind["rank"]
 
 
 def read_ends(folder: Path) -> dict[str, Any]:

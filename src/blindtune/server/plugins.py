@@ -1,0 +1,150 @@
+"""Tuned ends that clients hand over, around the real trunk: scoring and generation with the whole model.
+
+Whoever asks here shows the provider texts, and the uploaded ends depend on what they were tuned on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from blindtune.errors import (
+    BodyTooLarge,
+    InvalidTensor,
+    MalformedMessage,
+    SequenceTooLong,
+    UnknownModel,
+    UnknownPart,
+    UnknownPlugin,
+)
+from blindtune.models import FrozenBackbone, Tokens
+from blindtune.models.plugged import plug_in
+from blindtune.models.split import SplitModel, padding_mask
+from blindtune.server.cache import ByteLRU
+from blindtune.wire import (
+    GenerateRequest,
+    GenerateResponse,
+    Limits,
+    PluginReceipt,
+    PluginUpload,
+    ScoreRequest,
+    ScoreResponse,
+    check_tensor,
+    decode,
+    encode,
+)
+
+MAX_TENSORS = 4096
+
+
+@dataclass(frozen=True)
+class Plugged:
+    """A whole model with a client's ends."""
+
+    model: str
+    causal: nn.Module
+
+
+class Plugins:
+    """Tuned ends of all tenants, up to a number of bytes. Scoring and generation run on the model's thread."""
+
+    def __init__(self, models: Mapping[str, FrozenBackbone], capacity: int, limits: Limits) -> None:
+        self._models, self._limits = models, limits
+        self._kept = ByteLRU[tuple[str, str], Plugged](capacity)
+
+    def put(self, tenant: str, sha256: str, body: bytes) -> tuple[PluginUpload, dict[str, Tensor], PluginReceipt]:
+        """Checks tuned ends and keeps them, merged into the weights of their blocks.
+
+        Raises:
+            UnknownPart: the model isn't split here, or isn't the one that they were tuned for.
+            InvalidTensor: they don't fit its ends.
+            BodyTooLarge: more bytes than all plug-ins may have.
+        """
+        limits = self._limits.model_copy(update={"max_tensors": MAX_TENSORS})
+        upload, tensors = decode(body, PluginUpload, limits)
+        if hashlib.sha256(body).hexdigest() != sha256:
+            raise MalformedMessage("The body's SHA-256 isn't the one in the path.", remedy="Send the bytes unchanged.")
+        backbone, split = self._split(upload.model)
+        if upload.fingerprint != backbone.fingerprint:
+            raise UnknownPart(
+                f"These ends were tuned for other weights (fingerprint {upload.fingerprint[:12]}…) than are hosted "
+                f"here ({backbone.fingerprint[:12]}…).",
+                remedy="Tune them again, for this model.",
+            )
+        causal = plug_in(split, tensors, upload.scaling)
+        shared = {id(parameter) for parameter in split.causal.parameters()}
+        nbytes = sum(p.nbytes for p in causal.parameters() if id(p) not in shared)
+        if not self._kept.put((tenant, sha256), Plugged(upload.model, causal), nbytes):
+            raise BodyTooLarge(f"Tuned ends of {nbytes} bytes are larger than the cache.", remedy="Tune with LoRA.")
+        parameters = sum(tensor.numel() for tensor in tensors.values())
+        return upload, tensors, PluginReceipt(sha256=sha256, parameters=parameters)
+
+    def score(self, tenant: str, model: str, tokens: Tokens, starts: Tensor, request: ScoreRequest) -> bytes:
+        """log p of each text's tokens from its start on."""
+        backbone, _ = self._split(model)
+        check_tensor({"starts": starts}, "starts", (len(tokens),), torch.int32)
+        if bool((starts < 1).any()) or bool((starts >= tokens.lengths).any()):
+            raise InvalidTensor("A start outside its text, or at its first token.", remedy="Send 1 ≤ start < length.")
+        causal = self._causal(tenant, model, request.plugin)
+        ids, lengths = (t.to(backbone.device, torch.long) for t in (tokens.input_ids, tokens.lengths))
+        mask = padding_mask(lengths, ids.shape[1])
+        place = torch.arange(ids.shape[1], device=ids.device)
+        learned = (place >= starts.to(ids.device).unsqueeze(1)) & mask.bool()  # of the tokens themselves
+        with torch.no_grad():
+            hidden = cast(Any, causal).base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            logits = cast(Any, causal).lm_head(hidden[:, :-1][learned[:, 1:]])  # of learned tokens alone: V is large
+            losses = F.cross_entropy(logits.float(), ids[learned], reduction="none")
+        sums = torch.stack([-part.sum() for part in losses.split(learned.sum(1).tolist())])
+        return encode(ScoreResponse(fingerprint=backbone.fingerprint), {"log_likelihoods": sums.cpu()})
+
+    def generate(self, tenant: str, model: str, tokens: Tokens, request: GenerateRequest) -> bytes:
+        """Goes on with one text."""
+        backbone, split = self._split(model)
+        if len(tokens) != 1:
+            raise InvalidTensor(f"{len(tokens)} texts to go on with.", remedy="Send one at a time.")
+        room = min(self._limits.max_length, backbone.max_length)
+        if tokens.input_ids.shape[1] + request.max_new_tokens > room:
+            raise SequenceTooLong(
+                f"{tokens.input_ids.shape[1]} tokens and {request.max_new_tokens} new ones; the limit is {room}.",
+                remedy="Ask for fewer, or shorten the text.",
+            )
+        ids = tokens.input_ids.to(backbone.device, torch.long)
+        sampling = {"do_sample": True, "temperature": request.temperature} if request.temperature > 0 else {}
+        causal = cast(Any, self._causal(tenant, model, request.plugin))
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(request.seed)
+            written: Tensor = causal.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=request.max_new_tokens,
+                pad_token_id=backbone.pad_token_id,
+                **(sampling or {"do_sample": False}),
+            )
+        new = written[0, ids.shape[1] :].tolist()
+        end = split.config.eos_token_id
+        ends = end if isinstance(end, list) else [end]
+        kept = next((i for i, token in enumerate(new) if token in ends), len(new))
+        generated = torch.tensor(new[:kept], dtype=torch.int32)
+        return encode(GenerateResponse(fingerprint=backbone.fingerprint), {"generated": generated})
+
+    def _split(self, model: str) -> tuple[FrozenBackbone, SplitModel]:
+        if model not in self._models:
+            raise UnknownModel(f"This server doesn't host {model!r}.", remedy="Ask for one of `GET /v1/models`.")
+        backbone = self._models[model]
+        if backbone.split is None:
+            raise UnknownPart(f"{model!r} is not split here.", remedy="The provider has to serve it with --split.")
+        return backbone, backbone.split
+
+    def _causal(self, tenant: str, model: str, plugin: str | None) -> nn.Module:
+        if plugin is None:
+            return self._split(model)[1].causal
+        kept = self._kept.get((tenant, plugin))
+        if kept is None or kept.model != model:
+            raise UnknownPlugin(f"No tuned ends {plugin[:12]}… for {model!r} are here.", remedy="Upload them again.")
+        return kept.causal
