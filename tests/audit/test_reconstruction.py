@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,11 @@ from blindtune.audit.channels import (
     travelled_channels,
 )
 from blindtune.audit.labels import ATTACKS, Channel, invert_updates, recombine, summed
+from blindtune.audit.labels.adam import Adam
 from blindtune.audit.statistics import best_auc
 from blindtune.client import Backbone
 from blindtune.errors import TranscriptError
-from blindtune.methods import P3EFT, LinearHead, PrivateModel
+from blindtune.methods import P3EFT, LinearHead, LoRA, PrivateModel
 from blindtune.methods.gradients import SharedGradients
 from blindtune.privacy.mixing import mix, mixing_weights
 from blindtune.privacy.randomness import SecureGenerator
@@ -84,6 +86,16 @@ def train_sgd(backbone: Backbone, examples: Examples, optimizer: type = torch.op
         steps.zero_grad()
         loss.backward()
         steps.step()
+
+
+def train_lora(backbone: Backbone, examples: Examples, *, random_moments: float = 0.0) -> None:
+    """The trainer with its own Adam; gradients travel in shares."""
+    model = PrivateModel(backbone, LinearHead(backbone.hidden_size, 2), LoRA(m=2))
+    steps = len(examples) // BATCH
+    config = TrainConfig(steps=steps, batch_size=BATCH, warmup=2, random_moments=random_moments)
+    trainer = Trainer(model, examples, config)
+    trainer.prepare()
+    list(trainer.steps())
 
 
 @pytest.fixture(scope="module")
@@ -236,6 +248,43 @@ def test_plain_sgd_is_inverted_from_adapters_alone(sgd, minilm):
     assert len(found["update inverted"][1]) == 4 * BATCH
     assert strongest(found, labels) > 0.95
     assert strongest(found, shuffled(labels)) < 0.65
+
+
+def test_adam_is_undone_up_to_one_factor_for_each_coordinate():
+    random = torch.Generator().manual_seed(0)
+    weights = torch.nn.Parameter(torch.zeros(2, 4000, dtype=torch.float64))
+    optimizer = torch.optim.Adam([weights], betas=(0.9, 0.99))
+    adam, first = Adam(), None
+    for step in range(8):
+        before = weights.detach().clone()
+        sizes = torch.logspace(-3, 1, 4000, dtype=torch.float64)
+        weights.grad = sizes * torch.randn(2, 4000, generator=random, dtype=torch.float64)
+        weights.grad[:, ::2] *= step > 0  # as in a matrix behind one that is zero
+        optimizer.param_groups[0]["lr"] = 0.001 * (1 + step)  # the attacker doesn't know the schedule
+        optimizer.step()
+        found = adam.undo(weights.detach() - before)
+        first = weights.grad.abs() if first is None else torch.where(first > 0, first, weights.grad.abs())
+        expected = weights.grad / first.clamp_min(1e-30)
+        assert (found.sign() == expected.sign()).double().mean() > 0.99
+        close = (found - expected).abs() < 0.02 * expected.abs()  # others took the wrong one of two solutions
+        assert close[weights.grad != 0].double().mean() > (0.5 if step else 0.99)
+
+
+def test_adam_is_inverted_from_adapters_alone(record, minilm):
+    [view, _], labels = record(2, 4 * BATCH, train_lora)
+    assert strongest(gathered(view, labels), labels, "gradient") < 0.7
+    found = inverted_channels(view, labels, Recomputation(minilm), 4)
+    assert len(found["update inverted, Adam"][1]) == 4 * BATCH
+    assert strongest(found, labels, "update inverted, Adam") > 0.95
+    assert strongest(found, shuffled(labels)) < 0.65
+
+
+def test_random_moments_hide_what_the_first_steps_change(record, minilm):
+    """The same training as above, but for where Adam starts."""
+    [view, _], labels = record(2, 4 * BATCH, partial(train_lora, random_moments=0.1))
+    found = inverted_channels(view, labels, Recomputation(minilm), 4)
+    assert len(found["update inverted, Adam"][1]) == 4 * BATCH
+    assert strongest(found, labels) < 0.75
 
 
 def test_noise_on_adapters_hides_what_a_step_changed(record, minilm):

@@ -8,13 +8,13 @@
 | shift i of the mean adapter, of the recent mean adapter | noise on adapters averages out, what they learn doesn't |
 | activation of A minus B | operators that collude hold adapters with one pad: it cancels |
 | sent activation i, gradient … | what travelled, averaged over messages |
-| update inverted | an optimizer step tells its gradient |
+| update inverted | an optimizer step tells its gradient, under plain SGD or Adam |
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, takewhile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -222,11 +222,12 @@ def beyond_text(features: Features, frozen: Features) -> Features:
 def inverted_channels(
     view: View, labels: Mapping[Row, int], recompute: Recomputation, count: int
 ) -> dict[str, tuple[Features, list[Row]]]:
-    """What attacks on updates make of `count` of them, evenly spread over the run: the mean for each text."""
+    """What attacks on updates make of `count` of them, over the run or its first ones: the mean for each text."""
     updates = [update for update in view.updates() if any(row in labels for row in update.rows)]
     if not updates or count < 1:
         return {}
-    chosen = [updates[i] for i in np.unique(np.linspace(0, len(updates) - 1, count).round().astype(int))]
+    spread = [updates[i] for i in np.unique(np.linspace(0, len(updates) - 1, count).round().astype(int))]
+    gapless = [update for update, _ in takewhile(_follows, zip(updates, [None, *updates], strict=False))][:count]
 
     def observed(update: Update) -> tuple[Jacobian, NDArray[np.float64]]:
         before, after = ([view.adapter(name) for name in names] for names in (update.before, update.after))
@@ -234,8 +235,8 @@ def inverted_channels(
         return recompute.jacobian(view, update.at, update.rows), change
 
     channels: dict[str, tuple[Features, list[Row]]] = {}
-    for channel, invert in UPDATE_ATTACKS.items():
-        vectors, rows = invert(chosen, observed)
+    for channel, attack in UPDATE_ATTACKS.items():
+        vectors, rows = attack.function(gapless if attack.consecutive else spread, observed)
         by_row: dict[Row, list[Features]] = {}
         for row, vector in zip(rows, vectors, strict=True):
             if row in labels:
@@ -244,3 +245,9 @@ def inverted_channels(
             means = [np.mean(found, axis=0, dtype=np.float32) for found in by_row.values()]
             channels[channel] = (np.stack(means), list(by_row))
     return channels
+
+
+def _follows(pair: tuple[Update, Update | None]) -> bool:
+    """Whether an update starts where the one before it ended."""
+    update, last = pair
+    return last is None or update.before == last.after

@@ -1,5 +1,6 @@
 """Attacks on labels: one file each. Importing this package fills the registry."""
 
+from blindtune.audit.labels.adam import invert_adam
 from blindtune.audit.labels.bimodal import bimodal
 from blindtune.audit.labels.boosting import boosted_trees
 from blindtune.audit.labels.components import components
@@ -24,6 +25,7 @@ __all__ = [
     "boosted_trees",
     "components",
     "few_labels",
+    "invert_adam",
     "invert_updates",
     "kmeans",
     "logistic_regression",

@@ -107,9 +107,21 @@ class Attack:
         return self.function(channel, np.empty(0, dtype=np.int64) if self.symmetric else labels)
 
 
+@dataclass(frozen=True)
+class UpdateAttack:
+    """A way to reconstruct what moved the adapters.
+
+    Attributes:
+        consecutive: needs the first updates of the run, without gaps, not some of them from all over it.
+    """
+
+    function: UpdateFunction
+    consecutive: bool
+
+
 ATTACKS: dict[str, Attack] = {}
 SHARE_ATTACKS: dict[str, ShareFunction] = {}
-UPDATE_ATTACKS: dict[str, UpdateFunction] = {}
+UPDATE_ATTACKS: dict[str, UpdateAttack] = {}
 
 
 def attack(
@@ -134,11 +146,11 @@ def observes_shares(name: str) -> Callable[[ShareFunction], ShareFunction]:
     return register
 
 
-def observes_updates(channel: str) -> Callable[[UpdateFunction], UpdateFunction]:
+def observes_updates(channel: str, *, consecutive: bool = False) -> Callable[[UpdateFunction], UpdateFunction]:
     """Registers an attack that observes consecutive adapters, and knows no label; its vectors are named `channel`."""
 
     def register(function: UpdateFunction) -> UpdateFunction:
-        UPDATE_ATTACKS[channel] = function
+        UPDATE_ATTACKS[channel] = UpdateAttack(function, consecutive)
         return function
 
     return register
