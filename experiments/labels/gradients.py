@@ -3,7 +3,8 @@
 python -m experiments.labels.gradients [--task sst2] [--seeds 1,2,3]
 
 Plain LoRA is trained twice from the same start: gradients to one operator in the clear, and in two shares with noise of
-standard deviation 1000 C to two operators. Writes `experiments/results/labels/gradients.json`.
+standard deviation 1000 C to two operators. Writes `experiments/results/labels/gradients.json`; seeds that are in it
+are kept.
 """
 
 from __future__ import annotations
@@ -176,12 +177,17 @@ def main() -> None:
         "xgboost": [],
         "losses": {},
     }
+    path = RESULTS / "gradients.json"
+    if path.exists():
+        result = json.loads(path.read_text())
     try:
         for seed in (int(seed) for seed in options.seeds.split(",")):
+            if str(seed) in result["losses"]:
+                continue
             normal, private = (train(stage, seed, work, private=private) for private in (False, True))
             print(f"seed {seed}: trained twice", flush=True)
             difference = np.abs(np.array(normal.losses) - np.array(private.losses))
-            result["losses"][seed] = {
+            result["losses"][str(seed)] = {
                 "normal": [round(x, 4) for x in normal.losses], "private": [round(x, 4) for x in private.losses],
                 "largest_difference": float(difference.max()), "mean_difference": float(difference.mean()),
             }  # fmt: skip
@@ -214,7 +220,7 @@ def main() -> None:
                         entry = boosted(vectors[f"parameter gradients, {name}"], labels, seed)
                         result["xgboost"].append({"seed": seed, "of": f"parameter gradients, {name}", **entry})
                         print(result["xgboost"][-1], flush=True)
-            (RESULTS / "gradients.json").write_text(json.dumps(result) + "\n")
+            path.write_text(json.dumps(result) + "\n")
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

@@ -66,11 +66,18 @@ class Arm:
 
     @staticmethod
     def parse(name: str) -> Arm:
-        """`method+key=value+…`, values in JSON."""
+        """`method+key=value+…`, values in JSON, or bare words."""
         method, *settings = name.split("+")
-        given = {key: json.loads(value) for key, value in (setting.split("=") for setting in settings)}
+        given = {key: _value(value) for key, value in (setting.split("=") for setting in settings)}
         own = {key: given.pop(key) for key in ("rank", "lr", "warmup", "epochs", "first") if key in given}
         return Arm(name, method, given, **own)
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 @dataclass
