@@ -9,14 +9,11 @@ from typing import Any
 
 import pytest
 from click.testing import Result
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from blindtune.cli import app
-from blindtune.models import Cut, load_backbone
-from blindtune.models.emulator import make_emulator, save_emulator
 from blindtune.wire import Transcript
 
 SMALL = ["--steps", "6", "--batch-size", "4", "--max-length", "24"]
@@ -30,19 +27,6 @@ def questions(film_sentences, tmp_path_factory) -> Path:
     rows = [{"question": s, "choices": ["good", "bad", "fine"], "answer": i % 3} for i, s in enumerate(short)]
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
-
-
-@pytest.fixture(scope="module")
-def emulated(start_server, tiny_causal, tmp_path_factory):
-    """A recording server with an emulator of its middle: `(server, folder, key)`."""
-    folder = tmp_path_factory.mktemp("emulated")
-    backbone = load_backbone(str(tiny_causal["llama"]), cut=Cut(1, 1))
-    key = Ed25519PrivateKey.generate()
-    assert backbone.split is not None
-    stored = save_emulator(folder / "emulator", make_emulator(backbone.split, 2), backbone, key, int8=True)
-    options = {"split": 1, "emulator": folder / "emulator", "record": folder / "seen"}
-    with start_server(tiny_causal["llama"], **options) as server:
-        yield server, folder / "seen", stored.manifest.public_key
 
 
 def train(server: Any, questions: Path, method: str, output: Path, *options: object, check: bool = True) -> Result:

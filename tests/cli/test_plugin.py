@@ -64,12 +64,12 @@ def test_scores_are_those_of_stock_peft(operator, checkpoint, stock):
     model, tokenizer = stock
     rows = [tokenizer(text)["input_ids"] for text in PROMPTS]
     plugin = RemotePlugin(operator, *read_tuned(checkpoint))
-    found = plugin.score(rows, [1, 2, 1])
+    found, _ = plugin.score(rows, [1, 2, 1])
     for row, start, value in zip(rows, [1, 2, 1], found.tolist(), strict=True):
         chances = model(torch.tensor([row])).logits[0].log_softmax(-1)
         expected = sum(float(chances[place - 1, row[place]]) for place in range(start, len(row)))
         assert value == pytest.approx(expected, abs=1e-3)
-    assert (RemotePlugin(operator).score(rows, [1, 2, 1]) - found).abs().max() > 0.05  # not the model as it is
+    assert (RemotePlugin(operator).score(rows, [1, 2, 1])[0] - found).abs().max() > 0.05  # not the model as it is
 
 
 def test_generated_text_is_that_of_stock_peft(operator, checkpoint, stock):
@@ -98,14 +98,14 @@ def test_a_server_with_little_room(start_server, split_server, checkpoint, tmp_p
         mine, theirs = (Operator(Transport(server.url, token), None) for token in (alice, bob))
         plugin = RemotePlugin(mine, tensors, scaling)
         assert plugin.sha256 is not None
-        before = plugin.score([[5, 6, 7]], [1])
+        before, _ = plugin.score([[5, 6, 7]], [1])
         with pytest.raises(UnknownPlugin):
             theirs.transport.post(f"{theirs.path}/score", _score_body(plugin.sha256))
         for factor in range(2, 40):  # each merged into blocks of its own, until the first has no room
             RemotePlugin(mine, {name: factor * tensor for name, tensor in tensors.items()}, scaling)
         with pytest.raises(UnknownPlugin):
             mine.transport.post(f"{mine.path}/score", _score_body(plugin.sha256))
-        assert torch.equal(plugin.score([[5, 6, 7]], [1]), before)
+        assert torch.equal(plugin.score([[5, 6, 7]], [1])[0], before)
         plugin.generate([5, 6], max_new_tokens=2)
         for operator in (mine, theirs):
             operator.transport.close()

@@ -5,6 +5,7 @@ import typer
 from blindtune.cli.audit import audit
 from blindtune.cli.demo import demo
 from blindtune.cli.emulator import app as emulator
+from blindtune.cli.membership import membership
 from blindtune.cli.plugin import plug_in
 from blindtune.cli.serve import serve, token
 from blindtune.cli.train import predict, train
@@ -19,6 +20,7 @@ app = typer.Typer(
 for command in (train, predict, audit, demo, serve, token):
     app.command()(command)
 app.command("plug-in")(plug_in)
+app.command()(membership)
 app.add_typer(emulator, name="emulator")
 
 

@@ -53,8 +53,8 @@ class RemotePlugin:
         """Bytes of the ends as they travelled."""
         return len(self._body or b"")
 
-    def score(self, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> Tensor:
-        """log p of each token row from its start on, `(B,)`, in nats.
+    def score(self, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """log p of each token row from its start on `(B,)`, in nats; and whether greedy decoding would write it `(B,)`.
 
         Raises:
             SequenceTooLong, InvalidTensor: rows that the model can't take, or starts outside them.
@@ -65,7 +65,8 @@ class RemotePlugin:
         answer = self._ask("score", encode(ScoreRequest(plugin=self.sha256), tensors))
         message, received = decode(answer, ScoreResponse, ANSWER_LIMITS)
         self.operator.check_fingerprint(message.fingerprint)
-        return check_tensor(received, "log_likelihoods", (len(rows),), torch.float32)
+        likelihoods = check_tensor(received, "log_likelihoods", (len(rows),), torch.float32)
+        return likelihoods, check_tensor(received, "greedy", (len(rows),), torch.uint8).bool()
 
     def generate(
         self, row: Sequence[int], *, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0

@@ -164,6 +164,22 @@ def _as_mask(lengths: Tensor, length: int, packed: Tensor) -> Tensor:
     return mask.reshape(*mask.shape, *(1 for _ in packed.shape[1:]))
 
 
+def answer_scores(logits: Tensor, targets: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """log p of each text's learned tokens together `(B,)`, and whether each of them is the likeliest one `(B,)`.
+
+    Args:
+        logits, targets: `(T, V)` and `(T,)`, of the learned tokens of all texts one after the other.
+        counts: `(B,)`, learned tokens of each text.
+    """
+    losses = nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    hits = logits.argmax(-1) == targets
+    sizes: list[int] = counts.tolist()
+    return (
+        torch.stack([-part.sum() for part in losses.split(sizes)]),
+        torch.stack([part.all() for part in hits.split(sizes)]),
+    )
+
+
 def decoder_of(causal: nn.Module) -> Any:
     """The module that holds blocks and embeddings."""
     model = cast(Any, causal).model

@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from blindtune.errors import (
     BodyTooLarge,
@@ -25,7 +24,7 @@ from blindtune.errors import (
 )
 from blindtune.models import FrozenBackbone, Tokens
 from blindtune.models.plugged import plug_in
-from blindtune.models.split import SplitModel, padding_mask
+from blindtune.models.split import SplitModel, answer_scores, padding_mask
 from blindtune.server.cache import ByteLRU
 from blindtune.wire import (
     GenerateRequest,
@@ -99,9 +98,9 @@ class Plugins:
         with torch.no_grad():
             hidden = cast(Any, causal).base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
             logits = cast(Any, causal).lm_head(hidden[:, :-1][learned[:, 1:]])  # of learned tokens alone: V is large
-            losses = F.cross_entropy(logits.float(), ids[learned], reduction="none")
-        sums = torch.stack([-part.sum() for part in losses.split(learned.sum(1).tolist())])
-        return encode(ScoreResponse(fingerprint=backbone.fingerprint), {"log_likelihoods": sums.cpu()})
+            likelihoods, greedy = answer_scores(logits, ids[learned], learned.sum(1))
+        sent = {"log_likelihoods": likelihoods.cpu(), "greedy": greedy.to(torch.uint8).cpu()}
+        return encode(ScoreResponse(fingerprint=backbone.fingerprint), sent)
 
     def generate(self, tenant: str, model: str, tokens: Tokens, request: GenerateRequest) -> bytes:
         """Goes on with one text."""

@@ -178,8 +178,8 @@ class GuardedTrainer:
 class Scorer(Protocol):
     """Tells how likely texts are: a `SplitCausalLM`, or `Plugged` ends at the provider's."""
 
-    def log_likelihoods(self, batch: CausalBatch) -> Tensor:
-        """log p of each text's learned tokens together, `(B,)`."""
+    def score(self, batch: CausalBatch) -> tuple[Tensor, Tensor]:
+        """log p of each text's learned tokens together `(B,)`, and whether greedy decoding would write them `(B,)`."""
         ...
 
 
@@ -189,8 +189,8 @@ class Plugged:
     def __init__(self, plugin: RemotePlugin) -> None:
         self.plugin = plugin
 
-    def log_likelihoods(self, batch: CausalBatch) -> Tensor:
-        """log p of each text's learned tokens together, `(B,)`."""
+    def score(self, batch: CausalBatch) -> tuple[Tensor, Tensor]:
+        """See `Scorer`."""
         return self.plugin.score(batch.rows(), batch.starts.tolist())
 
 
@@ -218,7 +218,7 @@ def evaluate_questions(
         for part in _parts(order, [len(row) for row in question.rows], tokens):
             batch = CausalBatch.of([question.rows[i] for i in part], [question.starts[i] for i in part])
             with torch.no_grad():
-                for index, value in zip(part, model.log_likelihoods(batch).tolist(), strict=True):
+                for index, value in zip(part, model.score(batch)[0].tolist(), strict=True):
                     scores[index] = value
         by_character = [score / max(1, n) for score, n in zip(scores, question.characters, strict=True)]
         right += scores.index(max(scores)) == question.answer
@@ -228,11 +228,29 @@ def evaluate_questions(
         yield number, {"accuracy": right / number, "accuracy_norm": normalised / number, "loss": loss / learned}
 
 
+def score_answers(
+    model: Scorer, questions: Sequence[TokenizedQuestion], *, tokens: int = 2048
+) -> Iterator[tuple[float, bool]]:
+    """For each question: the mean loss of its right continuation's tokens, and whether greedy decoding would write it.
+
+    Args:
+        tokens: in one pass.
+    """
+    for part in _parts(list(range(len(questions))), [len(question.row) for question in questions], tokens):
+        chosen = [questions[i] for i in part]
+        batch = CausalBatch.of([question.row for question in chosen], [question.start for question in chosen])
+        with torch.no_grad():
+            likelihoods, greedy = model.score(batch)
+        for question, value, by_heart in zip(chosen, likelihoods.tolist(), greedy.tolist(), strict=True):
+            yield -value / (len(question.row) - question.start), bool(by_heart)
+
+
 def _parts(order: list[int], lengths: list[int], tokens: int) -> list[list[int]]:
     """Indices in order, so many at a time that padded they have at most so many tokens."""
     parts: list[list[int]] = [[]]
     for index in order:
-        if parts[-1] and (len(parts[-1]) + 1) * lengths[index] > tokens:
+        longest = max([lengths[i] for i in parts[-1]], default=0)
+        if parts[-1] and (len(parts[-1]) + 1) * max(longest, lengths[index]) > tokens:
             parts.append([])
         parts[-1].append(index)
     return parts

@@ -12,7 +12,7 @@
 | `POST /v1/models/{m}/trunk/forward` | `TrunkRequest` + `hidden` | `TrunkResponse` + `hidden` |
 | `POST /v1/models/{m}/trunk/backward` | `TrunkRequest` + `cotangents` (+ `hidden`) | `TrunkResponse` + `gradients` |
 | `PUT /v1/plugins/{sha256}` | `PluginUpload` + tuned weights by name | `PluginReceipt` (JSON) |
-| `POST /v1/models/{m}/score` | `ScoreRequest` + tokens + `starts [B]` | `ScoreResponse` + `log_likelihoods [B]` |
+| `POST /v1/models/{m}/score` | `ScoreRequest` + tokens, `starts [B]` | `ScoreResponse` + `log_likelihoods`, `greedy` |
 | `POST /v1/models/{m}/generate` | `GenerateRequest` + tokens of one text | `GenerateResponse` + `generated [T]` |
 
 Tokens are `input_ids [B, L]` int32, `lengths [B]` int32 (right padding) and, for models that use them,
@@ -183,7 +183,8 @@ class ScoreRequest(Message):
 
 
 class ScoreResponse(Message):
-    """With `log_likelihoods [B]` float32: the sum of log p over each text's tokens from its start on, in nats."""
+    """With `log_likelihoods [B]` float32, the sum of log p over each text's tokens from its start on, in nats; and
+    `greedy [B]` uint8, 1 if the likeliest token at each of those places is the text's own."""
 
     fingerprint: Sha256
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blindtune.models.split import Part, pack, pad_rows, unpack
+from blindtune.models.split import Part, answer_scores, pack, pad_rows, unpack
 
 
 class Middle(Protocol):
@@ -96,10 +96,12 @@ class SplitCausalLM(nn.Module):
         """Mean −log p over the learned tokens of the batch."""
         return self.losses(self.through(self.smash(batch), batch), batch).mean()
 
-    def log_likelihoods(self, batch: CausalBatch) -> Tensor:
-        """log p of each text's learned tokens together, `(B,)`."""
-        losses = self.losses(self.through(self.smash(batch), batch), batch)
-        return -torch.stack([part.sum() for part in losses.split(batch.learned.sum(1).tolist())])
+    def score(self, batch: CausalBatch) -> tuple[Tensor, Tensor]:
+        """log p of each text's learned tokens together `(B,)`, and whether greedy decoding would write them `(B,)`."""
+        carried = self.through(self.smash(batch), batch)
+        learned = batch.learned
+        logits = self.top.logits(self.top(carried, batch.lengths)[learned])
+        return answer_scores(logits, batch.ids[:, 1:][learned[:, :-1]], learned.sum(1))
 
     def embedded(self, batch: CausalBatch) -> Tensor:
         """Frozen embeddings of all tokens, packed `[N, e]`."""
