@@ -44,6 +44,8 @@ def test_gradfree_from_a_file_to_a_peft_checkpoint(split_server, questions, tmp_
     numbers = json.loads(results.read_text())
     assert set(numbers["traffic"]) == {"s_A up", "s_B down"}
     assert 0 <= numbers["validation"]["accuracy"] <= 1
+    assert numbers["client_flops"] > 0
+    assert numbers["peak_memory_bytes"] > 10**8  # torch alone needs more
     told = [json.loads(line) for line in truth.read_text().splitlines()]
     assert len({entry["forward"] for entry in told}) == len(told) == 6
     assert stat.S_IMODE(truth.stat().st_mode) == 0o600
@@ -73,7 +75,8 @@ def test_offline_sends_nothing_of_the_texts(emulated, questions, tmp_path, metho
     assert "sees nothing of the texts" in done.stdout
     assert not Transcript(seen).events
     numbers = json.loads(results.read_text())
-    assert numbers["bytes_sent"] == 0
+    assert numbers["bytes_sent"] < 5000  # requests for the parts
+    assert not numbers["traffic"]
     summary = json.loads((tmp_path / "out" / "blindtune.json").read_text())
     assert summary["emulator"]["public_key"] == key
 

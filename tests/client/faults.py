@@ -19,6 +19,8 @@ class FaultyProxy:
         """Every request as it came, head and body."""
         self.answered = 0
         """Requests that the server has answered, whether or not the client learned of it."""
+        self.answers: list[bytes] = []
+        """Every answer of the server that was passed on whole."""
         self._port, self._lock = port, Lock()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
@@ -66,6 +68,7 @@ class FaultyProxy:
                 if fault == CUT_ANSWER:
                     client.sendall(answer[: len(answer) // 2])
                     return
+                self.answers.append(answer)
                 client.sendall(answer)
 
 

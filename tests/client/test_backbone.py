@@ -343,13 +343,14 @@ class TestWhatIsSent:
             after = [server.answered()["backward"] for server in two_servers]
             assert [b - a for a, b in zip(before, after, strict=True)] == [step % 2 == 0, step % 2 == 1]
 
-    def test_traffic_counts_every_body_once(self, tiny_server: Server, connect: Connect, film_sentences: list[str]):
+    def test_traffic_counts_every_message_once(self, tiny_server: Server, connect: Connect, film_sentences: list[str]):
         with faulty_proxy(tiny_server.port) as proxy:
             backbone = connect(proxy.url, model="bert", max_length=16)
             backbone(film_sentences[:4]).sum().backward()
             backbone.close()
-        bodies = sum(len(request.partition(b"\r\n\r\n")[2]) for request in proxy.requests)
-        assert (backbone.traffic.sent, backbone.traffic.requests) == (bodies, len(proxy.requests))
+        sent, received = (sum(map(len, messages)) for messages in (proxy.requests, proxy.answers))
+        traffic = backbone.traffic
+        assert (traffic.sent, traffic.received, traffic.requests) == (sent, received, len(proxy.requests))
 
     def test_texts_never_leave_as_text(self, tiny_server: Server, connect: Connect, film_sentences: list[str]):
         text = max(film_sentences[:50], key=len)

@@ -263,7 +263,7 @@ def _truth_writer(path: Path) -> Callable[[str, list[list[int]]], None]:
 
 
 def _run(trainer: "GuardedTrainer", session: Session, output: Path) -> dict[str, Any]:
-    from blindtune.cli.progress import Interrupted, human_bytes, run_guarded_steps
+    from blindtune.cli.progress import Interrupted, human_bytes, peak_memory, run_guarded_steps
     from blindtune.errors import BlindtuneError
 
     try:
@@ -284,7 +284,8 @@ def _run(trainer: "GuardedTrainer", session: Session, output: Path) -> dict[str,
     loss = sum(step.losses["task"] for step in recent) / len(recent) if recent else None
     whole = session.operator.transport.traffic
     console.print(
-        f"Checkpoint: {output}  ({human_bytes(whole.sent)} sent, {human_bytes(whole.received)} received)",
+        f"Checkpoint: {output}  ({human_bytes(whole.sent)} sent, {human_bytes(whole.received)} received, with the parts; "
+        f"{sum(step.flops for step in done) / 1e12:.2f} TFLOP and at most {human_bytes(peak_memory())} of memory here)",
         soft_wrap=True,
     )
     return {
@@ -295,6 +296,9 @@ def _run(trainer: "GuardedTrainer", session: Session, output: Path) -> dict[str,
         "traffic": traffic,
         "bytes_sent": whole.sent,
         "bytes_received": whole.received,
+        "seconds": sum(step.seconds for step in done),
+        "client_flops": sum(step.flops for step in done),
+        "peak_memory_bytes": peak_memory(),
     }
 
 

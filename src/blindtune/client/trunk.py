@@ -70,7 +70,7 @@ class RemoteTrunk:
         self.up: Codec = up
         self.down: Codec = down
         self.traffic: Counter[str] = Counter()
-        """Body bytes so far by kind: `s_A up`, `s_B down`, `g_B up`, `g_A down`."""
+        """Bytes of HTTP messages so far by kind: `s_A up`, `s_B down`, `g_B up`, `g_A down`."""
         self.last_forward: str | None = None
         """SHA-256 of the last forward call's body: the name under which a recording server knows it."""
 
@@ -112,10 +112,13 @@ class RemoteTrunk:
         return self._answer("gradients", answer, len(cotangents), cotangents.shape[1])
 
     def _post(self, direction: str, body: bytes, up: str, down: str) -> bytes:
-        answer = self.operator.transport.post(f"{self.operator.path}/trunk/{direction}", body)
-        self.traffic[up] += len(body)
-        self.traffic[down] += len(answer)
-        return answer
+        traffic = self.operator.transport.traffic
+        sent, received = traffic.sent, traffic.received
+        try:
+            return self.operator.transport.post(f"{self.operator.path}/trunk/{direction}", body)
+        finally:
+            self.traffic[up] += traffic.sent - sent
+            self.traffic[down] += traffic.received - received
 
     def _answer(self, name: str, body: bytes, tokens: int, dim: int) -> Tensor:
         message, tensors = decode(body, TrunkResponse, ANSWER_LIMITS)

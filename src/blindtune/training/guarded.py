@@ -12,6 +12,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from blindtune.client import RemotePlugin
 from blindtune.errors import CheckpointError, ConfigError
@@ -52,12 +53,16 @@ class GuardedConfig:
 
 @dataclass(frozen=True)
 class GuardedStep:
-    """What one step did: losses by name, body bytes by kind, seconds."""
+    """What one step did: losses by name, bytes of HTTP messages by kind, seconds, and floating-point operations here.
+
+    Operations are those of matrix products and attention, forward and backward, two for each multiplication and sum.
+    """
 
     step: int
     losses: dict[str, float]
     traffic: dict[str, int]
     seconds: float
+    flops: int
 
 
 class GuardedTrainer:
@@ -103,7 +108,8 @@ class GuardedTrainer:
     def _step(self) -> GuardedStep:
         start, before = time.perf_counter(), traffic_of(self.model)
         self.optimizer.zero_grad()
-        losses = self.design.step(self.model, self.ends, self.batch(self.done), self._generator("step"))
+        with FlopCounterMode(display=False) as counter:
+            losses = self.design.step(self.model, self.ends, self.batch(self.done), self._generator("step"))
         if self.config.clip_gradients:
             torch.nn.utils.clip_grad_norm_(self.ends.parameters(), self.config.clip_gradients, error_if_nonfinite=True)
         for group in self.optimizer.param_groups:
@@ -112,7 +118,7 @@ class GuardedTrainer:
         self.done += 1
         after = traffic_of(self.model)
         moved = {kind: count - before.get(kind, 0) for kind, count in after.items()}
-        return GuardedStep(self.done, losses, moved, time.perf_counter() - start)
+        return GuardedStep(self.done, losses, moved, time.perf_counter() - start, counter.get_total_flops())
 
     def _disturb(self, smashed: Tensor) -> Tensor:
         return self.design.disturb(smashed, self._generator("noise"))
@@ -195,7 +201,7 @@ class Plugged:
 
 
 def traffic_of(model: SplitCausalLM) -> dict[str, int]:
-    """Body bytes so far by kind; empty where the middle is here."""
+    """Bytes of HTTP messages so far by kind; empty where the middle is here."""
     return dict(getattr(model.middle, "traffic", {}))
 
 
