@@ -26,7 +26,7 @@ RETRY_STATUS = (502, 503, 504)
 
 @dataclass
 class Traffic:
-    """Requests and bytes of HTTP messages so far, head and body, by direction. TLS adds some 30 bytes to each 16 KiB."""
+    """Requests, and bytes of HTTP messages, head and body, by direction. TLS adds some 30 bytes to each 16 KiB."""
 
     sent: int = 0
     received: int = 0
