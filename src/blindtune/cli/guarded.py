@@ -284,7 +284,7 @@ def _run(trainer: "GuardedTrainer", session: Session, output: Path) -> dict[str,
     loss = sum(step.losses["task"] for step in recent) / len(recent) if recent else None
     whole = session.operator.transport.traffic
     console.print(
-        f"Checkpoint: {output}  ({human_bytes(whole.sent)} sent, {human_bytes(whole.received)} received, with the parts; "
+        f"Checkpoint: {output}  ({human_bytes(whole.sent)} sent, {human_bytes(whole.received)} received, parts too; "
         f"{sum(step.flops for step in done) / 1e12:.2f} TFLOP and at most {human_bytes(peak_memory())} of memory here)",
         soft_wrap=True,
     )
