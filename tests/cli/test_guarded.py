@@ -54,6 +54,14 @@ def test_gradfree_from_a_file_to_a_peft_checkpoint(split_server, questions, tmp_
     assert {name.split(".layers.")[1][0] for name in changed} == {"3", "4"}  # the top's blocks
 
 
+def test_noise_is_announced_with_its_guarantee(split_server, questions, tmp_path):
+    noisy = ["--set", "noise=0.5", "--set", "clip_norm=2.0", "--validation-fraction", 0]
+    done = train(split_server, questions, "guarded-gradfree", tmp_path / "once", *noisy)
+    assert "noise of 0.5 clipping norms on each value (μ = 4.00 for one row of a text, after 1 messages)" in done.stdout
+    done = train(split_server, questions, "guarded-online", tmp_path / "each", *noisy, "--steps", 40)  # of 4, 40 texts
+    assert "(μ = 8.00 for one row of a text, after 4 messages)" in done.stdout
+
+
 def test_a_run_that_goes_on(split_server, questions, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(split_server, questions, "guarded-online", whole)

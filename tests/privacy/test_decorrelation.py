@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from blindtune.privacy.decorrelation import decorrelation
+from blindtune.privacy.randomness import SecureGenerator
 from blindtune.privacy.token_noise import add_token_noise, row_mu
 
 EMBEDDINGS = torch.randn(400, 48, generator=torch.Generator().manual_seed(0))
@@ -43,19 +44,19 @@ def test_few_tokens_have_no_penalty() -> None:
 
 def test_noise_has_the_stated_size_and_rows_are_clipped() -> None:
     smashed = torch.randn(4000, 16, generator=torch.Generator().manual_seed(5)) * 50
-    quiet = add_token_noise(smashed, 2.0, 1e-6, generator=torch.Generator().manual_seed(6))
+    quiet = add_token_noise(smashed, 2.0, 1e-6, generator=SecureGenerator())
     assert float(quiet.norm(dim=1).max()) <= 2.0 * (1 + 1e-4)
-    noisy = add_token_noise(smashed, 2.0, 3.0, generator=torch.Generator().manual_seed(6))
+    noisy = add_token_noise(smashed, 2.0, 3.0, generator=SecureGenerator())
     assert float((noisy - quiet).std()) == pytest.approx(6.0, rel=0.02)
 
 
 def test_mu_of_the_noise_is_that_of_the_best_test_between_two_tokens() -> None:
     """Two hidden states 2C apart under noise νC: the best test's AUC is Φ(μ/√2), with μ = 2/ν."""
     noise, clip = 1.5, 1.0
-    generator = torch.Generator().manual_seed(7)
+    generator, secret = torch.Generator().manual_seed(7), SecureGenerator(bytes(32))
     direction = torch.nn.functional.normalize(torch.randn(1, 16, generator=generator))
     one, other = (
-        (add_token_noise(sign * 9 * direction.expand(20_000, -1), clip, noise, generator=generator) @ direction.T)[:, 0]
+        (add_token_noise(sign * 9 * direction.expand(20_000, -1), clip, noise, generator=secret) @ direction.T)[:, 0]
         for sign in (1, -1)
     )
     auc = float((one > other).float().mean())
@@ -66,4 +67,4 @@ def test_mu_of_the_noise_is_that_of_the_best_test_between_two_tokens() -> None:
 @pytest.mark.parametrize(("clip", "noise"), [(0.0, 1.0), (1.0, 0.0), (-1.0, 1.0)])
 def test_numbers_that_make_no_noise(clip: float, noise: float) -> None:
     with pytest.raises(ValueError, match="must be positive"):
-        add_token_noise(torch.zeros(1, 2), clip, noise, generator=torch.Generator())
+        add_token_noise(torch.zeros(1, 2), clip, noise, generator=SecureGenerator())

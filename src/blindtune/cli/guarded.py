@@ -1,6 +1,7 @@
 """`blindtune train --method guarded-…`: training data stay here, the middle of the model runs elsewhere."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -230,18 +231,28 @@ def _announce(session: Session, count: int, config: "GuardedConfig") -> None:
         f"  {share:.0%} of its weights are here: {cut.bottom} bottom and {cut.top} top blocks, embeddings and LM head",
         soft_wrap=True,
     )
-    console.print(f"  {session.operator.transport.url}  {_sees(design)}", soft_wrap=True)
+    epochs = math.ceil(config.steps * config.batch_size / count)
+    console.print(f"  {session.operator.transport.url}  {_sees(design, epochs)}", soft_wrap=True)
 
 
-def _sees(design: "Design") -> str:
-    """What the server will be able to see."""
+def _sees(design: "Design", epochs: int) -> str:
+    """What the server will be able to see.
+
+    Args:
+        epochs: how often a text is sent, if it is sent in every step that it is part of.
+    """
     from blindtune.methods.guarded import Gradfree, Online
+    from blindtune.privacy.token_noise import row_mu
 
     up, down = design.codecs()
     if design.emulated:
         return "sees nothing of the texts; the emulator of its middle has come here"
     noise = getattr(design, "noise", 0)
+    once = isinstance(design, Gradfree) and not design.zo
+    views = 1 if once else 3 * epochs if isinstance(design, Gradfree) else epochs
     disturbed = f", clipped, with noise of {noise:g} clipping norms on each value" if noise else ""
+    if noise:
+        disturbed += f" (μ = {row_mu(noise, views):.2f} for one row of a text, after {views} messages)"
     hidden = f"sees every token's hidden state ({up} up, {down} down){disturbed}"
     if isinstance(design, Gradfree):
         return f"{hidden}, once for each text, and no gradient" if not design.zo else f"{hidden}, and no gradient"

@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
+from blindtune.privacy.randomness import SecureGenerator
 
-def add_token_noise(smashed: Tensor, clip_norm: float, noise: float, *, generator: torch.Generator) -> Tensor:
+
+def add_token_noise(smashed: Tensor, clip_norm: float, noise: float, *, generator: SecureGenerator) -> Tensor:
     """`(N, d)` with every row clipped to `clip_norm` C and noise of standard deviation `noise` · C on each value.
+
+    The noise must be secret, and never be used for two messages: whoever can draw it again takes it off, and the
+    difference of two messages with one noise is that of their hidden states.
 
     Raises:
         ValueError: a number that isn't positive.
@@ -25,7 +29,7 @@ def add_token_noise(smashed: Tensor, clip_norm: float, noise: float, *, generato
         raise ValueError(f"clip_norm = {clip_norm}, noise = {noise}: must be positive.")
     norms = smashed.norm(dim=-1, keepdim=True)
     clipped = smashed * (clip_norm / norms.clamp_min(1e-12)).clamp_max(1.0)
-    return clipped + noise * clip_norm * torch.randn(smashed.shape, generator=generator).to(smashed)
+    return clipped + noise * clip_norm * generator.normal(*smashed.shape).to(smashed)
 
 
 def row_mu(noise: float, views: int) -> float:

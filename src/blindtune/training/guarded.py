@@ -19,6 +19,7 @@ from blindtune.errors import CheckpointError, ConfigError
 from blindtune.files import replace_file
 from blindtune.methods.guarded import CausalBatch, Design, Ends, Gradfree, SplitCausalLM
 from blindtune.methods.state import read_tensors, under, write_tensors
+from blindtune.privacy.randomness import SecureGenerator
 from blindtune.training.batches import BatchPlan, linear_rate
 from blindtune.training.questions import TokenizedQuestion
 
@@ -71,6 +72,7 @@ class GuardedTrainer:
     Args:
         summary: what `blindtune.json` tells beside the trainer's own: model, cut, method, options.
         checkpoint: folder for checkpoints; none are written without it.
+        key: 32 secret bytes that the noise of training messages follows from; from the operating system if left out.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class GuardedTrainer:
         summary: dict[str, Any] | None = None,
         checkpoint: Path | None = None,
         save_every: int = 50,
+        key: bytes | None = None,
     ) -> None:
         self.model, self.ends, self.design, self.config = model, ends, design, config
         self.train, self.summary = list(train), summary or {}
@@ -91,6 +94,9 @@ class GuardedTrainer:
         self.plan = BatchPlan([len(question.row) for question in train], config.batch_size, config.seed)
         self.optimizer = torch.optim.AdamW(ends.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
         self.done = 0
+        self._secret = SecureGenerator(key)
+        self._messages: int | None = None
+        """Of the step that is under way; None between steps."""
         model.disturb = self._disturb
 
     def steps(self) -> Iterator[GuardedStep]:
@@ -108,8 +114,12 @@ class GuardedTrainer:
     def _step(self) -> GuardedStep:
         start, before = time.perf_counter(), traffic_of(self.model)
         self.optimizer.zero_grad()
-        with FlopCounterMode(display=False) as counter:
-            losses = self.design.step(self.model, self.ends, self.batch(self.done), self._generator("step"))
+        self._messages = 0
+        try:
+            with FlopCounterMode(display=False) as counter:
+                losses = self.design.step(self.model, self.ends, self.batch(self.done), self._generator())
+        finally:
+            self._messages = None
         if self.config.clip_gradients:
             torch.nn.utils.clip_grad_norm_(self.ends.parameters(), self.config.clip_gradients, error_if_nonfinite=True)
         for group in self.optimizer.param_groups:
@@ -121,11 +131,16 @@ class GuardedTrainer:
         return GuardedStep(self.done, losses, moved, time.perf_counter() - start, counter.get_total_flops())
 
     def _disturb(self, smashed: Tensor) -> Tensor:
-        return self.design.disturb(smashed, self._generator("noise"))
+        """Noise that is secret, and another one for each message. A step that is repeated sends what it sent before."""
+        if self._messages is None:  # an evaluation
+            return self.design.disturb(smashed, SecureGenerator())
+        place = f"{self.done} {self._messages}".encode()
+        self._messages += 1
+        return self.design.disturb(smashed, self._secret.derive(b"noise", place))
 
-    def _generator(self, purpose: str) -> torch.Generator:
-        """A stream of its own for every step, so that a resumed run draws what an uninterrupted one would."""
-        digest = hashlib.sha256(f"{self.config.seed} {purpose} {self.done}".encode()).digest()
+    def _generator(self) -> torch.Generator:
+        """A public stream of its own for every step, so that a resumed run draws what an uninterrupted one would."""
+        digest = hashlib.sha256(f"{self.config.seed} step {self.done}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
     def save(self) -> None:
@@ -137,7 +152,7 @@ class GuardedTrainer:
         for name, parameter in self.ends.trainable.items():
             moments = self.optimizer.state.get(parameter, {})
             state |= {f"{key}.{name}": moments[key] for key in ("exp_avg", "exp_avg_sq") if key in moments}
-        identity = {"identity": self._identity(), "done": str(self.done)}
+        identity = {"identity": self._identity(), "done": str(self.done), "key": self._secret.key.hex()}
         write_tensors(self.checkpoint / STATE, state, identity)
         summary = {**self.summary, "steps": self.done, "training": asdict(self.config)}
         replace_file(self.checkpoint / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
@@ -164,6 +179,7 @@ class GuardedTrainer:
             )
         self.ends.copy(under("weights.", state), str(path))
         self.done = int(metadata["done"])
+        self._secret = SecureGenerator(bytes.fromhex(metadata["key"]))
         for name, parameter in self.ends.trainable.items():
             if f"exp_avg.{name}" in state:
                 self.optimizer.state[parameter] = {

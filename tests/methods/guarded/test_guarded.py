@@ -246,14 +246,63 @@ def test_decorrelation_lowers_what_hidden_states_say_of_tokens(setup: MakeSetup)
     assert sum(s["dcor"] for s in losses[-5:]) < 0.75 * sum(s["dcor"] for s in losses[:3]) * 5 / 3
 
 
-def test_noise_leaves_the_client_and_is_the_same_when_a_step_is_repeated(setup: MakeSetup) -> None:
+def noise_of(setup: Setup, trainer: GuardedTrainer) -> Tensor:
+    """What is added to the first batch's hidden states in the first message of the first step."""
+    sent: list[Tensor] = []
+    forward = setup.trunk.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup.trunk, "forward", _kept(forward, sent))
+        run(trainer, 1)
+    return sent[0]
+
+
+def _kept(forward: Any, sent: list[Tensor]) -> Any:
+    def call(packed: Tensor, *arguments: Any, **options: Any) -> Any:
+        sent.append(packed.detach().clone())
+        return forward(packed, *arguments, **options)
+
+    return call
+
+
+def test_noise_is_secret(setup: MakeSetup) -> None:
+    """Whoever knows the program, the seed and all options can't draw the noise again."""
+    design = {"up": "fp32", "down": "fp32", "noise": 0.5, "clip_norm": 2.0}
+    runs = [setup(Online(**design)) for _ in range(4)]
+    first, second = (noise_of(ours, ours.trainer()) for ours in runs[:2])
+    assert float((first - second).std()) == pytest.approx(2**0.5, rel=0.15)
+    one, same = (noise_of(ours, ours.trainer(key=bytes(range(32)))) for ours in runs[2:])  # as a resumed run has it
+    assert torch.equal(one, same)
+
+
+def test_two_points_have_noise_of_their_own(setup: MakeSetup) -> None:
+    """With one noise in both messages their difference would be that of the hidden states, in the clear."""
+    ours = setup(Gradfree(up="fp32", down="fp32", zo=True, zo_scale=1e-7, noise=0.5, clip_norm=2.0))
+    sent: list[Tensor] = []
+    forward = ours.trunk.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ours.trunk, "forward", _kept(forward, sent))
+        run(ours.trainer(), 1)
+    plus, minus = sent
+    assert float((plus - minus).std()) == pytest.approx(2**0.5, rel=0.15)
+
+
+def test_evaluation_never_repeats_its_noise(setup: MakeSetup) -> None:
+    ours = setup(Online(up="fp32", down="fp32", noise=0.5, clip_norm=2.0))
+    trainer = ours.trainer()
+    batch = trainer.batch(0)
+    with torch.no_grad():
+        first, second = ours.model.smash(batch), ours.model.smash(batch)
+    mask = torch.arange(batch.ids.shape[1]) < batch.lengths.unsqueeze(1)
+    assert float((first - second)[mask].std()) == pytest.approx(2**0.5, rel=0.15)
+
+
+def test_noise_has_the_size_that_was_asked_for(setup: MakeSetup) -> None:
     ours = setup(Online(up="fp32", down="fp32", noise=0.5, clip_norm=2.0))
     trainer = ours.trainer()
     batch = trainer.batch(0)
     with torch.no_grad():
         clean = ours.model.bottom(batch.ids, batch.lengths)
-        first, second = ours.model.smash(batch), ours.model.smash(batch)
-    assert torch.equal(first, second)
+        first = ours.model.smash(batch)
     mask = torch.arange(batch.ids.shape[1]) < batch.lengths.unsqueeze(1)
     scale = (2.0 / clean.norm(dim=-1, keepdim=True)).clamp_max(1)
     assert float((first - clean * scale)[mask].std()) == pytest.approx(1.0, rel=0.1)
@@ -261,10 +310,10 @@ def test_noise_leaves_the_client_and_is_the_same_when_a_step_is_repeated(setup: 
 
 @pytest.mark.parametrize("design", [Online(), Online(noise=0.1, decorrelation_weight=0.1), Gradfree(zo=True)], ids=str)
 def test_a_resumed_run_ends_where_an_uninterrupted_one_ends(setup: MakeSetup, tmp_path: Path, design: Design) -> None:
-    whole = setup(design)
-    run(whole.trainer())
+    whole, key = setup(design), bytes(range(32))
+    run(whole.trainer(key=key))
     first = setup(design)
-    broken = first.trainer(checkpoint=tmp_path)
+    broken = first.trainer(checkpoint=tmp_path, key=key)
     run(broken, 2)
     broken.save()
     second = setup(design)

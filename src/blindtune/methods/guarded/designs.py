@@ -25,6 +25,7 @@ from blindtune.methods.guarded.smashed import SmashedStore
 from blindtune.methods.options import check_positive, check_switches, check_weights
 from blindtune.models.split import pack
 from blindtune.privacy.decorrelation import decorrelation
+from blindtune.privacy.randomness import SecureGenerator
 from blindtune.privacy.token_noise import add_token_noise
 from blindtune.wire import Codec
 from blindtune.wire.schema import CODECS
@@ -48,7 +49,7 @@ class Design(Protocol):
         """Of what goes up and of what comes down."""
         ...
 
-    def disturb(self, smashed: Tensor, generator: torch.Generator) -> Tensor:
+    def disturb(self, smashed: Tensor, generator: SecureGenerator) -> Tensor:
         """s_A `[N, d]` as it leaves."""
         ...
 
@@ -92,7 +93,7 @@ class _Guarded:
     def codecs(self) -> tuple[Codec, Codec]:
         return self.up, self.down
 
-    def disturb(self, smashed: Tensor, generator: torch.Generator) -> Tensor:
+    def disturb(self, smashed: Tensor, generator: SecureGenerator) -> Tensor:
         if not self.noise:
             return smashed
         return add_token_noise(smashed, self.clip_norm, self.noise, generator=generator)
