@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import re
+import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -244,12 +245,20 @@ class TestLogs:
         log = strict_server.server.log.read_text()
         assert marker not in log
         assert strict_server.tokens["ann"] not in log
-        lines = [json.loads(line) for line in log.splitlines()]
+        lines = [line for line in map(json.loads, log.splitlines()) if line.get("logger") is None]
         assert {"/v1/adapters/{sha256}", "/v1/models/{model}/forward", "/v1/models/{model}/backward"} <= {
             line.get("route") for line in lines
         }
         known = {"event", "method", "route", "status", "ms", "bytes_in", "bytes_out", "level", "timestamp"}
         assert all(set(line) == known for line in lines)
+
+    def test_what_libraries_say_is_a_line_of_json_too(self, tiny_server: Server):
+        with socket.create_connection(("127.0.0.1", tiny_server.port)) as connection:
+            connection.sendall(b"\x16\x03\x01 this is no HTTP\r\n\r\n")
+            connection.recv(1000)
+        told = [json.loads(line) for line in tiny_server.log.read_text().splitlines() if "Invalid HTTP" in line]
+        assert told
+        assert all(line["logger"] == "uvicorn.error" and line["level"] == "warning" for line in told)
 
 
 class TestFaults:
