@@ -11,10 +11,9 @@ import pytest
 from click.testing import Result
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
-from blindtune.cli import app
 from blindtune.wire import Transcript
+from tests.cli.commands import run
 
 SMALL = ["--steps", "6", "--batch-size", "4", "--max-length", "24"]
 
@@ -30,11 +29,8 @@ def questions(film_sentences, tmp_path_factory) -> Path:
 
 
 def train(server: Any, questions: Path, method: str, output: Path, *options: object, check: bool = True) -> Result:
-    """In this process: loading Python's libraries takes longer than the runs."""
-    arguments = ["train", "--server", server.url, "--data", questions, "--method", method, "--output", output]
-    done = CliRunner().invoke(app, [*map(str, arguments), *SMALL, *map(str, options)], env={"COLUMNS": "160"})
-    assert not check or done.exit_code == 0, done.output
-    return done
+    arguments = ["--server", server.url, "--data", questions, "--method", method, "--output", output]
+    return run("train", *arguments, *SMALL, *options, check=check)
 
 
 def test_gradfree_from_a_file_to_a_peft_checkpoint(split_server, questions, tmp_path):

@@ -7,11 +7,9 @@ import random
 from pathlib import Path
 
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
 
-from blindtune.cli import app
 from blindtune.wire import Transcript
+from tests.cli.commands import run
 
 WORDS = ["good", "bad", "fine", "long", "dark", "sweet", "funny", "slow"]
 
@@ -26,12 +24,6 @@ def files(film_sentences, tmp_path_factory) -> list[Path]:
     for half, path in enumerate(paths):
         path.write_text("\n".join(map(json.dumps, rows[half::2])))
     return paths
-
-
-def run(*arguments: object, check: bool = True) -> Result:
-    done = CliRunner().invoke(app, [*map(str, arguments)], env={"COLUMNS": "160"})
-    assert not check or done.exit_code == 0, done.output
-    return done
 
 
 def tune(emulated, files: list[Path], output: Path, steps: int) -> Path:

@@ -7,17 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import Result
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from typer.testing import CliRunner
 
-from blindtune.cli import app
 from blindtune.client import Operator, RemotePlugin, Transport
 from blindtune.errors import InvalidTensor, SequenceTooLong, UnknownPart, UnknownPlugin
 from blindtune.methods.guarded import read_tuned
 from blindtune.server import add_token
 from blindtune.wire import ScoreRequest, Transcript, encode
+from tests.cli.commands import run
 from tests.conftest import SplitServer
 
 PROMPTS = ["the film is", "a story of love and", "one of the"]
@@ -30,12 +28,6 @@ def questions(film_sentences, tmp_path_factory) -> Path:
     rows = [{"question": s, "choices": ["good", "bad", "fine"], "answer": i % 3} for i, s in enumerate(short)]
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
-
-
-def run(*arguments: object, check: bool = True) -> Result:
-    done = CliRunner().invoke(app, [*map(str, arguments)], env={"COLUMNS": "160"})
-    assert not check or done.exit_code == 0, done.output
-    return done
 
 
 @pytest.fixture(scope="module")

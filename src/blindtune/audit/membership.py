@@ -78,18 +78,16 @@ class Membership:
         return max(self.findings, key=lambda finding: finding.auc)
 
 
-def attack_membership(
-    tuned: tuple[Scored, Scored], before: tuple[Scored, Scored], *, min_texts: int = MIN_TEXTS
-) -> Membership:
+def attack_membership(tuned: tuple[Scored, Scored], before: tuple[Scored, Scored]) -> Membership:
     """Membership attacks on `(members, others)`, scored by the tuned model and by the model before tuning.
 
     Raises:
         DataError: too few members or others.
     """
     members, others = (len(scored.losses) for scored in tuned)
-    if min(members, others) < min_texts:
+    if min(members, others) < MIN_TEXTS:
         raise DataError(
-            f"{members} members and {others} other texts say little.", remedy=f"Give at least {min_texts} of each."
+            f"{members} members and {others} other texts say little.", remedy=f"Give at least {MIN_TEXTS} of each."
         )
     after, first = (np.concatenate([np.asarray(s.losses, dtype=np.float64) for s in pair]) for pair in (tuned, before))
     truth = np.arange(members + others) < members

@@ -62,14 +62,14 @@ class Session:
     manifest: dict[str, Any] | None = None
 
 
-def make_fields(task: str, template: str | None, choices: str, answer: str, label: str) -> "Fields":
+def make_fields(task: str, template: str | None, **columns: str) -> "Fields":
     """Raises `ConfigError` for an unknown task. `\\n` in a template is a new line."""
     from blindtune.training.questions import KINDS, Fields
 
     if task not in KINDS:
         raise ConfigError(f"There is no task {task!r}.", remedy=f"Use one of: {', '.join(KINDS)} (--task).")
     written = None if template is None else template.replace("\\n", "\n")
-    return Fields(task, written, choices, answer, label)
+    return Fields(task, written, **columns)
 
 
 def train_guarded(
@@ -248,8 +248,7 @@ def _sees(design: "Design", epochs: int) -> str:
     if design.emulated:
         return "sees nothing of the texts; the emulator of its middle has come here"
     noise = getattr(design, "noise", 0)
-    once = isinstance(design, Gradfree) and not design.zo
-    views = 1 if once else 3 * epochs if isinstance(design, Gradfree) else epochs
+    views = design.views(epochs)
     disturbed = f", clipped, with noise of {noise:g} clipping norms on each value" if noise else ""
     if noise:
         disturbed += f" (μ = {row_mu(noise, views):.2f} for one row of a text, after {views} messages)"

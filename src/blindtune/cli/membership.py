@@ -3,7 +3,7 @@
 import copy
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -23,8 +23,8 @@ AROUND = ("emulator", "trunk")
 
 
 def membership(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder that `blindtune train --method guarded-…` wrote.")],
-    server: Annotated[str, typer.Option(help="Address of the server that hosts the model with --split.")],
+    checkpoint: options.TunedEnds,
+    server: options.SplitServer,
     members: Annotated[str, typer.Option(help="Questions that the ends were tuned on.")],
     others: Annotated[str, typer.Option(help="Questions of the same kind that they were not tuned on.")],
     around: Annotated[
@@ -41,7 +41,7 @@ def membership(
     tls_ca: options.TlsCa = None,
     wait: options.Wait = 600.0,
     insecure: options.Insecure = False,
-    json: Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")] = None,
+    json: options.Results = None,
 ) -> None:
     """Attack tuned ends before you hand them over: which texts were they tuned on, and which do they know by heart?
 
@@ -130,7 +130,7 @@ def _print(found: "Membership", around: str) -> None:
         f"Others lose {found.gap:+.3f} nats a token more than members; before tuning {found.gap_before:+.3f}.",
         soft_wrap=True,
     )
-    best: Any = found.strongest
+    best = found.strongest
     console.print(
         f"Whoever holds these weights tells members from others with AUC {best.auc:.2f} ({best.attack}; 0.50 is "
         f"guessing).",

@@ -30,6 +30,16 @@ Insecure = Annotated[
 Wait = Annotated[float, typer.Option(help="Seconds to wait for a server that is away before giving up.")]
 
 
+SplitServer = Annotated[str, typer.Option(help="Address of the server that hosts the model with --split.")]
+TunedEnds = Annotated[Path, typer.Argument(help="Folder that `blindtune train --method guarded-…` wrote.")]
+Results = Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")]
+
+
+def parse_names(text: str | None) -> list[str] | None:
+    """Names between commas."""
+    return [name.strip() for name in text.split(",")] if text else None
+
+
 def connect(
     servers: list[str],
     *,

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 def plug_in(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder that `blindtune train --method guarded-…` wrote.")],
-    server: Annotated[str, typer.Option(help="Address of the server that hosts the model with --split.")],
+    checkpoint: options.TunedEnds,
+    server: options.SplitServer,
     data: Annotated[
         str | None, typer.Option(help="Questions to evaluate on: CSV, TSV, JSON lines, Parquet, or a hub data set.")
     ] = None,
@@ -38,7 +38,7 @@ def plug_in(
     tls_ca: options.TlsCa = None,
     wait: options.Wait = 600.0,
     insecure: options.Insecure = False,
-    json: Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")] = None,
+    json: options.Results = None,
 ) -> None:
     """Hand tuned ends to the provider, who puts them around the real middle of the model; evaluate or use that.
 
@@ -49,17 +49,13 @@ def plug_in(
     Example:  blindtune plug-in out/ --server https://a.example --data test.jsonl
     """
     with reporting_errors():
+        from blindtune.cli.guarded import print_result
         from blindtune.client import RemotePlugin
         from blindtune.methods.guarded import read_tuned
 
-        connection: dict[str, Any] = {
-            "token": token,
-            "tls_ca": tls_ca,
-            "wait": wait,
-            "insecure": insecure,
-            "model": model,
-        }
-        operator = options.connect_operator(server, **connection)
+        operator = options.connect_operator(
+            server, token=token, tls_ca=tls_ca, wait=wait, insecure=insecure, model=model
+        )
         tensors, scaling = read_tuned(checkpoint)
         trained = read_run(checkpoint)
         plugin = RemotePlugin(operator, tensors, scaling)
@@ -73,15 +69,12 @@ def plug_in(
         if data is not None:
             given = {"kind": task, "template": template, "choices": choices, "answer": answer, "label": label}
             fields = chosen_fields(trained, given)
-            names = [name.strip() for name in classes.split(",")] if classes else None
+            names = options.parse_names(classes)
             questions = read_test(operator, data, fields, names, split, int(trained.get("max_length", 128)))
             result["zero_shot"] = _evaluate(RemotePlugin(operator), questions, "model as it is")
             result["plug_in"] = _evaluate(plugin, questions, "plugged in")
-        result["texts"] = [_write(operator, plugin, text, max_new_tokens, temperature, seed) for text in prompt or []]
-        if data is not None:
-            from blindtune.cli.guarded import print_result
-
             print_result({key: result[key] for key in ("zero_shot", "plug_in")})
+        result["texts"] = [_write(operator, plugin, text, max_new_tokens, temperature, seed) for text in prompt or []]
         write_json(json, result)
 
 
@@ -106,11 +99,7 @@ def chosen_fields(trained: dict[str, Any], given: dict[str, str | None]) -> "Fie
     merged = {**trained.get("fields", {}), **{key: value for key, value in given.items() if value is not None}}
     if "kind" not in merged:
         raise ConfigError("The checkpoint doesn't tell its task.", remedy="Give --task.")
-    columns = {key: merged.get(key) or default for key, default in COLUMNS.items()}
-    return make_fields(merged["kind"], merged.get("template"), **columns)
-
-
-COLUMNS = {"choices": "choices", "answer": "answer", "label": "label"}
+    return make_fields(merged.pop("kind"), merged.pop("template", None), **merged)
 
 
 def read_test(

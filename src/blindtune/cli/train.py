@@ -118,7 +118,7 @@ def train(
     tls_ca: options.TlsCa = None,
     wait: options.Wait = 600.0,
     insecure: options.Insecure = False,
-    json: Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")] = None,
+    json: options.Results = None,
 ) -> None:
     """Fine-tune a hosted model on private labels, or on private texts.
 
@@ -142,8 +142,8 @@ def train(
         from blindtune.training.guarded import GuardedConfig
 
         connection = {"token": token, "tls_ca": tls_ca, "wait": wait, "insecure": insecure, "model": model}
-        targets = [target.strip() for target in target_modules.split(",")] if target_modules else None
-        names = [name.strip() for name in classes.split(",")] if classes else None
+        targets = options.parse_names(target_modules)
+        names = options.parse_names(classes)
         if method in DESIGNS:
             result = guarded.train_guarded(
                 server,
@@ -151,7 +151,7 @@ def train(
                 options.parse_settings(set_),
                 guarded.Data(
                     data,
-                    guarded.make_fields(task, template, choices, answer, label),
+                    guarded.make_fields(task, template, choices=choices, answer=answer, label=label),
                     names,
                     validation,
                     validation_fraction,

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from blindtune.errors import InvalidTensor
 from blindtune.models.adapters import PEFT_PREFIX
-from blindtune.models.split import SplitModel, decoder_of, layers_of
+from blindtune.models.split import SplitModel, blocks_name, decoder_of, layers_of
 
 A, B = ".lora_A.weight", ".lora_B.weight"
 
@@ -70,7 +70,7 @@ def _with_lora(weight: Tensor | None, a: Tensor, b: Tensor, scaling: float, name
 def end_weights(split: SplitModel) -> dict[str, Tensor]:
     """Weights of the blocks of bottom and top, under the whole model's names: what clients may tune."""
     blocks = decoder_of(split.causal).layers
-    prefix = next(name for name, module in split.causal.named_modules() if module is blocks)
+    prefix = blocks_name(split.causal)
     ends = [index for part in ("bottom", "top") for index in split.parts[part].blocks]
     return {
         f"{prefix}.{index}.{name}": tensor.detach()
@@ -91,15 +91,17 @@ def plug_in(split: SplitModel, tuned: Mapping[str, Tensor], scaling: float | Non
     with torch.device("meta"):
         plugged: Any = AutoModelForCausalLM.from_config(config)
     theirs: Any = decoder_of(split.causal)
-    blocks = decoder_of(plugged).layers
-    prefix = next(name for name, module in plugged.named_modules() if module is blocks)
+    blocks, prefix = decoder_of(plugged).layers, blocks_name(plugged)
     for index in range(layers_of(config)):
         here = f"{prefix}.{index}."
         if not any(name.startswith(here) for name in updates):
             blocks[index] = theirs.layers[index]
             continue
-        weights = {name: {**own, **updates}[name] for name in own if name.startswith(here)}
-        state = {name.removeprefix(here): t.to(own[name]) for name, t in weights.items()}
+        state = {
+            name.removeprefix(here): updates.get(name, weight).to(weight)
+            for name, weight in own.items()
+            if name.startswith(here)
+        }
         blocks[index].load_state_dict(state, strict=True, assign=True)
     for name, module in list(theirs.named_children()):
         if name != "layers":

@@ -186,6 +186,12 @@ def decoder_of(causal: nn.Module) -> Any:
     return model.decoder if causal_type(causal) == "opt" else model
 
 
+def blocks_name(causal: nn.Module) -> str:
+    """The name of the list of blocks in the whole model, such as `model.layers`."""
+    blocks = decoder_of(causal).layers
+    return next(name for name, module in causal.named_modules() if module is blocks)
+
+
 def causal_type(causal: nn.Module) -> str:
     return str(cast(Any, causal).config.model_type)
 

@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 from uuid import uuid4
 
 import structlog
@@ -76,6 +76,7 @@ from blindtune.wire import (
 )
 
 log = structlog.get_logger("blindtune.server")
+T = TypeVar("T")
 UNSEEN_PATH = "other"
 
 
@@ -113,7 +114,7 @@ class Host:
             name: Trunk(name, model, self.graphs) for name, model in models.items() if model.split is not None
         }
         self.infos = {name: model.info(name, settings.limits) for name, model in models.items()}
-        self.plugins = Plugins(models, settings.plugin_bytes, settings.limits)
+        self.plugins = Plugins(settings.plugin_bytes, settings.limits)
         self.emulators = load_emulators(settings.emulators, models)
         for name in self.emulators:
             self.infos[name] = with_emulator(self.infos[name])
@@ -127,6 +128,13 @@ class Host:
                 f"This server doesn't host {model!r}.", remedy=f"It hosts: {', '.join(self.engines) or 'nothing'}."
             )
         return self.engines[model]
+
+    def split_backbone(self, model: str) -> FrozenBackbone:
+        """A model whose ends clients may hold; raises `UnknownModel` or `UnknownPart`."""
+        backbone = self.engine(model).backbone
+        if backbone.split is None:
+            raise UnknownPart(f"{model!r} is not split here.", remedy="The provider has to serve it with --split.")
+        return backbone
 
     @contextmanager
     def place(self) -> Generator[None]:
@@ -156,8 +164,7 @@ class Host:
     def put_adapter(self, tenant: str, sha256: str, body: bytes) -> AdapterReceipt:
         upload, tensors = decode(body, AdapterUpload, self.settings.limits)
         engine = self.engine(upload.model)
-        if hashlib.sha256(body).hexdigest() != sha256:
-            raise MalformedMessage("The body's SHA-256 isn't the one in the path.", remedy="Send the bytes unchanged.")
+        _check_name(body, sha256)
         if upload.spec.rank > self.settings.limits.max_rank:
             raise AdapterMismatch(
                 f"Rank {upload.spec.rank} is over the limit of {self.settings.limits.max_rank}.",
@@ -241,9 +248,7 @@ class Host:
         return encode(message, backbone.split.parts[part].weights())  # pyright: ignore[reportArgumentType] - checked
 
     def trunk(self, tenant: str, model: str, body: bytes, *, backward: bool) -> bytes:
-        if model not in self.trunks:
-            self.engine(model)
-            raise UnknownPart(f"{model!r} is not split here.", remedy="The provider has to serve it with --split.")
+        self.split_backbone(model)
         trunk = self.trunks[model]
         request, received = decode(body, TrunkRequest, self.settings.limits)
         lengths = check_tensor(received, "lengths", (None,), torch.int32)
@@ -258,7 +263,10 @@ class Host:
         return encode(response, sent)
 
     def put_plugin(self, tenant: str, sha256: str, body: bytes) -> PluginReceipt:
-        upload, tensors, receipt = self.plugins.put(tenant, sha256, body)
+        upload, tensors = self.plugins.decode(body)
+        _check_name(body, sha256)
+        backbone = self.split_backbone(upload.model)
+        receipt = self.plugins.put(tenant, sha256, backbone, upload, tensors)
         if self.recorder is not None:
             self.recorder.tuned(tenant, upload.model, "plugin", sha256, tensors)
         return receipt
@@ -267,14 +275,18 @@ class Host:
         request, tensors = decode(body, ScoreRequest, self.settings.limits)
         starts = check_tensor(tensors, "starts", (None,), torch.int32)
         tokens = self._tokens(model, [], tensors)
-        answer = self.plugins.score(tenant, model, tokens, starts, request)
+        backbone = self.split_backbone(model)
+        causal = self.plugins.causal(tenant, model, backbone, request.plugin)
+        answer = self.plugins.score(causal, backbone, tokens, starts)
         self._note(tenant, model, "score", request.plugin, tokens, {"starts": starts})
         return answer
 
     def generate(self, tenant: str, model: str, body: bytes) -> bytes:
         request, tensors = decode(body, GenerateRequest, self.settings.limits)
         tokens = self._tokens(model, [], tensors)
-        answer = self.plugins.generate(tenant, model, tokens, request)
+        backbone = self.split_backbone(model)
+        causal = self.plugins.causal(tenant, model, backbone, request.plugin)
+        answer = self.plugins.generate(causal, backbone, tokens, request)
         self._note(tenant, model, "generate", request.plugin, tokens, {})
         return answer
 
@@ -374,72 +386,54 @@ def _add_routes(app: FastAPI, host: Host) -> None:
         host.engine(model)
         return host.infos[model]
 
-    @app.put("/v1/adapters/{sha256}")
-    async def upload_adapter(sha256: str, request: Request) -> AdapterReceipt:
-        """Stores adapter weights under the SHA-256 of the body, for this tenant."""
+    async def stored(request: Request, sha256: str, put: Callable[[str, str, bytes], T]) -> T:
         owner = tenant(request)
         with host.place():
             body = await _read(request, host.settings.limits)
-            return await asyncio.to_thread(host.put_adapter, owner, sha256, body)
+            return await asyncio.to_thread(put, owner, sha256, body)
+
+    async def answered(request: Request, model: str, work: Callable[[str, str, bytes], bytes]) -> Response:
+        owner = tenant(request)
+        host.engine(model)
+        with host.place():
+            body = await _read(request, host.settings.limits)
+            answer = await host.on_engine(model, lambda: work(owner, model, body))
+        return Response(answer, media_type=MEDIA_TYPE)
+
+    @app.put("/v1/adapters/{sha256}")
+    async def upload_adapter(sha256: str, request: Request) -> AdapterReceipt:
+        """Stores adapter weights under the SHA-256 of the body, for this tenant."""
+        return await stored(request, sha256, host.put_adapter)
 
     @app.put("/v1/plugins/{sha256}")
     async def plug_in(sha256: str, request: Request) -> PluginReceipt:
         """Stores tuned ends of a split model under the SHA-256 of the body, for this tenant."""
-        owner = tenant(request)
-        with host.place():
-            body = await _read(request, host.settings.limits)
-            return await asyncio.to_thread(host.put_plugin, owner, sha256, body)
+        return await stored(request, sha256, host.put_plugin)
 
     @app.post("/v1/models/{model:path}/score")
     async def score(model: str, request: Request) -> Response:
         """How likely texts are, with plugged-in ends or without."""
-        owner = tenant(request)
-        host.engine(model)
-        with host.place():
-            body = await _read(request, host.settings.limits)
-            answer = await host.on_engine(model, lambda: host.score(owner, model, body))
-        return Response(answer, media_type=MEDIA_TYPE)
+        return await answered(request, model, host.score)
 
     @app.post("/v1/models/{model:path}/generate")
     async def generate(model: str, request: Request) -> Response:
         """Goes on with one text, with plugged-in ends or without."""
-        owner = tenant(request)
-        host.engine(model)
-        with host.place():
-            body = await _read(request, host.settings.limits)
-            answer = await host.on_engine(model, lambda: host.generate(owner, model, body))
-        return Response(answer, media_type=MEDIA_TYPE)
+        return await answered(request, model, host.generate)
 
     @app.post("/v1/models/{model:path}/trunk/{direction}")
     async def trunk(model: str, direction: Literal["forward", "backward"], request: Request) -> Response:
         """Hidden states through the middle of a split model, or cotangents back through it."""
-        owner = tenant(request)
-        host.engine(model)
-        with host.place():
-            body = await _read(request, host.settings.limits)
-            work = partial(host.trunk, owner, model, body, backward=direction == "backward")
-            answer = await host.on_engine(model, work)
-        return Response(answer, media_type=MEDIA_TYPE)
+        return await answered(request, model, partial(host.trunk, backward=direction == "backward"))
 
     @app.post("/v1/models/{model:path}/forward")
     async def forward(model: str, request: Request) -> Response:
         """Hidden states of a batch under n adapters."""
-        owner = tenant(request)
-        host.engine(model)
-        with host.place():
-            body = await _read(request, host.settings.limits)
-            answer = await host.on_engine(model, lambda: host.forward(owner, model, body))
-        return Response(answer, media_type=MEDIA_TYPE)
+        return await answered(request, model, host.forward)
 
     @app.post("/v1/models/{model:path}/backward")
     async def backward(model: str, request: Request) -> Response:
         """Gradients of every adapter for every cotangent."""
-        owner = tenant(request)
-        host.engine(model)
-        with host.place():
-            body = await _read(request, host.settings.limits)
-            answer = await host.on_engine(model, lambda: host.backward(owner, model, body))
-        return Response(answer, media_type=MEDIA_TYPE)
+        return await answered(request, model, host.backward)
 
     @app.get("/healthz")
     @app.get("/readyz")
@@ -451,6 +445,11 @@ def _add_routes(app: FastAPI, host: Host) -> None:
     async def metrics() -> Response:
         """Prometheus metrics."""
         return Response(generate_latest(host.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def _check_name(body: bytes, sha256: str) -> None:
+    if hashlib.sha256(body).hexdigest() != sha256:
+        raise MalformedMessage("The body's SHA-256 isn't the one in the path.", remedy="Send the bytes unchanged.")
 
 
 async def _read(request: Request, limits: Limits) -> bytes:

@@ -5,10 +5,7 @@ Whoever asks here shows the provider texts, and the uploaded ends depend on what
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +13,7 @@ from torch import Tensor, nn
 from blindtune.errors import (
     BodyTooLarge,
     InvalidTensor,
-    MalformedMessage,
     SequenceTooLong,
-    UnknownModel,
     UnknownPart,
     UnknownPlugin,
 )
@@ -32,7 +27,6 @@ from blindtune.wire import (
     Limits,
     PluginReceipt,
     PluginUpload,
-    ScoreRequest,
     ScoreResponse,
     check_tensor,
     decode,
@@ -42,34 +36,28 @@ from blindtune.wire import (
 MAX_TENSORS = 4096
 
 
-@dataclass(frozen=True)
-class Plugged:
-    """A whole model with a client's ends."""
-
-    model: str
-    causal: nn.Module
-
-
 class Plugins:
     """Tuned ends of all tenants, up to a number of bytes. Scoring and generation run on the model's thread."""
 
-    def __init__(self, models: Mapping[str, FrozenBackbone], capacity: int, limits: Limits) -> None:
-        self._models, self._limits = models, limits
-        self._kept = ByteLRU[tuple[str, str], Plugged](capacity)
+    def __init__(self, capacity: int, limits: Limits) -> None:
+        self._limits = limits
+        self._kept = ByteLRU[tuple[str, str, str], nn.Module](capacity)
 
-    def put(self, tenant: str, sha256: str, body: bytes) -> tuple[PluginUpload, dict[str, Tensor], PluginReceipt]:
+    def decode(self, body: bytes) -> tuple[PluginUpload, dict[str, Tensor]]:
+        """Tuned ends as they come: a tensor or two for each layer, so more of them than other messages have."""
+        return decode(body, PluginUpload, self._limits.model_copy(update={"max_tensors": MAX_TENSORS}))
+
+    def put(
+        self, tenant: str, sha256: str, backbone: FrozenBackbone, upload: PluginUpload, tensors: dict[str, Tensor]
+    ) -> PluginReceipt:
         """Checks tuned ends and keeps them, merged into the weights of their blocks.
 
         Raises:
-            UnknownPart: the model isn't split here, or isn't the one that they were tuned for.
+            UnknownPart: they were tuned for another model.
             InvalidTensor: they don't fit its ends.
             BodyTooLarge: more bytes than all plug-ins may have.
         """
-        limits = self._limits.model_copy(update={"max_tensors": MAX_TENSORS})
-        upload, tensors = decode(body, PluginUpload, limits)
-        if hashlib.sha256(body).hexdigest() != sha256:
-            raise MalformedMessage("The body's SHA-256 isn't the one in the path.", remedy="Send the bytes unchanged.")
-        backbone, split = self._split(upload.model)
+        split = _split(backbone)
         if upload.fingerprint != backbone.fingerprint:
             raise UnknownPart(
                 f"These ends were tuned for other weights (fingerprint {upload.fingerprint[:12]}…) than are hosted "
@@ -79,32 +67,37 @@ class Plugins:
         causal = plug_in(split, tensors, upload.scaling)
         shared = {id(parameter) for parameter in split.causal.parameters()}
         nbytes = sum(p.nbytes for p in causal.parameters() if id(p) not in shared)
-        if not self._kept.put((tenant, sha256), Plugged(upload.model, causal), nbytes):
+        if not self._kept.put((tenant, upload.model, sha256), causal, nbytes):
             raise BodyTooLarge(f"Tuned ends of {nbytes} bytes are larger than the cache.", remedy="Tune with LoRA.")
-        parameters = sum(tensor.numel() for tensor in tensors.values())
-        return upload, tensors, PluginReceipt(sha256=sha256, parameters=parameters)
+        return PluginReceipt(sha256=sha256, parameters=sum(tensor.numel() for tensor in tensors.values()))
 
-    def score(self, tenant: str, model: str, tokens: Tokens, starts: Tensor, request: ScoreRequest) -> bytes:
+    def causal(self, tenant: str, model: str, backbone: FrozenBackbone, plugin: str | None) -> Any:
+        """The whole model, with a tenant's ends or (without a name) as it is. Raises `UnknownPlugin`."""
+        if plugin is None:
+            return _split(backbone).causal
+        kept = self._kept.get((tenant, model, plugin))
+        if kept is None:
+            raise UnknownPlugin(f"No tuned ends {plugin[:12]}… for {model!r} are here.", remedy="Upload them again.")
+        return kept
+
+    def score(self, causal: Any, backbone: FrozenBackbone, tokens: Tokens, starts: Tensor) -> bytes:
         """log p of each text's tokens from its start on."""
-        backbone, _ = self._split(model)
         check_tensor({"starts": starts}, "starts", (len(tokens),), torch.int32)
         if bool((starts < 1).any()) or bool((starts >= tokens.lengths).any()):
             raise InvalidTensor("A start outside its text, or at its first token.", remedy="Send 1 ≤ start < length.")
-        causal = self._causal(tenant, model, request.plugin)
         ids, lengths = (t.to(backbone.device, torch.long) for t in (tokens.input_ids, tokens.lengths))
         mask = padding_mask(lengths, ids.shape[1])
         place = torch.arange(ids.shape[1], device=ids.device)
         learned = (place >= starts.to(ids.device).unsqueeze(1)) & mask.bool()  # of the tokens themselves
         with torch.no_grad():
-            hidden = cast(Any, causal).base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-            logits = cast(Any, causal).lm_head(hidden[:, :-1][learned[:, 1:]])  # of learned tokens alone: V is large
+            hidden = causal.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            logits = causal.lm_head(hidden[:, :-1][learned[:, 1:]])  # of learned tokens alone: V is large
             likelihoods, greedy = answer_scores(logits, ids[learned], learned.sum(1))
         sent = {"log_likelihoods": likelihoods.cpu(), "greedy": greedy.to(torch.uint8).cpu()}
         return encode(ScoreResponse(fingerprint=backbone.fingerprint), sent)
 
-    def generate(self, tenant: str, model: str, tokens: Tokens, request: GenerateRequest) -> bytes:
+    def generate(self, causal: Any, backbone: FrozenBackbone, tokens: Tokens, request: GenerateRequest) -> bytes:
         """Goes on with one text."""
-        backbone, split = self._split(model)
         if len(tokens) != 1:
             raise InvalidTensor(f"{len(tokens)} texts to go on with.", remedy="Send one at a time.")
         room = min(self._limits.max_length, backbone.max_length)
@@ -114,8 +107,7 @@ class Plugins:
                 remedy="Ask for fewer, or shorten the text.",
             )
         ids = tokens.input_ids.to(backbone.device, torch.long)
-        sampling = {"do_sample": True, "temperature": request.temperature} if request.temperature > 0 else {}
-        causal = cast(Any, self._causal(tenant, model, request.plugin))
+        sampled = request.temperature > 0
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(request.seed)
             written: Tensor = causal.generate(
@@ -123,27 +115,17 @@ class Plugins:
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=request.max_new_tokens,
                 pad_token_id=backbone.pad_token_id,
-                **(sampling or {"do_sample": False}),
+                do_sample=sampled,
+                **({"temperature": request.temperature} if sampled else {}),
             )
         new = written[0, ids.shape[1] :].tolist()
-        end = split.config.eos_token_id
+        end = backbone.config.eos_token_id
         ends = end if isinstance(end, list) else [end]
         kept = next((i for i, token in enumerate(new) if token in ends), len(new))
         generated = torch.tensor(new[:kept], dtype=torch.int32)
         return encode(GenerateResponse(fingerprint=backbone.fingerprint), {"generated": generated})
 
-    def _split(self, model: str) -> tuple[FrozenBackbone, SplitModel]:
-        if model not in self._models:
-            raise UnknownModel(f"This server doesn't host {model!r}.", remedy="Ask for one of `GET /v1/models`.")
-        backbone = self._models[model]
-        if backbone.split is None:
-            raise UnknownPart(f"{model!r} is not split here.", remedy="The provider has to serve it with --split.")
-        return backbone, backbone.split
 
-    def _causal(self, tenant: str, model: str, plugin: str | None) -> nn.Module:
-        if plugin is None:
-            return self._split(model)[1].causal
-        kept = self._kept.get((tenant, plugin))
-        if kept is None or kept.model != model:
-            raise UnknownPlugin(f"No tuned ends {plugin[:12]}… for {model!r} are here.", remedy="Upload them again.")
-        return kept.causal
+def _split(backbone: FrozenBackbone) -> SplitModel:
+    assert backbone.split is not None  # noqa: S101 - `Host.split_backbone` has checked
+    return backbone.split

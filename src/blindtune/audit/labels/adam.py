@@ -24,13 +24,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from blindtune.audit.labels.inversion import Observed, explain
+from blindtune.audit.labels.inversion import Explanation, Observed, explain, read_residuals
 from blindtune.audit.labels.registry import Reconstructed, observes_updates
-from blindtune.audit.observe import Row, Update
+from blindtune.audit.observe import Update
+from blindtune.audit.recompute import Jacobian
 
 BETAS = (0.9, 0.99)
 TURNS = 4
@@ -40,19 +40,16 @@ TINY = 1e-30
 @observes_updates("update inverted, Adam", consecutive=True)
 def invert_adam(updates: Sequence[Update], observed: Observed) -> Reconstructed:
     """Residuals `(N, 1)`, up to one sign for all, from the first updates of a run."""
-    rows: list[Row] = []
-    residuals: list[Tensor] = []
-    adam, u = Adam(), None
-    for update in updates:
-        jacobian, step = observed(update)
-        signs = adam.undo(torch.from_numpy(step)).sign().float()
+    adam = Adam()
+
+    def read(jacobian: Jacobian, step: Tensor, u: Tensor | None) -> Explanation:
+        signs = adam.undo(step).sign().float()
         found = explain(jacobian, signs, u)
         for _ in range(TURNS):
             found = found.improved(jacobian, signs * found.gradient(jacobian).abs())
-        u = found.u
-        residuals.append(found.r / found.r.abs().mean().clamp_min(TINY))
-        rows += update.rows
-    return torch.cat(residuals).numpy().astype(np.float32)[:, None], rows
+        return found
+
+    return read_residuals(updates, observed, read)
 
 
 class Adam:

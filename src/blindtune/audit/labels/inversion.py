@@ -30,26 +30,31 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from blindtune.audit.labels.registry import Reconstructed, observes_updates
-from blindtune.audit.observe import Row, Update
+from blindtune.audit.observe import Update
 from blindtune.audit.recompute import Jacobian
 
 Observed = Callable[[Update], tuple[Jacobian, NDArray[np.float64]]]
+Read = Callable[[Jacobian, Tensor, Tensor | None], "Explanation"]
+"""What explains a step `(n, P)`, starting from u `(n, d)` if there is one."""
 FIRST_ROUNDS, ROUNDS, CONJUGATE_STEPS = 5, 1, 6
 
 
 @observes_updates("update inverted")
 def invert_updates(updates: Sequence[Update], observed: Observed) -> Reconstructed:
     """Residuals `(N, 1)`, up to one sign for all, from consecutive updates."""
+    return read_residuals(updates, observed, lambda jacobian, step, u: explain(jacobian, step.float(), u))
+
+
+def read_residuals(updates: Sequence[Update], observed: Observed, read: Read) -> Reconstructed:
+    """Residuals `(N, 1)` of all updates, each update's of mean size one; `read` starts from the last one's u."""
     residuals: list[Tensor] = []
-    rows: list[Row] = []
     u: Tensor | None = None
     for update in updates:
         jacobian, step = observed(update)
-        change = torch.from_numpy(step).float()  # (n, P)
-        found = explain(jacobian, change, u)
+        found = read(jacobian, torch.from_numpy(step), u)
         u = found.u
         residuals.append(found.r / found.r.abs().mean().clamp_min(1e-30))
-        rows += update.rows
+    rows = [row for update in updates for row in update.rows]
     return torch.cat(residuals).numpy().astype(np.float32)[:, None], rows
 
 

@@ -49,6 +49,10 @@ class Design(Protocol):
         """Of what goes up and of what comes down."""
         ...
 
+    def views(self, epochs: int) -> int:
+        """In how many messages a text's hidden states leave, over so many epochs."""
+        ...
+
     def disturb(self, smashed: Tensor, generator: SecureGenerator) -> Tensor:
         """s_A `[N, d]` as it leaves."""
         ...
@@ -92,6 +96,9 @@ class _Guarded:
 
     def codecs(self) -> tuple[Codec, Codec]:
         return self.up, self.down
+
+    def views(self, epochs: int) -> int:
+        return epochs
 
     def disturb(self, smashed: Tensor, generator: SecureGenerator) -> Tensor:
         if not self.noise:
@@ -159,6 +166,9 @@ class Gradfree(_Guarded):
     @property
     def parts(self) -> tuple[End, ...]:
         return ("bottom", "top") if self.zo else ("top",)
+
+    def views(self, epochs: int) -> int:
+        return 3 * epochs if self.zo else 1
 
     def step(
         self, model: SplitCausalLM, ends: Ends, batch: CausalBatch, generator: torch.Generator

@@ -22,7 +22,7 @@ from blindtune.errors import CheckpointError, ConfigError, InvalidTensor
 from blindtune.methods.state import read_tensors, write_tensors
 from blindtune.models.adapters import PEFT_PREFIX
 from blindtune.models.plugged import merge
-from blindtune.models.split import Part, decoder_of
+from blindtune.models.split import Part, blocks_name, decoder_of
 
 Trained = Literal["lora", "full"]
 ADAPTER, WHOLE, CONFIG = "adapter_model.safetensors", "model.safetensors", "adapter_config.json"
@@ -72,7 +72,7 @@ class Ends:
 
     def _add_lora(self, part: Part) -> None:
         blocks = decoder_of(part.causal).layers
-        prefix = next(name for name, module in part.causal.named_modules() if module is blocks)
+        prefix = blocks_name(part.causal)
         linear = [
             f"{index}.{name}"
             for index in part.blocks

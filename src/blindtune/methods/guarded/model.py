@@ -88,9 +88,13 @@ class SplitCausalLM(nn.Module):
 
     def losses(self, carried: Tensor, batch: CausalBatch) -> Tensor:
         """−log p of every learned token, packed `(T,)`, for s_B `(B, L, d)`."""
+        logits, targets = self._learned(carried, batch)
+        return F.cross_entropy(logits.float(), targets, reduction="none")
+
+    def _learned(self, carried: Tensor, batch: CausalBatch) -> tuple[Tensor, Tensor]:
+        """Logits `(T, V)` and tokens `(T,)` of everything that is learned."""
         learned = batch.learned
-        logits = self.top.logits(self.top(carried, batch.lengths)[learned])  # (T, V)
-        return F.cross_entropy(logits.float(), batch.ids[:, 1:][learned[:, :-1]], reduction="none")
+        return self.top.logits(self.top(carried, batch.lengths)[learned]), batch.ids[:, 1:][learned[:, :-1]]
 
     def forward(self, batch: CausalBatch) -> Tensor:
         """Mean −log p over the learned tokens of the batch."""
@@ -98,10 +102,8 @@ class SplitCausalLM(nn.Module):
 
     def score(self, batch: CausalBatch) -> tuple[Tensor, Tensor]:
         """log p of each text's learned tokens together `(B,)`, and whether greedy decoding would write them `(B,)`."""
-        carried = self.through(self.smash(batch), batch)
-        learned = batch.learned
-        logits = self.top.logits(self.top(carried, batch.lengths)[learned])
-        return answer_scores(logits, batch.ids[:, 1:][learned[:, :-1]], learned.sum(1))
+        logits, targets = self._learned(self.through(self.smash(batch), batch), batch)
+        return answer_scores(logits, targets, batch.learned.sum(1))
 
     def embedded(self, batch: CausalBatch) -> Tensor:
         """Frozen embeddings of all tokens, packed `[N, e]`."""
