@@ -56,6 +56,9 @@ def test_noise_is_announced_with_its_guarantee(split_server, questions, tmp_path
     assert "noise of 0.5 clipping norms on each value (μ = 4.00 for one row of a text, after 1 messages)" in done.stdout
     done = train(split_server, questions, "guarded-online", tmp_path / "each", *noisy, "--steps", 40)  # of 4, 40 texts
     assert "(μ = 8.00 for one row of a text, after 4 messages)" in done.stdout
+    two_points = ["--set", "zo=true", "--steps", 40]
+    done = train(split_server, questions, "guarded-gradfree", tmp_path / "zo", *noisy, *two_points)
+    assert "(μ = 11.31 for one row of a text, after 8 messages)" in done.stdout
 
 
 def test_a_run_that_goes_on(split_server, questions, tmp_path):

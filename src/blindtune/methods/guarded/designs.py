@@ -168,7 +168,7 @@ class Gradfree(_Guarded):
         return ("bottom", "top") if self.zo else ("top",)
 
     def views(self, epochs: int) -> int:
-        return 3 * epochs if self.zo else 1
+        return 2 * epochs if self.zo else 1
 
     def step(
         self, model: SplitCausalLM, ends: Ends, batch: CausalBatch, generator: torch.Generator
