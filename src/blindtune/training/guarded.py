@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -23,6 +24,7 @@ from blindtune.privacy.randomness import SecureGenerator
 from blindtune.training.batches import BatchPlan, linear_rate
 from blindtune.training.questions import TokenizedQuestion
 
+COUNT_EVERY = 25
 STATE, SUMMARY = "resume.safetensors", "blindtune.json"
 
 
@@ -56,7 +58,8 @@ class GuardedConfig:
 class GuardedStep:
     """What one step did: losses by name, bytes of HTTP messages by kind, seconds, and floating-point operations here.
 
-    Operations are those of matrix products and attention, forward and backward, two for each multiplication and sum.
+    Operations are those of matrix products and attention, forward and backward, two for each multiplication and sum:
+    counted in every 25th step, and taken over by the (padded) token in those between.
     """
 
     step: int
@@ -95,6 +98,7 @@ class GuardedTrainer:
         self.optimizer = torch.optim.AdamW(ends.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
         self.done = 0
         self._secret = SecureGenerator(key)
+        self._flops_per_token = 0.0
         self._messages: int | None = None
         """Of the step that is under way; None between steps."""
         model.disturb = self._disturb
@@ -115,9 +119,10 @@ class GuardedTrainer:
         start, before = time.perf_counter(), traffic_of(self.model)
         self.optimizer.zero_grad()
         self._messages = 0
+        batch = self.batch(self.done)
         try:
-            with FlopCounterMode(display=False) as counter:
-                losses = self.design.step(self.model, self.ends, self.batch(self.done), self._generator())
+            with self._counting(batch):
+                losses = self.design.step(self.model, self.ends, batch, self._generator())
         finally:
             self._messages = None
         if self.config.clip_gradients:
@@ -128,7 +133,23 @@ class GuardedTrainer:
         self.done += 1
         after = traffic_of(self.model)
         moved = {kind: count - before.get(kind, 0) for kind, count in after.items()}
-        return GuardedStep(self.done, losses, moved, time.perf_counter() - start, counter.get_total_flops())
+        return GuardedStep(self.done, losses, moved, time.perf_counter() - start, self._flops(batch))
+
+    @contextmanager
+    def _counting(self, batch: CausalBatch) -> Generator[None]:
+        """Counts operations in some of the steps: counting takes time, and other kernels with other last bits.
+
+        Which steps follows from their number alone, so a resumed run counts where an uninterrupted one does.
+        """
+        if self.done % COUNT_EVERY:
+            yield
+            return
+        with FlopCounterMode(display=False) as counter:
+            yield
+        self._flops_per_token = counter.get_total_flops() / batch.ids.numel()
+
+    def _flops(self, batch: CausalBatch) -> int:
+        return round(self._flops_per_token * batch.ids.numel())
 
     def _disturb(self, smashed: Tensor) -> Tensor:
         """Noise that is secret, and another one for each message. A step that is repeated sends what it sent before."""
@@ -152,8 +173,13 @@ class GuardedTrainer:
         for name, parameter in self.ends.trainable.items():
             moments = self.optimizer.state.get(parameter, {})
             state |= {f"{key}.{name}": moments[key] for key in ("exp_avg", "exp_avg_sq") if key in moments}
-        identity = {"identity": self._identity(), "done": str(self.done), "key": self._secret.key.hex()}
-        write_tensors(self.checkpoint / STATE, state, identity)
+        told = {
+            "identity": self._identity(),
+            "done": str(self.done),
+            "key": self._secret.key.hex(),
+            "flops_per_token": str(self._flops_per_token),
+        }
+        write_tensors(self.checkpoint / STATE, state, told)
         summary = {**self.summary, "steps": self.done, "training": asdict(self.config)}
         replace_file(self.checkpoint / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
         if isinstance(self.design, Gradfree) and self.design.store is not None:
@@ -180,6 +206,7 @@ class GuardedTrainer:
         self.ends.copy(under("weights.", state), str(path))
         self.done = int(metadata["done"])
         self._secret = SecureGenerator(bytes.fromhex(metadata["key"]))
+        self._flops_per_token = float(metadata["flops_per_token"])
         for name, parameter in self.ends.trainable.items():
             if f"exp_avg.{name}" in state:
                 self.optimizer.state[parameter] = {
