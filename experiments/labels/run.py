@@ -67,10 +67,15 @@ class Arm:
     @staticmethod
     def parse(name: str) -> Arm:
         """`method+key=value+…`, values in JSON, or bare words."""
-        method, *settings = name.split("+")
-        given = {key: _value(value) for key, value in (setting.split("=") for setting in settings)}
+        method, given = read_settings(name)
         own = {key: given.pop(key) for key in ("rank", "lr", "warmup", "epochs", "first") if key in given}
         return Arm(name, method, given, **own)
+
+
+def read_settings(name: str) -> tuple[str, dict[str, Any]]:
+    """A method and what differs from its defaults."""
+    method, *settings = name.split("+")
+    return method, {key: _value(value) for key, value in (setting.split("=") for setting in settings)}
 
 
 def _value(text: str) -> Any:

@@ -34,6 +34,13 @@ def audit(
         list[Path] | None,
         typer.Option(help="Split decoders: public text that attackers learn from (.txt, JSON lines, …); repeat."),
     ] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            help="Split decoders: the folder that `train --output` wrote; its blindtune.json tells an "
+            "adaptive attacker the design and for how long (no weights), who trains a shadow client on --public."
+        ),
+    ] = None,
     sequences: Annotated[int, typer.Option(help="Split decoders: texts to attack at each of three moments.")] = 32,
     text: Annotated[str, typer.Option(help="Its column of texts.")] = "text",
     text_pair: Annotated[str | None, typer.Option(help="Its column of second texts.")] = None,
@@ -68,7 +75,7 @@ def audit(
     """
     with reporting_errors():
         if truth is not None:
-            _audit_texts(transcripts, truth, public or [], model, sequences, json)
+            _audit_texts(transcripts, truth, public or [], model, run, sequences, json)
             return
         if labels is None:
             raise ConfigError(
@@ -92,7 +99,13 @@ def audit(
 
 
 def _audit_texts(
-    transcripts: list[Path], truth: Path, public: list[Path], model: str | None, sequences: int, json: Path | None
+    transcripts: list[Path],
+    truth: Path,
+    public: list[Path],
+    model: str | None,
+    run: Path | None,
+    sequences: int,
+    json: Path | None,
 ) -> None:
     from blindtune.cli.audit_inputs import print_input_audit, run_input_audit
 
@@ -101,7 +114,7 @@ def _audit_texts(
             f"{len(transcripts)} transcripts of a split decoder.",
             remedy="Name the one of the server that has the trunk.",
         )
-    found = run_input_audit(transcripts[0], truth, public, model=model, sequences=sequences, seed=0)
+    found = run_input_audit(transcripts[0], truth, public, model=model, run=run, sequences=sequences, seed=0)
     print_input_audit(found)
     write_json(json, found.to_json())
 

@@ -1,10 +1,11 @@
 """`blindtune audit --truth`: what a split model's server could read of the texts."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.table import Table
 
@@ -12,8 +13,12 @@ from blindtune.cli.console import console
 from blindtune.errors import ConfigError, TranscriptError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from blindtune.audit.inputs import Attacker, Exchange, Reconstruction, Truth
-    from blindtune.models import Tokenizer
+    from blindtune.models import SplitModel, Tokenizer
+    from blindtune.training.shadow import Recipe
+    from blindtune.wire import Codec, Transcript
 
 CONTROL_MUST = 0.8
 """Part of the tokens that the strongest attack must recover from undefended hidden states for an audit to count."""
@@ -21,10 +26,23 @@ CONTROL_MUST = 0.8
 
 @dataclass(frozen=True)
 class InputAudit:
-    """Attacks on what was recorded, and the same ones on what undefended split learning would have sent."""
+    """Attacks on what was recorded, and the same ones on what undefended split learning would have sent.
+
+    Attributes:
+        results: of the static attacker, who has the pretrained bottom and knows the codec.
+        adaptive: of the one who knows the design, its options and how long the client trains; None if it wasn't told.
+    """
 
     results: "list[Reconstruction]"
     control: "list[Reconstruction]"
+    adaptive: "list[Reconstruction] | None" = None
+
+    @property
+    def best(self) -> "Reconstruction":
+        """Of both attackers."""
+        from blindtune.audit.inputs import headline
+
+        return headline([*self.results, *(self.adaptive or [])])
 
     @property
     def valid(self) -> bool:
@@ -33,7 +51,7 @@ class InputAudit:
     def sentence(self) -> str:
         from blindtune.audit.inputs import headline
 
-        best, control = headline(self.results), headline(self.control)
+        best, control = self.best, headline(self.control)
         floor = max(result.accuracy for result in self.results if result.floor)
         if not self.valid:
             return (
@@ -41,7 +59,8 @@ class InputAudit:
                 f"{control.accuracy:.0%} of the tokens, and must recover {CONTROL_MUST:.0%}. Give more --public text."
             )
         return (
-            f"The server can read {best.accuracy:.0%} of the tokens ({best.attack}, {best.stage} of the run); "
+            f"The server can read {best.accuracy:.0%} of the tokens ({best.attack}, {best.stage} of the run"
+            f"{', adaptive' if best in (self.adaptive or []) else ''}); "
             f"without looking {floor:.0%}; of undefended hidden states {control.accuracy:.0%}."
         )
 
@@ -61,21 +80,33 @@ class InputAudit:
             ]
 
         return {"valid": self.valid, "sentence": self.sentence(), "attacks": rows(self.results),
+                "adaptive": None if self.adaptive is None else rows(self.adaptive),
                 "control": rows(self.control)}  # fmt: skip
 
 
 def run_input_audit(
-    folder: Path, truth_file: Path, public: list[Path], *, model: str | None, sequences: int, seed: int
+    folder: Path,
+    truth_file: Path,
+    public: list[Path],
+    *,
+    model: str | None,
+    run: Path | None,
+    sequences: int,
+    seed: int,
 ) -> InputAudit:
     """Attacks a split model's transcript, with progress, and a control that is made here.
 
+    Args:
+        run: the checkpoint's folder, of which the adaptive attacker reads `blindtune.json` alone; none without it.
     Raises:
         TranscriptError: a transcript without a split model's messages, or a truth of another run.
         ConfigError: no public text.
     """
     from blindtune.audit.inputs import Attacker, Truth, attack_inputs, read_exchanges
     from blindtune.audit.inputs.evaluate import first_calls
+    from blindtune.cli.plugin import read_run
     from blindtune.models import Cut, Tokenizer, load_backbone
+    from blindtune.training.shadow import Recipe
     from blindtune.wire import Transcript
 
     if not public:
@@ -101,12 +132,17 @@ def run_input_audit(
     calls = [(exchange, truth.of(exchange)) for exchange in exchanges]
     longest = max(len(ids) for _, call in calls for ids in call.ids)
     rows = _public_rows(public, tokenizer, longest, seed)
-    up = next(event.up for event in transcript.events if event.kind == "trunk-forward" and event.model == called[0])
+    up = codec_of(transcript, called[0])
     assert backbone.split is not None  # noqa: S101 - it was cut
-    attacker = Attacker(backbone.split, rows, simulate=partial(_through_codec, up), seed=seed)
+    attacker = Attacker(backbone.split, rows, simulate=partial(through_codec, up), seed=seed)
     say = partial(console.print, soft_wrap=True, highlight=False)
     say(f"{len(exchanges)} messages of {called[0]}; {len(rows)} public texts to learn from")
     results = attack_inputs(exchanges, truth, attacker, sequences=sequences, progress=say)
+    adaptive = None
+    if run is not None:
+        say("Adaptive attacker: knows the design and its options")
+        knowing = adaptive_attacker(backbone.split, rows, Recipe.of(read_run(run)), up, seed=seed, progress=say)
+        adaptive = attack_inputs(exchanges, truth, knowing, sequences=sequences, progress=say)
     say("Control: the same texts, undefended")
     clean = Attacker(backbone.split, rows, seed=seed)
     control = attack_inputs(
@@ -116,21 +152,57 @@ def run_input_audit(
         sequences=sequences,
         progress=say,
     )
-    return InputAudit(results, control)
+    return InputAudit(results, control, adaptive)
+
+
+def adaptive_attacker(
+    split: "SplitModel",
+    rows: list[list[int]],
+    recipe: "Recipe",
+    up: "Codec",
+    *,
+    seed: int,
+    progress: Callable[[str], None] = lambda _: None,
+) -> "Attacker":
+    """An attacker with a shadow client's bottom, who simulates groups of tokens, clipping, noise and codec.
+
+    Args:
+        rows: public texts as tokens.
+        up: codec of s_A.
+    """
+    from blindtune.audit.inputs import Attacker
+    from blindtune.methods.guarded import make_design
+    from blindtune.privacy.randomness import SecureGenerator
+    from blindtune.privacy.token_noise import clip_rows
+    from blindtune.training.shadow import shadow_bottom
+
+    design = make_design(recipe.method, recipe.options)
+    bottom = shadow_bottom(split, recipe, rows, seed=seed, progress=progress) if recipe.changes_bottom else None
+
+    def simulate(hidden: "Tensor") -> "Tensor":
+        return through_codec(up, design.disturb(hidden, SecureGenerator()))
+
+    def expected(hidden: "Tensor") -> "Tensor":
+        return clip_rows(hidden, design.clip_norm) if design.noise else hidden
+
+    send = design.encoder(split.parts["bottom"])
+    return Attacker(split, rows, bottom=bottom, send=send, simulate=simulate, expected=expected, seed=seed)
 
 
 def print_input_audit(audit: InputAudit) -> None:
     """The table of an audit and its sentence."""
     table = Table(title="What the server could read of the texts", title_justify="left")
-    for name in ("attack", "stage"):
+    for name in ("attack", "attacker", "stage"):
         table.add_column(name)
     for name in ("tokens in place [95%]", "ROUGE-L", "undefended"):
         table.add_column(name, justify="right")
-    for result in sorted(audit.results, key=lambda r: (r.floor, -r.accuracy)):
+    both = [(r, "static") for r in audit.results] + [(r, "adaptive") for r in audit.adaptive or [] if not r.floor]
+    for result, attacker in sorted(both, key=lambda pair: (pair[0].floor, -pair[0].accuracy)):
         accuracy = result.metrics["accuracy"]
         same = [c.accuracy for c in audit.control if c.attack == result.attack]
         table.add_row(
             result.attack + (" (looks at nothing)" if result.floor else ""),
+            "–" if result.floor else attacker,
             result.stage,
             f"{accuracy.mean:.1%} [{accuracy.low:.1%}, {accuracy.high:.1%}]",
             f"{result.metrics['rougeL'].mean:.2f}",
@@ -149,7 +221,14 @@ def _public_rows(paths: list[Path], tokenizer: "Tokenizer", longest: int, seed: 
     return [list(row.ids) for row in tokenizer.rows(lines[:20_000], max_length=longest)]
 
 
-def _through_codec(codec: Any, hidden: Any) -> Any:
+def codec_of(transcript: "Transcript", model: str) -> "Codec":
+    """How s_A travelled."""
+    events = (e for e in transcript.events if e.kind == "trunk-forward" and e.model == model)
+    return cast("Codec", next(event.up for event in events))
+
+
+def through_codec(codec: "Codec", hidden: "Tensor") -> "Tensor":
+    """Hidden states `(N, d)` as they arrive."""
     from blindtune.wire import dequantize, quantize
 
     return dequantize("hidden", quantize("hidden", hidden, codec), codec, hidden.shape[1])

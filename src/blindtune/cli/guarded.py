@@ -191,7 +191,8 @@ def _prepare_store(session: Session, train: list["TokenizedQuestion"], output: P
         return
     info = session.operator.info
     bottom = tensors_sha256(session.ends.bottom.weights())
-    identity = f"{info.fingerprint} {bottom} {design.up} {design.down} {design.noise} {design.clip_norm}"
+    disturbed = f"{design.up} {design.down} {design.noise} {design.clip_norm} {design.anonymity}"
+    identity = f"{info.fingerprint} {bottom} {disturbed}"
     design.store = SmashedStore(
         info.hidden_size, design.down, max_bytes=cache_mb * 2**20, folder=output / "smashed", identity=identity
     )
@@ -210,11 +211,21 @@ def _summary(session: Session, chosen: dict[str, Any], tuning: Tuning, data: Dat
         "fingerprint": info.fingerprint,
         "cut": [info.split.bottom, info.split.top],
         "trained": tuning.trained,
+        "rank": session.ends.rank,
+        "alpha": session.ends.alpha,
+        "targets": session.ends.targets,
+        "start": _started_from(tuning.start),
         "parts": list(session.design.parts),
         "max_length": length,
         "fields": asdict(data.fields),
         "emulator": session.manifest,
     }
+
+
+def _started_from(start: Path | None) -> dict[str, Any] | None:
+    """The summary of the run that left the checkpoint; a PEFT checkpoint from elsewhere has none."""
+    path = None if start is None else start / SUMMARY
+    return json.loads(path.read_text()) if path is not None and path.is_file() else None
 
 
 def _announce(session: Session, count: int, config: "GuardedConfig") -> None:
@@ -253,6 +264,8 @@ def _sees(design: "Design", epochs: int) -> str:
     if noise:
         disturbed += f" (μ = {row_mu(noise, views):.2f} for one row of a text, after {views} messages)"
     hidden = f"sees every token's hidden state ({up} up, {down} down){disturbed}"
+    if isinstance(design, Gradfree) and design.anonymity:
+        hidden += f", but of each token only which group of {design.anonymity} it is in"
     if isinstance(design, Gradfree):
         return f"{hidden}, once for each text, and no gradient" if not design.zo else f"{hidden}, and no gradient"
     weight = design.decorrelation_weight if isinstance(design, Online) else 0

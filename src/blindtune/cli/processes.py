@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +24,13 @@ class ServerProcess:
 
 @contextmanager
 def local_servers(
-    model: str, folders: list[Path], *, threads: int, dtype: str = "float32"
+    model: str, folders: list[Path], *, threads: int, dtype: str = "float32", more: Sequence[str] = ()
 ) -> Generator[list[ServerProcess]]:
-    """One recording server process on loopback for each folder; ended by SIGTERM, so transcripts are complete."""
+    """One recording server process on loopback for each folder; ended by SIGTERM, so transcripts are complete.
+
+    Args:
+        more: options of `blindtune serve`.
+    """
     started: list[tuple[subprocess.Popen[str], Path]] = []
     before = signal.signal(signal.SIGTERM, _leave)  # a killed parent takes its servers along
     try:
@@ -34,7 +38,7 @@ def local_servers(
             folder.parent.mkdir(parents=True, exist_ok=True)
             log = folder.with_suffix(".log")
             command = [sys.executable, "-m", "blindtune", "serve", "--model", model, "--port", "0", "--no-auth"]
-            command += ["--threads", str(threads), "--dtype", dtype, "--record", str(folder)]
+            command += ["--threads", str(threads), "--dtype", dtype, "--record", str(folder), *more]
             environment = {**os.environ, "COLUMNS": "200", "PYTHONUNBUFFERED": "1"}
             with log.open("w") as errors:
                 process = subprocess.Popen(  # noqa: S603 - our own command line

@@ -53,7 +53,7 @@ def train(
         list[str] | None, typer.Option("--set", help="An option of the method, e.g. --set max_bits=0.5; repeat.")
     ] = None,
     task: Annotated[
-        str, typer.Option(help="Split decoders: choice, classification, or instruction.", rich_help_panel=SPLIT)
+        str, typer.Option(help="Split decoders: choice, classification, instruction, or text.", rich_help_panel=SPLIT)
     ] = "choice",
     template: Annotated[
         str | None,

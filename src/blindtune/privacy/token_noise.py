@@ -27,9 +27,13 @@ def add_token_noise(smashed: Tensor, clip_norm: float, noise: float, *, generato
     """
     if not (clip_norm > 0 and noise > 0):
         raise ValueError(f"clip_norm = {clip_norm}, noise = {noise}: must be positive.")
+    return clip_rows(smashed, clip_norm) + noise * clip_norm * generator.normal(*smashed.shape).to(smashed)
+
+
+def clip_rows(smashed: Tensor, clip_norm: float) -> Tensor:
+    """`(N, d)` with every row scaled down to `clip_norm`, unless it is as short already."""
     norms = smashed.norm(dim=-1, keepdim=True)
-    clipped = smashed * (clip_norm / norms.clamp_min(1e-12)).clamp_max(1.0)
-    return clipped + noise * clip_norm * generator.normal(*smashed.shape).to(smashed)
+    return smashed * (clip_norm / norms.clamp_min(1e-12)).clamp_max(1.0)
 
 
 def row_mu(noise: float, views: int) -> float:

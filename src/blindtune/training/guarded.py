@@ -101,7 +101,7 @@ class GuardedTrainer:
         self._flops_per_token = 0.0
         self._messages: int | None = None
         """Of the step that is under way; None between steps."""
-        model.disturb = self._disturb
+        model.disturb, model.encode = self._disturb, design.encoder(model.bottom)
 
     def steps(self) -> Iterator[GuardedStep]:
         """Runs the remaining steps, one at each `next`. A step that fails changes no weight."""

@@ -5,10 +5,11 @@
     | choice         | what the template names, choices, answer | the choices    |
     | classification | what the template names, label | the class names         |
     | instruction    | what the template names, answer | the answer alone        |
+    | text           | what the template names       | the text itself, after its first token |
 
 A template is a format string over the file's columns, e.g. `Question: {question}\\nAnswer:`. Continuations follow it
 after a space. Training is on the right one; evaluation asks which one the model finds likeliest, as the LM evaluation
-harness does.
+harness does. Plain text is for decorrelating a bottom before there is a task.
 """
 
 from __future__ import annotations
@@ -23,18 +24,22 @@ from blindtune.errors import BadLabels, ConfigError, DataError, EmptyRows, Missi
 from blindtune.models import Tokenizer
 from blindtune.training.data import Columns, examples_of, read_column, read_table, some_of
 
-Kind = Literal["choice", "classification", "instruction"]
+Kind = Literal["choice", "classification", "instruction", "text"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 TEMPLATES: dict[Kind, str] = {
     "choice": "Question: {question}\nAnswer:",
     "classification": "{text}\nLabel:",
     "instruction": "{prompt}",
+    "text": "{text}",
 }
 
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, the texts that may follow it (each with its leading space), and the index of the right one."""
+    """A prompt, the texts that may follow it (each with its leading space), and the index of the right one.
+
+    Without a prompt the continuation is a whole text.
+    """
 
     prompt: str
     continuations: tuple[str, ...]
@@ -86,6 +91,8 @@ def load_questions(
     table = read_table(source, split)
     template = fields.template or TEMPLATES[fields.kind]
     prompts = _prompts(table, source, template)
+    if fields.kind == "text":
+        return [Question("", (text,), 0) for text in prompts]
     if fields.kind == "classification":
         columns = [name for name in _names(template) if name in table.column_names]
         examples = examples_of(table, source, Columns(columns[0], fields.label), classes)
@@ -107,10 +114,11 @@ def load_questions(
 def tokenize(questions: Sequence[Question], tokenizer: Tokenizer, *, max_length: int) -> list[TokenizedQuestion]:
     """Prompt and continuation are tokenized together; what the prompt's own tokens number is the prompt.
 
-    Prompts that are too long lose their beginning.
+    Prompts that are too long lose their beginning; texts without a prompt, their end.
 
     Raises:
         SequenceTooLong: a continuation that leaves no room for a token of the prompt.
+        DataError: a text of one token, of which nothing can be learned.
     """
     prompts = [q.prompt for q in questions]
     starts = [len(row) for row in tokenizer.rows(prompts, max_length=2**20)]
@@ -122,6 +130,12 @@ def tokenize(questions: Sequence[Question], tokenizer: Tokenizer, *, max_length:
         begins: list[int] = []
         for continuation in question.continuations:
             ids = next(rows).ids
+            if not question.prompt:
+                if len(ids) < 2:
+                    raise DataError(f"Text {number} has one token.", remedy="Remove it, or join texts.")
+                tokens.append(ids[:max_length])
+                begins.append(1)
+                continue
             begin = min(start, len(ids) - 1)  # where the last token of the prompt grew into the continuation
             surplus = max(0, len(ids) - max_length)
             if begin - surplus < 1:
@@ -131,7 +145,7 @@ def tokenize(questions: Sequence[Question], tokenizer: Tokenizer, *, max_length:
                 )
             tokens.append(ids[surplus:])
             begins.append(begin - surplus)
-        lengths = tuple(len(c) - 1 for c in question.continuations)
+        lengths = tuple(len(c) - bool(question.prompt) for c in question.continuations)
         done.append(TokenizedQuestion(tuple(tokens), tuple(begins), lengths, question.answer))
     return done
 

@@ -74,6 +74,7 @@ class Attacker:
         model: the whole pretrained model.
         public: token rows of public texts, best about as long as the victim's; those with one token are ignored.
         bottom: the bottom that it simulates the client with; the pretrained one if None.
+        send: tokens to those that the client puts in their places, any shape; None if it sends texts as they are.
         simulate: what the client does to s_A `(N, d)` before the provider reads it: codec, clipping, noise.
         expected: the same without what is random in it. Leave it alone if nothing is, or if its mean is s_A.
         seed: of everything that is drawn.
@@ -82,6 +83,7 @@ class Attacker:
     model: SplitModel
     public: Sequence[Sequence[int]]
     bottom: Part | None = None
+    send: Callable[[Tensor], Tensor] | None = None
     simulate: Disturb = _unchanged
     expected: Disturb = _unchanged
     seed: int = 0
@@ -149,7 +151,11 @@ class Attacker:
     def run_bottom(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """s_A as computed `(N, d)`, float32, for tokens `(B, L)`."""
         with torch.no_grad():
-            return pack(self.simulated(ids, lengths), lengths).float()
+            return pack(self.simulated(self.sent(ids), lengths), lengths).float()
+
+    def sent(self, ids: Tensor) -> Tensor:
+        """Tokens as the client sends them, of any shape."""
+        return ids if self.send is None else self.send(ids)
 
     def run_trunk(self, hidden: Tensor, lengths: Tensor) -> Tensor:
         """s_B `(N, d)`, float32, for s_A `(N, d)`."""

@@ -91,7 +91,7 @@ def left_to_right(
     order = lengths.argsort(descending=True, stable=True)
     states, listed = (unpack(x, lengths)[order] for x in (observed.s_a, candidates.ids))  # (B, L, d), (B, L, K)
     known = None if evidence is None else [unpack(x, lengths)[order] for x in (evidence.ids, evidence.scores)]
-    bottom, model = Reader(attacker.simulated.causal), Reader(attacker.model.causal)
+    bottom, model = Reader(attacker.simulated.causal, attacker.sent), Reader(attacker.model.causal)
     first, later = tables(attacker)
     guesses = torch.zeros(listed.shape[:2], dtype=torch.long, device=attacker.device)
     for place in range(listed.shape[1]):

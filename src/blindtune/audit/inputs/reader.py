@@ -6,6 +6,7 @@ With them one more token costs one token, whatever came before. A bottom is a de
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -16,10 +17,14 @@ from blindtune.models.split import decoder_of
 
 
 class Reader:
-    """A decoder that has read some tokens of B texts and remembers keys and values."""
+    """A decoder that has read some tokens of B texts and remembers keys and values.
 
-    def __init__(self, causal: nn.Module) -> None:
-        self._decoder, self._cache = decoder_of(causal), DynamicCache()
+    Args:
+        sent: what is read in the place of tokens.
+    """
+
+    def __init__(self, causal: nn.Module, sent: Callable[[Tensor], Tensor] = lambda ids: ids) -> None:
+        self._decoder, self._cache, self._sent = decoder_of(causal), DynamicCache(), sent
 
     def read(self, tokens: Tensor) -> Tensor:
         """Hidden states `(B, d)` of one more token for each text."""
@@ -42,6 +47,6 @@ class Reader:
         length = cache.get_seq_length() + 1
         mask = torch.ones(len(tokens), length, dtype=torch.long, device=tokens.device)
         output = self._decoder(
-            input_ids=tokens.unsqueeze(1), attention_mask=mask, past_key_values=cache, use_cache=True
+            input_ids=self._sent(tokens).unsqueeze(1), attention_mask=mask, past_key_values=cache, use_cache=True
         )
         return cast(Tensor, output.last_hidden_state)[:, 0]

@@ -98,7 +98,7 @@ def _tables(attacker: Attacker) -> tuple[Table, Table]:
 @torch.no_grad()
 def _states(attacker: Attacker, context: list[int]) -> Tensor:
     """s_A of every token after the context, `(V, d)`."""
-    reader = Reader(attacker.simulated.causal)
+    reader = Reader(attacker.simulated.causal, attacker.sent)
     for token in context:
         reader.read(torch.tensor([token], device=attacker.device))
     vocabulary = torch.arange(len(attacker.embeddings), device=attacker.device)

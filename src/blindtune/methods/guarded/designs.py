@@ -10,10 +10,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -23,9 +23,10 @@ from blindtune.methods.guarded.ends import Ends
 from blindtune.methods.guarded.model import CausalBatch, SplitCausalLM
 from blindtune.methods.guarded.smashed import SmashedStore
 from blindtune.methods.options import check_positive, check_switches, check_weights
-from blindtune.models.split import pack
+from blindtune.models.split import Part, pack
 from blindtune.privacy.decorrelation import decorrelation
 from blindtune.privacy.randomness import SecureGenerator
+from blindtune.privacy.token_groups import token_groups
 from blindtune.privacy.token_noise import add_token_noise
 from blindtune.wire import Codec
 from blindtune.wire.schema import CODECS
@@ -51,6 +52,10 @@ class Design(Protocol):
 
     def views(self, epochs: int) -> int:
         """In how many messages a text's hidden states leave, over so many epochs."""
+        ...
+
+    def encoder(self, bottom: Part) -> Callable[[Tensor], Tensor] | None:
+        """Tokens to those that are sent in their places; None if texts are sent as they are."""
         ...
 
     def disturb(self, smashed: Tensor, generator: SecureGenerator) -> Tensor:
@@ -99,6 +104,9 @@ class _Guarded:
 
     def views(self, epochs: int) -> int:
         return epochs
+
+    def encoder(self, bottom: Part) -> Callable[[Tensor], Tensor] | None:
+        return None
 
     def disturb(self, smashed: Tensor, generator: SecureGenerator) -> Tensor:
         if not self.noise:
@@ -149,10 +157,13 @@ class Gradfree(_Guarded):
         zo: trains the bottom's LoRA too, by two-point zeroth-order estimates (Spall 1992): two messages up and down in
             every step, as many bytes as Online, and still no gradient on the wire.
         zo_scale: ε of (L(θ + ε u) − L(θ − ε u)) / 2ε · u.
+        anonymity: K > 1: each token is sent as one of a group of K (`blindtune.privacy.token_groups`). Only here: a
+            gradient would tell the true tokens, since the loss is theirs.
     """
 
     zo: bool = False
     zo_scale: float = 1e-2
+    anonymity: int = 0
 
     name: ClassVar[str] = "guarded-gradfree"
 
@@ -160,6 +171,11 @@ class Gradfree(_Guarded):
         super().__post_init__()
         check_switches(zo=self.zo)
         check_positive(zo_scale=self.zo_scale)
+        if self.anonymity < 0 or self.anonymity == 1 or (self.anonymity and self.zo):
+            raise ConfigError(
+                f"anonymity = {self.anonymity}{', with zo' if self.zo else ''}.",
+                remedy="Use groups of at least 2 tokens, or 0; not with zo, where what is sent follows from losses.",
+            )
         self.store: SmashedStore | None = None
         """Where hidden states are kept; needed unless `zo`."""
 
@@ -169,6 +185,15 @@ class Gradfree(_Guarded):
 
     def views(self, epochs: int) -> int:
         return 2 * epochs if self.zo else 1
+
+    def encoder(self, bottom: Part) -> Callable[[Tensor], Tensor] | None:
+        if not self.anonymity:
+            return None
+        config = cast(Any, bottom.causal).config
+        special = [getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")]
+        fixed = {token for token in special if isinstance(token, int)}
+        sent = token_groups(bottom.embed(torch.arange(config.vocab_size)), self.anonymity, fixed=fixed)
+        return lambda ids: sent[ids]
 
     def step(
         self, model: SplitCausalLM, ends: Ends, batch: CausalBatch, generator: torch.Generator

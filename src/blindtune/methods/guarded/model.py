@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blindtune.models.split import Part, answer_scores, pack, pad_rows, unpack
+from blindtune.models.split import Part, answer_scores, pack, pad_rows, padding_mask, unpack
 
 
 class Middle(Protocol):
@@ -60,6 +60,9 @@ class SplitCausalLM(nn.Module):
         self.bottom, self.top = bottom, top
         self._middle: list[Any] = [middle]  # in a list, so that torch doesn't make an emulator ours to train
         self.disturb = disturb
+        self.encode: Callable[[Tensor], Tensor] | None = None
+        """Tokens to those that are sent in their places, any shape. What that changes in s_A is given back to s_B here,
+        s_B(sent) + s_A(tokens) − s_A(sent): it would have passed the trunk's residual stream unchanged."""
         self.on_sent: Callable[[str, list[list[int]]], None] | None = None
         """Told the hash of each message that left, and the token rows in it: the truth that an audit scores against."""
 
@@ -73,7 +76,7 @@ class SplitCausalLM(nn.Module):
 
     def smash(self, batch: CausalBatch) -> Tensor:
         """s_A `(B, L, d)`, as it leaves (but for the codec)."""
-        smashed = self.bottom(batch.ids, batch.lengths)
+        smashed = self.bottom(self._sent(batch.ids), batch.lengths)
         if self.disturb is None:
             return smashed
         return unpack(self.disturb(pack(smashed, batch.lengths)), batch.lengths)
@@ -84,7 +87,13 @@ class SplitCausalLM(nn.Module):
         sent = getattr(self.middle, "last_forward", None)
         if self.on_sent is not None and sent is not None:
             self.on_sent(sent, batch.rows())
-        return result
+        if self.encode is None:
+            return result
+        own = self.bottom(batch.ids, batch.lengths) - self.bottom(self._sent(batch.ids), batch.lengths)
+        return result + own * padding_mask(batch.lengths, own.shape[1]).unsqueeze(-1)
+
+    def _sent(self, ids: Tensor) -> Tensor:
+        return ids if self.encode is None else self.encode(ids)
 
     def losses(self, carried: Tensor, batch: CausalBatch) -> Tensor:
         """−log p of every learned token, packed `(T,)`, for s_B `(B, L, d)`."""

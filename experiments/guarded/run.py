@@ -1,0 +1,335 @@
+"""Trains a design on four tasks together, over a real server on loopback; evaluates it and attacks what was recorded.
+
+python -m experiments.guarded.run [--arms guarded-online,guarded-online+decorrelation_weight=8] [--seeds 1,2]
+
+An arm is a method's name, then what differs from its defaults: `lr`, `epochs`, `rank`, `tune`, `start` (steps of
+Online on public text that come before, with `start_weight` of decorrelation), `attacks` (0: none), or one of the
+design's options. `zero-shot` and `full` (fine-tuning of all blocks, in this process) are arms too. One JSON file for
+each run; finished runs are kept, and an interrupted one goes on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from blindtune.cli.processes import local_servers
+from blindtune.methods.guarded import CausalBatch, make_design, read_tuned
+from blindtune.models import Cut, FrozenBackbone, Tokenizer, load_backbone
+from blindtune.models.emulator import load_emulator
+from blindtune.models.plugged import plug_in
+from blindtune.models.split import Part, decoder_of
+from blindtune.privacy.randomness import SecureGenerator
+from blindtune.training.batches import BatchPlan
+from blindtune.training.guarded import GuardedConfig
+from blindtune.training.questions import TokenizedQuestion
+from blindtune.wire import dequantize, quantize
+from experiments.guarded.attacks import attack_run
+from experiments.guarded.scoring import Wire, hits, score_questions
+from experiments.guarded.tasks import (
+    PUBLIC,
+    TASKS,
+    TEST_EACH,
+    VALIDATION_EACH,
+    path_of,
+    questions_of,
+    write_training,
+)
+from experiments.labels.run import read_settings
+from experiments.labels.tasks import DATA
+
+ROOT = Path(__file__).parents[2]
+RESULTS, WORK = ROOT / "experiments" / "results" / "guarded", ROOT / ".cache" / "guarded"
+MODEL, CUT = "smollm2", Cut(2, 2)
+BATCH, EPOCHS = 16, 2.0
+KEEP, DISTILL = 10, ("--steps", "320", "--batch-size", "8", "--max-length", "64", "--lr", "1e-3", "--int8")
+OWN = ("lr", "epochs", "rank", "tune", "start", "start_weight", "attacks")
+MAIN = (
+    "zero-shot,full,guarded-online+up=fp32+down=fp32,guarded-online,guarded-online+decorrelation_weight=8.0,"
+    "guarded-gradfree,guarded-gradfree+zo=true,guarded-offline,offsite"
+)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A design with its settings."""
+
+    name: str
+    method: str
+    options: dict[str, Any]
+    lr: float = 1e-3
+    epochs: float = EPOCHS
+    rank: int = 16
+    tune: str = "lora"
+    start: int = 0
+    start_weight: float = 0.0
+    attacks: int = 64
+    """Texts to attack at each of two moments."""
+
+    @staticmethod
+    def parse(name: str) -> Arm:
+        """`method+key=value+…`."""
+        method, given = read_settings(name)
+        own = {key: given.pop(key) for key in OWN if key in given}
+        return Arm(name, method, given, **own)
+
+
+@dataclass
+class Stage:
+    """What all runs share: the model, questions to report on and to choose on."""
+
+    backbone: FrozenBackbone
+    tokenizer: Tokenizer
+    test: dict[str, list[TokenizedQuestion]]
+    validation: dict[str, list[TokenizedQuestion]]
+
+    @staticmethod
+    def set() -> Stage:
+        backbone = load_backbone(MODEL, cut=CUT)
+        tokenizer = Tokenizer(backbone.tokenizer, pad_token_id=backbone.pad_token_id, with_types=False)
+        test = {task: questions_of(path_of(task, "test"), tokenizer, TEST_EACH) for task in TASKS}
+        validation = {task: questions_of(path_of(task, "validation"), tokenizer, VALIDATION_EACH) for task in TASKS}
+        return Stage(backbone, tokenizer, test, validation)
+
+    @property
+    def split(self) -> Any:
+        assert self.backbone.split is not None
+        return self.backbone.split
+
+
+def run(stage: Stage, arm: Arm, seed: int, *, selection: bool = False) -> dict[str, Any]:
+    """One run: trained, evaluated on test (for selection: validation), attacked."""
+    began = time.perf_counter()
+    questions = stage.validation if selection else stage.test
+    result: dict[str, Any] = {"arm": arm.name, "method": arm.method, "options": arm.options, "seed": seed}
+    result |= {"lr": arm.lr, "epochs": arm.epochs, "batch_size": BATCH, "cut": [CUT.bottom, CUT.top]}
+    work = WORK / f"{arm.name.replace('/', '_')}-seed{seed}"
+    work.mkdir(parents=True, exist_ok=True)
+    if arm.method == "zero-shot":
+        result["utility"] = evaluate(stage.split.causal, questions)
+    elif arm.method == "full":
+        result["utility"] = evaluate(train_full(stage, arm, work, seed), questions)
+    else:
+        result |= train_over_the_wire(stage, arm, work, seed)
+        result |= evaluate_tuned(stage, arm, work / "out", questions)
+        if arm.attacks and not selection and not arm.method.startswith("off"):
+            result["attacks"] = attack_run(stage.split, stage.tokenizer, work, sequences=arm.attacks, seed=seed)
+    return {**result, "seconds": round(time.perf_counter() - began, 1)}
+
+
+def train_over_the_wire(stage: Stage, arm: Arm, work: Path, seed: int) -> dict[str, Any]:
+    """`blindtune serve --record` and `blindtune train`, in processes of their own; what the latter reports."""
+    done = work / "train.json"
+    if done.is_file():
+        return json.loads(done.read_text())
+    count = write_training(work / "train.jsonl", seed)
+    serve = ["--split", f"{CUT.bottom},{CUT.top}"]
+    if arm.method.startswith("off"):
+        serve += ["--emulator", str(emulator())]
+    common = ["--method", arm.method, "--batch-size", str(BATCH), "--lr", str(arm.lr), "--rank", str(arm.rank)]
+    common += ["--tune", arm.tune, "--max-length", "96", "--validation-fraction", "0", "--seed", str(seed)]
+    for key, value in arm.options.items():
+        common += ["--set", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]
+    told: dict[str, Any] = {}
+    if arm.start:
+        told["start"] = pretrain(arm, work, seed, serve)
+        common += ["--start", str(work / "start")]
+    with local_servers(MODEL, [work / "seen"], threads=1, more=serve) as (server,):
+        steps = str(round(arm.epochs * -(-count // BATCH)))
+        train(server.url, work / "train.jsonl", work / "out", done, [*common, "--steps", steps], work / "truth.jsonl")
+    result = {"train": json.loads(done.read_text()), "train_examples": count, **told}
+    done.write_text(json.dumps(result))
+    return result
+
+
+def pretrain(arm: Arm, work: Path, seed: int, serve: list[str]) -> dict[str, Any]:
+    """Decorrelates a bottom on public text, through the provider's trunk."""
+    lines = [row for name in PUBLIC for row in _texts(DATA / f"{name}.jsonl.gz")]
+    public = work / "public.jsonl"
+    public.write_text("".join(json.dumps({"text": text}) + "\n" for text in lines[seed::10][:4000]))
+    options = ["--method", "guarded-online", "--task", "text", "--batch-size", str(BATCH), "--steps", str(arm.start)]
+    options += ["--lr", "1e-3", "--rank", str(arm.rank), "--tune", arm.tune, "--max-length", "48", "--seed", str(seed)]
+    options += ["--validation-fraction", "0", "--set", f"decorrelation_weight={arm.start_weight}"]
+    with local_servers(MODEL, [work / "start-seen"], threads=1, more=serve) as (server,):
+        train(server.url, public, work / "start", work / "start.json", options)
+    return json.loads((work / "start.json").read_text())
+
+
+def _texts(path: Path) -> list[str]:
+    from blindtune.cli.public_text import read_lines
+
+    return [line for line in read_lines(path) if len(line.split()) > 5]
+
+
+def train(url: str, data: Path, output: Path, report: Path, options: list[str], truth: Path | None = None) -> None:
+    """The command, in a process of its own; goes on if it was interrupted."""
+    command = [sys.executable, "-m", "blindtune", "train", "--server", url, "--data", str(data)]
+    command += ["--output", str(output), "--json", str(report), *options]
+    if truth is not None:
+        command += ["--truth", str(truth)]
+    if (output / "resume.safetensors").is_file():
+        command.append("--resume")
+    subprocess.run(command, check=True, stdout=(output.parent / "train.log").open("w"), stderr=subprocess.STDOUT)
+
+
+def emulator() -> Path:
+    """Built once, with `blindtune emulator build`."""
+    folder = WORK / "emulator"
+    if not (folder / "manifest.json").is_file():
+        command = [sys.executable, "-m", "blindtune", "emulator", "build", "--model", MODEL, "--split"]
+        command += [f"{CUT.bottom},{CUT.top}", "--keep", str(KEEP), "--key", str(WORK / "provider.pem"), *DISTILL]
+        command += ["--output", str(folder), "--threads", "1"]
+        for name in PUBLIC:
+            command += ["--public", str(DATA / f"{name}.jsonl.gz")]
+        subprocess.run(command, check=True)
+    return folder
+
+
+def train_full(stage: Stage, arm: Arm, work: Path, seed: int) -> nn.Module:
+    """All blocks, in this process: what nobody who hosts a model would hand out, as the upper reference."""
+    count = write_training(work / "train.jsonl", seed)
+    questions = questions_of(work / "train.jsonl", stage.tokenizer)
+    causal = copy.deepcopy(stage.split.causal)
+    blocks = [p.requires_grad_() for p in decoder_of(causal).layers.parameters()]
+    whole = _whole(causal)
+    config = GuardedConfig(steps=round(arm.epochs * -(-count // BATCH)), batch_size=BATCH, seed=seed)
+    plan = BatchPlan([len(q.row) for q in questions], BATCH, seed)
+    optimizer = torch.optim.AdamW(blocks, lr=arm.lr, weight_decay=0.0)
+    for step in range(config.steps):
+        chosen = [questions[i] for i in plan.batch(step)]
+        batch = CausalBatch.of([q.row for q in chosen], [q.start for q in chosen])
+        optimizer.zero_grad()
+        loss = whole(batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(blocks, config.clip_gradients)
+        for group in optimizer.param_groups:
+            group["lr"] = arm.lr * config.rate(step)
+        optimizer.step()
+        if step % 25 == 0:
+            print(f"  full seed {seed}: step {step} of {config.steps}, loss {float(loss.detach()):.3f}", flush=True)
+    return causal
+
+
+def _whole(causal: nn.Module) -> Any:
+    def loss(batch: CausalBatch) -> torch.Tensor:
+        mask = (torch.arange(batch.ids.shape[1]) < batch.lengths.unsqueeze(1)).long()
+        logits = causal(input_ids=batch.ids, attention_mask=mask).logits[batch.learned]
+        return nn.functional.cross_entropy(logits, batch.ids[:, 1:][batch.learned[:, :-1]])
+
+    return loss
+
+
+def evaluate_tuned(stage: Stage, arm: Arm, out: Path, questions: dict[str, list[TokenizedQuestion]]) -> dict[str, Any]:
+    """Tuned ends around the real trunk, as the design will use it; for Offline also around the emulator."""
+    tensors, scaling = read_tuned(out)
+    base = stage.split
+    start = out.parent / "start"
+    if start.is_dir():
+        base = replace(base, causal=plug_in(base, *read_tuned(start)))
+        base = type(base).of(base.causal, CUT)
+    whole = plug_in(base, tensors, scaling)
+    design = make_design(arm.method, arm.options)
+    if not design.emulated:
+        return {"utility": evaluate(whole, questions, wire_of(design, base.parts["bottom"]))}
+    stand_in = load_emulator(emulator()).part()
+    with_emulator = around(whole, stand_in)
+    untuned = around(base.causal, stand_in)
+    return {
+        "utility": evaluate(whole, questions),
+        "emulator_utility": evaluate(with_emulator, questions),
+        "emulator_untuned": evaluate(untuned, questions),
+    }
+
+
+def wire_of(design: Any, bottom: Part) -> Wire:
+    """What a design does between the parts."""
+    up, down = design.codecs()
+
+    def through(codec: Any, hidden: torch.Tensor) -> torch.Tensor:
+        return dequantize("hidden", quantize("hidden", hidden, codec), codec, hidden.shape[1])
+
+    generator = SecureGenerator(bytes(32))
+    return Wire(
+        lambda hidden: through(up, design.disturb(hidden, generator)),
+        lambda hidden: through(down, hidden),
+        design.encoder(bottom),
+    )
+
+
+def around(causal: nn.Module, stand_in: Part) -> nn.Module:
+    """A copy of a model with an emulator's blocks in the place of its trunk's; ends are shared."""
+    result = copy.copy(causal)
+    result._modules = dict(causal._modules)
+    name = "model"
+    decoder = copy.copy(decoder_of(causal))
+    decoder._modules = dict(decoder._modules)
+    own, theirs = decoder_of(causal).layers, decoder_of(stand_in.causal).layers
+    trunk = range(CUT.bottom, len(own) - CUT.top)
+    decoder.layers = nn.ModuleList(theirs[i] if i in trunk else own[i] for i in range(len(own)))
+    setattr(result, name, decoder)
+    return result
+
+
+def evaluate(
+    causal: nn.Module,
+    questions: dict[str, list[TokenizedQuestion]],
+    wire: Wire | None = None,
+) -> dict[str, Any]:
+    """For each task the questions that were answered well, as a row of 0 and 1: `accuracy`, `accuracy_norm`."""
+    result: dict[str, Any] = {}
+    for task, some in questions.items():
+        found = hits(some, score_questions(causal, CUT, some, wire=wire))
+        result[task] = {metric: "".join(map(str, row)) for metric, row in found.items()}
+    return result
+
+
+def mean_accuracy(utility: dict[str, Any], metric: str = "accuracy") -> float:
+    """Over the tasks."""
+    rates = [[int(c) for c in rows[metric]] for rows in utility.values()]
+    return sum(sum(rate) / len(rate) for rate in rates) / len(rates)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arms", default=MAIN)
+    parser.add_argument("--seeds", default="1,2")
+    parser.add_argument("--selection", action="store_true", help="on validation questions, not attacked")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    folder = RESULTS / ("selection" if options.selection else "")
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs = [(Arm.parse(arm), int(seed)) for seed in options.seeds.split(",") for arm in options.arms.split(",")]
+    jobs = [(arm, seed) for arm, seed in jobs if not (folder / f"{arm.name}-seed{seed}.json").exists()]
+    stage = Stage.set() if jobs else None
+    for arm, seed in jobs:
+        assert stage is not None
+        result = run(stage, arm, seed, selection=options.selection)
+        (folder / f"{arm.name}-seed{seed}.json").write_text(json.dumps(result, indent=1) + "\n")
+        print(describe(result), flush=True)
+
+
+def describe(result: dict[str, Any]) -> str:
+    """One line."""
+    by_task = ", ".join(f"{task} {mean_accuracy({task: rows}):.3f}" for task, rows in result["utility"].items())
+    line = f"{result['arm']} seed {result['seed']}: accuracy {mean_accuracy(result['utility']):.3f} ({by_task})"
+    if "emulator_utility" in result:
+        line += f", emulator {mean_accuracy(result['emulator_utility']):.3f}"
+    for attacker, found in result.get("attacks", {}).items():
+        best = max((a for a in found if not a["floor"]), key=lambda a: a["accuracy"][0], default=None)
+        if best:
+            line += f", {attacker} {best['attack']} {best['accuracy'][0]:.2f}"
+    return f"{line}, {result['seconds']:.0f} s"
+
+
+if __name__ == "__main__":
+    main()
