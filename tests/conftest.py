@@ -46,7 +46,7 @@ from blindtune.models import FrozenBackbone, load_backbone
 from blindtune.server import add_token
 from blindtune.training import Examples
 from tests.tiny import build_tiny_models
-from tests.tiny_causal import save_tiny_causal
+from tests.tiny_causal import FAMILIES, save_tiny_causal
 
 CACHE = Path(__file__).parent.parent / ".cache"
 
@@ -216,7 +216,7 @@ def tiny_server(start_server: StartServer, tiny_models: dict[str, Path]) -> Gene
 def tiny_causal(tmp_path_factory: pytest.TempPathFactory, film_sentences: list[str]) -> dict[str, Path]:
     """llama (tied head), opt (projections) and qwen2 (a head of its own)."""
     folder = tmp_path_factory.mktemp("tiny-causal")
-    return {name: save_tiny_causal(name, folder / name, film_sentences[:400]) for name in ("llama", "opt", "qwen2")}
+    return {name: save_tiny_causal(name, folder / name, film_sentences[:400]) for name in FAMILIES}
 
 
 @dataclass

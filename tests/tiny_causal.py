@@ -9,18 +9,25 @@ import torch
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from tests.tiny import END, HEADS, HIDDEN, PAD, POSITIONS, SPREAD, START, VOCABULARY, build_tokenizer
 
+FAMILIES = ("llama", "opt", "qwen2", "qwen3", "mistral")
+
 
 def build_tiny_causal(name: str, seed: int = 0, layers: int = 5) -> PreTrainedModel:
-    """`llama` (head and embeddings tied), `opt` (tied, with projections) or `qwen2` (a head of its own)."""
+    """`llama` (head and embeddings tied), `opt` (tied, with projections), `qwen2`, `qwen3`, `mistral` (a head of
+    their own; mistral's attention ends after 8 tokens)."""
     torch.manual_seed(seed)
     sizes = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "num_hidden_layers": layers, "pad_token_id": PAD}
     special = {"bos_token_id": START, "eos_token_id": END}
@@ -30,6 +37,10 @@ def build_tiny_causal(name: str, seed: int = 0, layers: int = 5) -> PreTrainedMo
         return LlamaForCausalLM(LlamaConfig(**wide, tie_word_embeddings=True))
     if name == "qwen2":
         return Qwen2ForCausalLM(Qwen2Config(**wide, tie_word_embeddings=False))
+    if name == "qwen3":
+        return Qwen3ForCausalLM(Qwen3Config(**wide, head_dim=HIDDEN // HEADS, tie_word_embeddings=False))
+    if name == "mistral":
+        return MistralForCausalLM(MistralConfig(**wide, sliding_window=8, tie_word_embeddings=False))
     if name == "opt":
         projected = {"ffn_dim": 2 * HIDDEN, "word_embed_proj_dim": HIDDEN // 2, "init_std": SPREAD}
         return OPTForCausalLM(OPTConfig(**attention, **projected))

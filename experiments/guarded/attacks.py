@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +14,40 @@ from blindtune.training.shadow import Recipe
 from blindtune.wire import Transcript
 from experiments.guarded.tasks import public_rows
 
-BUDGET = Budget()
+QUICK_BUDGET = Budget(public_rows=800, epochs=5)
 QUICK = ("SIP", "nearest token", "nearest, left to right", "BiSR", "unigram guess", "language model guess")
 """What ever was best in first looks, and floors."""
 
 
 def attack_run(
-    split: SplitModel, tokenizer: Tokenizer, work: Path, *, sequences: int, seed: int, names: Any = None
+    split: SplitModel,
+    tokenizer: Tokenizer,
+    work: Path,
+    names: Sequence[str] | None,
+    *,
+    sequences: int,
+    seed: int,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Both attackers' results; the adaptive one's is empty where there is nothing more to know than the codec."""
+    """Both attackers' results; the adaptive one's is empty where there is nothing more to know than the codec.
+
+    Args:
+        names: of attacks; all if None, which then may also spend more.
+    """
     transcript = Transcript(work / "seen")
     model = next(e.model for e in transcript.events if e.kind == "trunk-forward")
     exchanges = read_exchanges(transcript, model, dim=int(split.config.hidden_size))
     truth = Truth.read(work / "truth.jsonl")
     up = codec_of(transcript, model)
+    budget = Budget() if names is None else QUICK_BUDGET
     rows = public_rows(tokenizer, 48, seed)[:8000]
     recipe = Recipe.of(json.loads((work / "out" / "blindtune.json").read_text()))
     say = _printer(work.name)
-    static = Attacker(split, rows, simulate=lambda hidden: through_codec(up, hidden), seed=seed, budget=BUDGET)
+    static = Attacker(split, rows, simulate=lambda hidden: through_codec(up, hidden), seed=seed, budget=budget)
     found = attack_inputs(exchanges, truth, static, names, sequences=sequences, decode=tokenizer.text, progress=say)
     result = {"static": [to_json(r) for r in found], "adaptive": []}
     if recipe.changes_bottom or recipe.options.get("noise") or recipe.options.get("anonymity"):
         knowing = adaptive_attacker(split, rows, recipe, up, seed=seed, progress=say)
+        knowing.budget = budget
         found = attack_inputs(
             exchanges, truth, knowing, names, sequences=sequences, decode=tokenizer.text, progress=say
         )

@@ -3,9 +3,9 @@
 python -m experiments.guarded.run [--arms guarded-online,guarded-online+decorrelation_weight=8] [--seeds 1,2]
 
 An arm is a method's name, then what differs from its defaults: `lr`, `epochs`, `rank`, `tune`, `start` (steps of
-Online on public text that come before, with `start_weight` of decorrelation), `attacks` (0: none), or one of the
-design's options. `zero-shot` and `full` (fine-tuning of all blocks, in this process) are arms too. One JSON file for
-each run; finished runs are kept, and an interrupted one goes on from its checkpoint.
+Online on public text that come before, with `start_weight` of decorrelation), `attacks` (texts; 0: none), `battery`
+(all), or one of the design's options. `zero-shot` and `full` (fine-tuning of all blocks, in this process) are arms too.
+One JSON file for each run; finished runs are kept, and an interrupted one goes on from its checkpoint.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,13 @@ from blindtune.methods.guarded import CausalBatch, make_design, read_tuned
 from blindtune.models import Cut, FrozenBackbone, Tokenizer, load_backbone
 from blindtune.models.emulator import load_emulator
 from blindtune.models.plugged import plug_in
-from blindtune.models.split import Part, decoder_of
+from blindtune.models.split import Part, SplitModel, decoder_of
 from blindtune.privacy.randomness import SecureGenerator
 from blindtune.training.batches import BatchPlan
 from blindtune.training.guarded import GuardedConfig
 from blindtune.training.questions import TokenizedQuestion
 from blindtune.wire import dequantize, quantize
-from experiments.guarded.attacks import attack_run
+from experiments.guarded.attacks import QUICK, attack_run
 from experiments.guarded.scoring import Wire, hits, score_questions
 from experiments.guarded.tasks import (
     PUBLIC,
@@ -53,7 +53,7 @@ RESULTS, WORK = ROOT / "experiments" / "results" / "guarded", ROOT / ".cache" / 
 MODEL, CUT = "smollm2", Cut(2, 2)
 BATCH, EPOCHS = 16, 2.0
 KEEP, DISTILL = 10, ("--steps", "320", "--batch-size", "8", "--max-length", "64", "--lr", "1e-3", "--int8")
-OWN = ("lr", "epochs", "rank", "tune", "start", "start_weight", "attacks")
+OWN = ("lr", "epochs", "rank", "tune", "start", "start_weight", "attacks", "battery", "bottom")
 MAIN = (
     "zero-shot,full,guarded-online+up=fp32+down=fp32,guarded-online,guarded-online+decorrelation_weight=8.0,"
     "guarded-gradfree,guarded-gradfree+zo=true,guarded-offline,offsite"
@@ -73,8 +73,16 @@ class Arm:
     tune: str = "lora"
     start: int = 0
     start_weight: float = 0.0
-    attacks: int = 64
-    """Texts to attack at each of two moments."""
+    attacks: int = 32
+    """Texts to attack at each of three moments."""
+    bottom: int = CUT.bottom
+    """Blocks of the client's bottom."""
+    battery: str = "quick"
+    """`all` attacks, or those that ever were best."""
+
+    @property
+    def cut(self) -> Cut:
+        return Cut(self.bottom, CUT.top)
 
     @staticmethod
     def parse(name: str) -> Arm:
@@ -102,9 +110,13 @@ class Stage:
         return Stage(backbone, tokenizer, test, validation)
 
     @property
-    def split(self) -> Any:
+    def causal(self) -> nn.Module:
         assert self.backbone.split is not None
-        return self.backbone.split
+        return self.backbone.split.causal
+
+    def split(self, cut: Cut) -> SplitModel:
+        """The model, cut as an arm wants it."""
+        return SplitModel.of(self.causal, cut)
 
 
 def run(stage: Stage, arm: Arm, seed: int, *, selection: bool = False) -> dict[str, Any]:
@@ -112,18 +124,22 @@ def run(stage: Stage, arm: Arm, seed: int, *, selection: bool = False) -> dict[s
     began = time.perf_counter()
     questions = stage.validation if selection else stage.test
     result: dict[str, Any] = {"arm": arm.name, "method": arm.method, "options": arm.options, "seed": seed}
-    result |= {"lr": arm.lr, "epochs": arm.epochs, "batch_size": BATCH, "cut": [CUT.bottom, CUT.top]}
+    result |= {"lr": arm.lr, "epochs": arm.epochs, "batch_size": BATCH, "cut": [arm.cut.bottom, arm.cut.top]}
     work = WORK / f"{arm.name.replace('/', '_')}-seed{seed}"
     work.mkdir(parents=True, exist_ok=True)
     if arm.method == "zero-shot":
-        result["utility"] = evaluate(stage.split.causal, questions)
+        result["utility"] = evaluate(stage.causal, CUT, questions)
     elif arm.method == "full":
-        result["utility"] = evaluate(train_full(stage, arm, work, seed), questions)
+        result["utility"] = evaluate(train_full(stage, arm, work, seed), CUT, questions)
     else:
         result |= train_over_the_wire(stage, arm, work, seed)
         result |= evaluate_tuned(stage, arm, work / "out", questions)
+        print(f"  {describe({**result, 'seconds': time.perf_counter() - began})}", flush=True)
         if arm.attacks and not selection and not arm.method.startswith("off"):
-            result["attacks"] = attack_run(stage.split, stage.tokenizer, work, sequences=arm.attacks, seed=seed)
+            names = None if arm.battery == "all" else QUICK
+            result["attacks"] = attack_run(
+                stage.split(arm.cut), stage.tokenizer, work, names, sequences=arm.attacks, seed=seed
+            )
     return {**result, "seconds": round(time.perf_counter() - began, 1)}
 
 
@@ -133,7 +149,7 @@ def train_over_the_wire(stage: Stage, arm: Arm, work: Path, seed: int) -> dict[s
     if done.is_file():
         return json.loads(done.read_text())
     count = write_training(work / "train.jsonl", seed)
-    serve = ["--split", f"{CUT.bottom},{CUT.top}"]
+    serve = ["--split", f"{arm.cut.bottom},{arm.cut.top}"]
     if arm.method.startswith("off"):
         serve += ["--emulator", str(emulator())]
     common = ["--method", arm.method, "--batch-size", str(BATCH), "--lr", str(arm.lr), "--rank", str(arm.rank)]
@@ -199,7 +215,7 @@ def train_full(stage: Stage, arm: Arm, work: Path, seed: int) -> nn.Module:
     """All blocks, in this process: what nobody who hosts a model would hand out, as the upper reference."""
     count = write_training(work / "train.jsonl", seed)
     questions = questions_of(work / "train.jsonl", stage.tokenizer)
-    causal = copy.deepcopy(stage.split.causal)
+    causal = copy.deepcopy(stage.causal)
     blocks = [p.requires_grad_() for p in decoder_of(causal).layers.parameters()]
     whole = _whole(causal)
     config = GuardedConfig(steps=round(arm.epochs * -(-count // BATCH)), batch_size=BATCH, seed=seed)
@@ -232,22 +248,21 @@ def _whole(causal: nn.Module) -> Any:
 def evaluate_tuned(stage: Stage, arm: Arm, out: Path, questions: dict[str, list[TokenizedQuestion]]) -> dict[str, Any]:
     """Tuned ends around the real trunk, as the design will use it; for Offline also around the emulator."""
     tensors, scaling = read_tuned(out)
-    base = stage.split
+    base = stage.split(arm.cut)
     start = out.parent / "start"
     if start.is_dir():
-        base = replace(base, causal=plug_in(base, *read_tuned(start)))
-        base = type(base).of(base.causal, CUT)
+        base = SplitModel.of(plug_in(base, *read_tuned(start)), arm.cut)
     whole = plug_in(base, tensors, scaling)
     design = make_design(arm.method, arm.options)
     if not design.emulated:
-        return {"utility": evaluate(whole, questions, wire_of(design, base.parts["bottom"]))}
+        return {"utility": evaluate(whole, arm.cut, questions, wire_of(design, base.parts["bottom"]))}
     stand_in = load_emulator(emulator()).part()
     with_emulator = around(whole, stand_in)
     untuned = around(base.causal, stand_in)
     return {
-        "utility": evaluate(whole, questions),
-        "emulator_utility": evaluate(with_emulator, questions),
-        "emulator_untuned": evaluate(untuned, questions),
+        "utility": evaluate(whole, CUT, questions),
+        "emulator_utility": evaluate(with_emulator, CUT, questions),
+        "emulator_untuned": evaluate(untuned, CUT, questions),
     }
 
 
@@ -282,13 +297,14 @@ def around(causal: nn.Module, stand_in: Part) -> nn.Module:
 
 def evaluate(
     causal: nn.Module,
+    cut: Cut,
     questions: dict[str, list[TokenizedQuestion]],
     wire: Wire | None = None,
 ) -> dict[str, Any]:
     """For each task the questions that were answered well, as a row of 0 and 1: `accuracy`, `accuracy_norm`."""
     result: dict[str, Any] = {}
     for task, some in questions.items():
-        found = hits(some, score_questions(causal, CUT, some, wire=wire))
+        found = hits(some, score_questions(causal, cut, some, wire=wire))
         result[task] = {metric: "".join(map(str, row)) for metric, row in found.items()}
     return result
 

@@ -27,29 +27,36 @@ def public(film_sentences, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(start_server, film_sentences, tmp_path_factory) -> dict[str, tuple[Path, Path]]:
-    """Name -> transcript and truth: plain split learning, and with noise larger than what it covers."""
+    """Name -> transcript and truth: plain split learning; noise larger than what it covers; tokens in groups; a bottom
+    that has learned much. The folder beside them is the client's."""
     folder = tmp_path_factory.mktemp("runs")
     model = save("llama", folder / "llama", film_sentences[:600])
     short = [s for s in film_sentences[:100] if 4 <= len(s.split()) <= 14]
     rows = [{"question": s, "choices": ["good", "bad"], "answer": i % 2} for i, s in enumerate(short)]
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     runs: dict[str, tuple[Path, Path]] = {}
-    for name, options in {"plain": (), "noisy": ("--set", "noise=20")}.items():
+    designs = {
+        "plain": ("guarded-online",),
+        "noisy": ("guarded-online", "--set", "noise=20"),
+        "grouped": ("guarded-gradfree", "--set", "anonymity=8"),
+        "tuned": ("guarded-online", "--tune", "full", "--lr", "0.03", "--set", "decorrelation_weight=8"),
+    }
+    for name, options in designs.items():
         seen, truth = folder / f"{name}-seen", folder / f"{name}-truth.jsonl"
         with start_server(model, split=2, record=seen) as server:
             done = call(
-                "train", "--server", server.url, "--data", folder / "questions.jsonl", "--method", "guarded-online",
-                "--steps", 4, "--batch-size", 8, "--max-length", 24, "--validation-fraction", 0,
-                "--output", folder / name, "--truth", truth, *options,
+                "train", "--server", server.url, "--data", folder / "questions.jsonl", "--method",
+                *options, "--steps", 12 if name == "tuned" else 4, "--batch-size", 8, "--max-length", 24,
+                "--validation-fraction", 0, "--output", folder / name, "--truth", truth,
             )  # fmt: skip
         assert done.exit_code == 0, done.output
         runs[name] = (seen, truth)
     return runs
 
 
-def audit(run: tuple[Path, Path], public: Path, tmp_path: Path) -> tuple[str, dict[str, Any]]:
+def audit(run: tuple[Path, Path], public: Path, tmp_path: Path, *options: object) -> tuple[str, dict[str, Any]]:
     results = tmp_path / "audit.json"
-    done = call("audit", run[0], "--truth", run[1], "--public", public, "--sequences", 8, "--json", results)
+    done = call("audit", run[0], "--truth", run[1], "--public", public, "--sequences", 8, "--json", results, *options)
     assert done.exit_code == 0, done.output
     return done.output, json.loads(results.read_text())
 
@@ -69,6 +76,32 @@ def test_noise_is_what_stops_it(trained, public, tmp_path):
     _, found = audit(trained["noisy"], public, tmp_path)
     assert found["valid"]  # on the same texts, undefended
     assert best(found["attacks"]) < best(found["attacks"], floor=True) + 0.15
+
+
+def test_groups_of_tokens_are_what_hides_texts_from_who_knows_of_them_too(trained, public, tmp_path):
+    seen, truth = trained["grouped"]
+    printed, found = audit((seen, truth), public, tmp_path, "--run", seen.with_name("grouped"))
+    assert found["valid"]  # the same attacks read the same texts where they aren't in groups
+    assert max(best(found["attacks"]), best(found["adaptive"])) < 0.75 < best(found["control"])
+    assert "adaptive" in printed
+    assert f"The server can read {max(best(found['attacks']), best(found['adaptive'])):.0%}" in printed
+
+
+def test_who_trains_a_shadow_client_follows_a_bottom_that_has_moved(trained, public, tmp_path):
+    seen, truth = trained["tuned"]
+    _, found = audit((seen, truth), public, tmp_path, "--run", seen.with_name("tuned"))
+    end = {
+        name: max(r["metrics"]["accuracy"][0] for r in found[name] if r["stage"] == "end" and not r["floor"])
+        for name in ("attacks", "adaptive")
+    }
+    print(end)
+    assert end["adaptive"] >= end["attacks"]
+
+
+def test_a_run_that_tells_nothing(trained, public, tmp_path):
+    done = call("audit", trained["plain"][0], "--truth", trained["plain"][1], "--public", public, "--run", tmp_path)
+    assert done.exit_code == 1
+    assert "blindtune.json" in done.output
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from blindtune.methods.guarded import Ends, read_tuned
 from blindtune.methods.guarded.ends import merge_checkpoint
 from blindtune.models import Cut, SplitModel, load_backbone
 from blindtune.models.plugged import end_weights, plug_in
+from tests.tiny_causal import FAMILIES
 
 IDS = torch.randint(4, 400, (2, 9), generator=torch.Generator().manual_seed(0))
-FAMILIES = ["llama", "opt", "qwen2"]
 
 
 def split_of(folder) -> SplitModel:

@@ -12,8 +12,9 @@ from torch import Tensor
 from blindtune.errors import CheckpointError, ConfigError
 from blindtune.models import Cut, FrozenBackbone, SplitModel, load_backbone
 from blindtune.models.split import build_part, config_from_json, pack, padding_mask, tie, unpack
+from tests.tiny_causal import FAMILIES
 
-NAMES = ("llama", "opt", "qwen2")
+NAMES = FAMILIES
 LENGTHS = torch.tensor([9, 4, 1])
 
 

@@ -114,3 +114,14 @@ def test_long_prompts_lose_their_beginning(tokenizer: Tokenizer) -> None:
 def test_an_answer_that_leaves_no_room(tokenizer: Tokenizer) -> None:
     with pytest.raises(SequenceTooLong, match=r"Question 1.*max-length"):
         tokenize([Question("the film", (" is not a good film",), 0)], tokenizer, max_length=5)
+
+
+def test_plain_text_is_learned_from_its_second_token(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    texts = ["the film is good", "a long film " * 20]
+    found = load_questions(write(tmp_path, [{"text": text} for text in texts]), Fields("text"))
+    assert [question.continuations for question in found] == [(text.strip(),) for text in texts]
+    short, long = tokenize(found, tokenizer, max_length=10)
+    assert short.row == tokenizer.rows(texts[:1], max_length=99)[0].ids
+    assert (short.start, long.start, len(long.row)) == (1, 1, 10)
+    assert long.row == tokenizer.rows(texts[1:], max_length=99)[0].ids[:10]  # it loses its end
+    assert short.characters == (len(texts[0]),)

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from blindtune.errors import ConfigError
 
-PROJECTED = 128
-"""Dimensions in which neighbours are looked for."""
 TIDY_EVERY = 512
+"""Tokens that have found their group are left out of the search after so many turns."""
 
 
 def token_groups(embeddings: Tensor, size: int, *, fixed: Collection[int] = ()) -> Tensor:
@@ -37,7 +36,7 @@ def token_groups(embeddings: Tensor, size: int, *, fixed: Collection[int] = ()) 
     """
     if size < 2:
         raise ConfigError(f"Groups of {size} tokens.", remedy="Use at least 2, or 0 for none.")
-    directions = torch.nn.functional.normalize(_project(embeddings.detach().float()), dim=1)
+    directions = torch.nn.functional.normalize(embeddings.detach().float(), dim=1)
     sent = torch.arange(len(directions))
     free = torch.tensor([token not in fixed for token in range(len(directions))])
     left = free.nonzero()[:, 0]
@@ -54,12 +53,3 @@ def token_groups(embeddings: Tensor, size: int, *, fixed: Collection[int] = ()) 
         free[members], free[token] = False, False
         sent[members] = token
     return sent
-
-
-def _project(embeddings: Tensor) -> Tensor:
-    """To fewer dimensions, by the same random matrix everywhere."""
-    width = embeddings.shape[1]
-    if width <= PROJECTED:
-        return embeddings
-    generator = torch.Generator().manual_seed(0)
-    return (embeddings - embeddings.mean(0)) @ torch.randn(width, PROJECTED, generator=generator)

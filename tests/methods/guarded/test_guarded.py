@@ -155,7 +155,8 @@ class _Whole(torch.nn.Module):
 
     def __init__(self, causal: Any) -> None:
         super().__init__()
-        self.causal, self.middle, self.disturb = causal, None, None
+        self.causal = causal
+        self.bottom = self.middle = self.disturb = self.encode = None
 
 
 class _WholeEnds:
@@ -168,6 +169,9 @@ class _WholeEnds:
 
 
 class _WholeDesign:
+    def encoder(self, bottom: Any) -> None:
+        return None
+
     def step(self, model: Any, ends: Any, batch: CausalBatch, generator: Any) -> dict[str, float]:
         mask = (torch.arange(batch.ids.shape[1]) < batch.lengths.unsqueeze(1)).long()
         output = model.causal(input_ids=batch.ids, attention_mask=mask).logits
@@ -413,3 +417,65 @@ def test_options_that_cannot_work(name: str, options: dict[str, Any], says: str)
 def test_layers_that_no_block_has(setup: MakeSetup) -> None:
     with pytest.raises(BlindtuneError, match=r"query.*q_proj"):
         setup(targets=["query"])
+
+
+class Bodies:
+    """Bodies of what a client posts."""
+
+    def __init__(self, setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.sent: list[bytes] = []
+        transport = setup.operator.transport
+        post = transport.post
+
+        def keep(path: str, body: bytes) -> bytes:
+            self.sent.append(body)
+            return post(path, body)
+
+        monkeypatch.setattr(transport, "post", keep)
+
+
+def test_texts_of_the_same_groups_are_the_same_to_the_server(setup: MakeSetup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every bit that leaves depends on groups alone, for training and for evaluation."""
+    ours = setup(make_design("guarded-gradfree", {"anonymity": 4}))
+    ours.trainer()
+    encode = ours.model.encode
+    assert encode is not None
+    sent = encode(torch.arange(ours.model.bottom.causal.config.vocab_size))
+    rows = [question.row for question in ours.train[:4]]
+    others = [tuple(int((sent == sent[token]).nonzero()[-1, 0]) for token in row) for row in rows]
+    assert rows != others
+    bodies = Bodies(ours, monkeypatch)
+    answers: list[Tensor] = []
+    for texts in (rows, others):
+        answers.append(ours.model.score(CausalBatch.of(texts, [2] * 4))[0])
+    assert bodies.sent[0] == bodies.sent[1]
+    assert not torch.allclose(answers[0], answers[1])  # the client knows what it asked
+    ours.model.encode = None
+    ours.model.score(CausalBatch.of(rows, [2] * 4))
+    ours.model.score(CausalBatch.of(others, [2] * 4))
+    assert bodies.sent[2] != bodies.sent[3]
+
+
+def test_training_on_groups_goes_on_with_true_tokens(setup: MakeSetup) -> None:
+    """What the server can't tell apart is given back in the residual stream: losses are those of the true texts."""
+    ours = setup(make_design("guarded-gradfree", {"anonymity": 4, "up": "fp32", "down": "fp32"}))
+    trainer = ours.trainer()
+    batch = trainer.batch(0)
+    encode = ours.model.encode
+    assert encode is not None
+    sent = CausalBatch(encode(batch.ids), batch.lengths, batch.starts)
+    with torch.no_grad():
+        carried = ours.model.through(ours.model.smash(batch), batch)
+        bottom, trunk = ours.model.bottom, ours.trunk
+        of_sent = bottom(sent.ids, sent.lengths)
+        expected = trunk(of_sent, batch.lengths) + bottom(batch.ids, batch.lengths) - of_sent
+    real = torch.arange(batch.ids.shape[1]) < batch.lengths.unsqueeze(1)
+    assert torch.allclose(carried[real], expected[real], atol=1e-5)
+    losses = run(trainer)
+    assert losses[-1]["task"] < losses[0]["task"]
+
+
+@pytest.mark.parametrize("options", [{"anonymity": 1}, {"anonymity": -2}, {"anonymity": 4, "zo": True}])
+def test_groups_that_hide_nothing_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="anonymity"):
+        make_design("guarded-gradfree", options)

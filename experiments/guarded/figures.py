@@ -1,0 +1,349 @@
+"""Fills docs/input-privacy.md and docs/choosing.md, and draws their pictures, from the JSON of finished runs.
+
+python -m experiments.guarded.figures
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.figures import ROOT, fill
+from experiments.guarded.run import RESULTS, TASKS
+from experiments.labels.figures import PICTURES, load, plt
+
+PAGE, CHOOSING = ROOT / "docs" / "input-privacy.md", ROOT / "docs" / "choosing.md"
+UNDEFENDED = "guarded-online+up=fp32+down=fp32+battery=all"
+NAMES = {
+    "zero-shot": "zero-shot",
+    "full": "full fine-tuning",
+    UNDEFENDED: "split learning, undefended (fp32)",
+    "guarded-online": "Online, int8",
+    "guarded-gradfree": "Gradfree, int8",
+    "guarded-gradfree+zo=true": "Gradfree zo, int8",
+    "guarded-offline": "Offline",
+    "offsite": "Offsite-Tuning",
+}
+SETTINGS = {
+    "decorrelation_weight": "decorrelation {}", "noise": "noise {}", "anonymity": "groups of {} tokens",
+    "start": "decorrelated bottom, {} steps", "start_weight": "weight {}", "clip_norm": "clipped to {}",
+    "epochs": "{} epochs", "lr": "lr {}",
+}  # fmt: skip
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Arm:
+    """All seeds of one setting."""
+
+    name: str
+    runs: list[dict[str, Any]]
+
+    @property
+    def label(self) -> str:
+        if self.name in NAMES:
+            return NAMES[self.name]
+        base = self.name.split("+")[0]
+        said = []
+        for setting in self.name.split("+")[1:]:
+            key, value = setting.split("=")
+            if key in SETTINGS and not (base == "full" and key == "lr"):
+                said.append(SETTINGS[key].format(value.removesuffix(".0")))
+        return NAMES.get(base, base) + (f", {', '.join(said)}" if said else "")
+
+    def hits(self, task: str, key: str = "utility", metric: str = "accuracy") -> np.ndarray:
+        """`(seeds, questions)`, 0 or 1; runs without that key are left out."""
+        return np.array([[int(c) for c in run[key][task][metric]] for run in self.runs if key in run])
+
+    def attacks(self, attacker: str) -> list[dict[str, Any]]:
+        return [a for run in self.runs for a in run.get("attacks", {}).get(attacker, []) if not a["floor"]]
+
+    @property
+    def best_attack(self) -> dict[str, Any] | None:
+        """Of both attackers, all stages and seeds."""
+        return max(self.attacks("static") + self.attacks("adaptive"), key=lambda a: a["accuracy"][0], default=None)
+
+    @property
+    def floor(self) -> float | None:
+        floors = [a["accuracy"][0] for r in self.runs for a in r.get("attacks", {}).get("static", []) if a["floor"]]
+        return max(floors, default=None)
+
+    def trained(self, read: Callable[[dict[str, Any]], float]) -> float | None:
+        """The mean over seeds of a number that `blindtune train` reported."""
+        values = [read(run["train"]) for run in self.runs if "train" in run]
+        return float(np.mean(values)) if values else None
+
+
+def arms() -> dict[str, Arm]:
+    """By name, of all finished runs."""
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for path in sorted(RESULTS.glob("*.json")):
+        run = json.loads(path.read_text())
+        found[run["arm"]].append(run)
+    return {name: Arm(name, runs) for name, runs in found.items()}
+
+
+def average(arm: Arm, key: str = "utility", metric: str = "accuracy") -> float:
+    """Accuracy over tasks and seeds."""
+    return float(np.mean([arm.hits(task, key, metric).mean() for task in TASKS]))
+
+
+def difference(a: Arm, b: Arm, key: str = "utility", other: str = "utility") -> tuple[float, float, float]:
+    """Accuracy of a minus that of b over tasks, with a 95% interval over questions; each question's seeds stay together."""
+    rng = np.random.default_rng(0)
+    means, samples = [], np.zeros(RESAMPLES)
+    for task in TASKS:
+        apart = a.hits(task, key).mean(0) - b.hits(task, other).mean(0)
+        means.append(apart.mean())
+        samples += apart[rng.integers(0, len(apart), (RESAMPLES, len(apart)))].mean(1) / len(TASKS)
+    low, high = np.quantile(samples, [0.025, 0.975])
+    return float(np.mean(means)), float(low), float(high)
+
+
+def points(triple: tuple[float, float, float]) -> str:
+    mean, low, high = (100 * value for value in triple)
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def utility_table(found: dict[str, Arm]) -> str:
+    heads = ["SciQ", "OpenBookQA", "ARC-Easy", "ARC-Challenge"]
+    lines = [
+        f"| | seeds | {' | '.join(heads)} | mean | against zero-shot, points | against undefended |",
+        "|---|" * 1 + "---|" * 8,
+    ]
+    lines[1] = "|" + "---|" * (len(heads) + 5)
+    zero, undefended = found["zero-shot"], found.get(UNDEFENDED)
+
+    def row(name: str, arm: Arm, key: str) -> str:
+        seeds = len(arm.hits(TASKS[0], key))
+        cells = [f"{arm.hits(task, key).mean():.3f}" for task in TASKS]
+        against = points(difference(arm, zero, key)) if arm is not zero or key != "utility" else "–"
+        to = points(difference(arm, undefended, key)) if undefended and (arm is not undefended) else "–"
+        return f"| {name} | {seeds} | {' | '.join(cells)} | **{average(arm, key):.3f}** | {against} | {to} |"
+
+    for name in ordered(found):
+        arm = found[name]
+        lines.append(row(arm.label, arm, "utility"))
+        if any("emulator_utility" in run for run in arm.runs):
+            lines[-1] = row(f"{arm.label}: plugged in", arm, "utility")
+            lines.append(row(f"{arm.label}: tuned ends around the emulator", arm, "emulator_utility"))
+    offline = found.get("guarded-offline") or found.get("offsite")
+    if offline:
+        lines.append(row("emulator, untuned ends", offline, "emulator_untuned"))
+    return "\n".join(lines)
+
+
+def ordered(found: dict[str, Arm]) -> list[str]:
+    first = [name for name in ("zero-shot", *(n for n in found if n.startswith("full")), UNDEFENDED) if name in found]
+    return first + sorted(name for name in found if name not in first)
+
+
+def privacy_table(found: dict[str, Arm]) -> str:
+    lines = [
+        "| | static attacker: tokens read | adaptive attacker | best attack | ROUGE-L of the best | no look at anything |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in ordered(found):
+        arm = found[name]
+        best = arm.best_attack
+        if best is None:
+            if name in ("guarded-offline", "offsite"):
+                lines.append(f"| {arm.label} | nothing is sent | nothing is sent | – | – | – |")
+            continue
+        cells = []
+        for attacker in ("static", "adaptive"):
+            some = arm.attacks(attacker)
+            top = max(some, key=lambda a: a["accuracy"][0], default=None)
+            mean, low, high = top["accuracy"] if top else (0, 0, 0)
+            cells.append(f"{mean:.2f} [{low:.2f}, {high:.2f}] ({top['attack']})" if top else "as static")
+        lines.append(
+            f"| {arm.label} | {cells[0]} | {cells[1]} | **{best['accuracy'][0]:.2f}** at the {best['stage']} "
+            f"| {best['rougeL'][0]:.2f} | {arm.floor:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def cost_table(found: dict[str, Arm]) -> str:
+    lines = [
+        "| | MB up | MB down | bytes for a text and epoch | TFLOP here | peak memory here, MB | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in ordered(found):
+        arm = found[name]
+        up = arm.trained(lambda t: sum(n for kind, n in t["traffic"].items() if kind.endswith("up")))
+        if up is None:
+            continue
+        down = arm.trained(lambda t: sum(n for kind, n in t["traffic"].items() if kind.endswith("down"))) or 0.0
+        run = arm.runs[0]
+        texts = run["train_examples"] * run["epochs"]
+        flops, memory = arm.trained(lambda t: t["client_flops"]), arm.trained(lambda t: t["peak_memory_bytes"])
+        seconds = arm.trained(lambda t: t["seconds"])
+        lines.append(
+            f"| {arm.label} | {up / 1e6:.1f} | {down / 1e6:.1f} | {(up + down) / texts:,.0f} | {(flops or 0) / 1e12:.1f} "
+            f"| {(memory or 0) / 1e6:,.0f} | {seconds or 0:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def bytes_of(arm: Arm) -> float:
+    """Of hidden states and gradients, for one epoch."""
+    moved = arm.trained(lambda t: sum(t["traffic"].values())) or 0.0
+    return moved / arm.runs[0]["epochs"]
+
+
+def undefended_attacks(found: dict[str, Arm]) -> str:
+    """Every attack, on split learning without a defence."""
+    best: dict[str, dict[str, Any]] = {}
+    for a in (a for run in found[UNDEFENDED].runs for a in run.get("attacks", {}).get("static", [])):
+        if a["attack"] not in best or a["accuracy"][0] > best[a["attack"]]["accuracy"][0]:
+            best[a["attack"]] = a
+    metrics = ("accuracy", "rouge1", "rouge2", "rougeL", "set_f1", "meteor")
+    lines = ["| attack | tokens in place | ROUGE-1 | ROUGE-2 | ROUGE-L | token-set F1 | METEOR |", "|" + "---|" * 7]
+    for a in sorted(best.values(), key=lambda a: -a["accuracy"][0]):
+        name = a["attack"] + (" (looks at nothing)" if a["floor"] else "")
+        lines.append(f"| {name} | " + " | ".join(f"{a[m][0]:.2f}" for m in metrics) + " |")
+    return "\n".join(lines)
+
+
+def tradeoff(found: dict[str, Arm]) -> Figure:
+    """Utility lost against what the best attack reads."""
+    figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
+    zero = found["zero-shot"]
+    for name in ordered(found):
+        arm = found[name]
+        best = arm.best_attack
+        if best is None and name not in ("guarded-offline", "offsite"):
+            continue
+        read = best["accuracy"][0] if best else 0.0
+        axes.plot(read, average(arm), "o", markersize=6, color="#2b6cb0" if best else "#2f855a")
+        axes.annotate(arm.label, (read, average(arm)), xytext=(5, 4), textcoords="offset points", fontsize=7)
+    axes.axhline(average(zero), color="#718096", linestyle=":", linewidth=1)
+    axes.annotate("zero-shot", (0.0, average(zero)), xytext=(0, 3), textcoords="offset points", fontsize=7)
+    axes.axvline(0.5, color="#c53030", linestyle=":", linewidth=1)
+    axes.set(xlabel="tokens that the best attack reads", ylabel="accuracy, mean of four tasks", xlim=(-0.03, 1.25))
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+@dataclass(frozen=True)
+class Row:
+    """One design in the picture that compares all: what is shown, and how good it is, 0 to 1, for each column."""
+
+    name: str
+    cells: list[tuple[str, float]]
+
+
+COLUMNS = [
+    "texts: read by the\nbest attack",
+    "labels: AUC of the\nbest attack",
+    "provider's weights\nthe client gets",
+    "utility",
+    "bytes for a text\nand epoch",
+]
+
+
+def label_rows() -> list[Row]:
+    """Measured on SST-2 with MiniLM, adapters on all layers (docs/label-privacy.md)."""
+    rows = []
+    sst2 = load("sst2")
+    lora = sst2["lora+first=0+lr=0.003"]
+    top = np.mean(lora.values(lambda run: run["test"]["accuracy"]))
+    for name, label in (
+        ("lora+first=0+lr=0.003", "plain LoRA"),
+        ("p3eft+epochs=2+lr=0.001+warmup=60+first=0", "P3EFT, padded"),
+    ):
+        arm = sst2[name]
+        accuracy = float(np.mean(arm.values(lambda run: run["test"]["accuracy"])))
+        audits = [run["audit"] for run in arm.runs]
+        leak = float(np.mean([max([*a["unsupervised"].values(), *a["gradients"].values()]) for a in audits]))
+        cells = [("100%: sent\nin the clear", 0.0), (f"{leak:.2f}", _good_auc(leak)), ("none", 1.0)]
+        cells += [(f"{100 * (accuracy - top):+.1f} points", _good_points(100 * (accuracy - top)))]
+        rows.append(Row(label, [*cells, ("tokens, then\nactivations", 0.7)]))
+    return rows
+
+
+def _good_auc(auc: float) -> float:
+    return float(np.clip((1 - auc) / 0.5, 0, 1))
+
+
+def _good_points(lost: float) -> float:
+    return float(np.clip(1 + lost / 6, 0, 1))
+
+
+def _good_bytes(count: float) -> float:
+    return float(np.clip(1 - np.log10(max(count, 1) / 1e3) / 3, 0, 1))
+
+
+def compared(found: dict[str, Arm]) -> Figure:
+    """All designs on five scales, measured numbers in cells."""
+    rows = label_rows()
+    undefended = found[UNDEFENDED]
+    share = json.loads((RESULTS / "weights.json").read_text()) if (RESULTS / "weights.json").is_file() else {}
+    for name in ordered(found):
+        arm = found[name]
+        if name.startswith(("zero-shot", "full")):
+            continue
+        best = arm.best_attack
+        offline = best is None
+        read = 0.0 if offline else best["accuracy"][0]
+        lost = 100 * difference(arm, undefended)[0]
+        moved = bytes_of(arm) / arm.runs[0]["train_examples"]
+        weights = share.get("offline" if offline else "ends")
+        cells = [
+            ("nothing is sent" if offline else f"{read:.0%}", 1 - read),
+            (
+                "nothing is sent" if offline else "read with\nthe texts" if read > 0.5 else "hardly",
+                1.0 if offline else 1 - read,
+            ),
+            (f"{weights:.0%}" if weights else "–", 1 - weights if weights else 0.5),
+            (f"{lost:+.1f} points", _good_points(lost)),
+            ("0" if offline else f"{moved:,.0f}", 1.0 if offline else _good_bytes(moved)),
+        ]
+        rows.append(Row(arm.label, cells))
+    figure, axes = plt.subplots(figsize=(9.5, 0.52 * len(rows) + 1.1), layout="constrained")
+    values = np.array([[good for _, good in row.cells] for row in rows])
+    axes.imshow(values, cmap="RdYlGn", vmin=-0.25, vmax=1.25, aspect="auto", alpha=0.75)
+    for y, row in enumerate(rows):
+        for x, (text, _) in enumerate(row.cells):
+            axes.text(x, y, text, ha="center", va="center", fontsize=8)
+    axes.set_xticks(range(len(COLUMNS)), COLUMNS, fontsize=8)
+    axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    axes.axhline(1.5, color="black", linewidth=1)
+    axes.spines[:].set_visible(False)
+    return figure
+
+
+def save(figure: Figure, name: str) -> None:
+    """As SVG and PNG, the same bytes each time."""
+    for suffix in ("svg", "png"):
+        figure.savefig(PICTURES / f"{name}.{suffix}", dpi=130, metadata={"Date": None} if suffix == "svg" else None)
+    plt.close(figure)
+
+
+def main() -> None:
+    found = arms()
+    for name, table in (
+        ("utility", utility_table(found)), ("privacy", privacy_table(found)), ("costs", cost_table(found)),
+        ("undefended", undefended_attacks(found)),
+    ):  # fmt: skip
+        fill(PAGE, name, table)
+    save(tradeoff(found), "read-and-utility")
+    save(compared(found), "all-designs")
+    if "guarded-online" in found:
+        fp32, int8, once = (bytes_of(found[n]) for n in (UNDEFENDED, "guarded-online", "guarded-gradfree"))
+        epochs = found["guarded-gradfree"].runs[0]["epochs"]
+        print(
+            f"int8 against fp32: {1 - int8 / fp32:.1%} fewer; 5 epochs Gradfree against Online: {1 - once * epochs / (5 * int8):.1%}"
+        )
+
+
+if __name__ == "__main__":
+    main()
