@@ -6,10 +6,18 @@ import torch
 from blindtune.cli.options import make_lora_config
 from blindtune.client import Backbone
 from blindtune.methods import P3EFT, LinearHead, PrivateModel, make_method
-from blindtune.models import load_backbone
+from blindtune.methods.guarded import SplitCausalLM, make_design
+from blindtune.models import Cut, SplitModel, Tokenizer, load_backbone
+from blindtune.models.emulator import make_emulator
+from blindtune.models.split import pack, unpack
 from blindtune.privacy.randomness import SecureGenerator
 from blindtune.training import TrainConfig, Trainer
+from blindtune.training.guarded import evaluate_questions
+from blindtune.training.questions import Question, tokenize
 from blindtune.wire import Transcript
+from experiments.guarded.run import Arm as GuardedArm
+from experiments.guarded.run import around, wire_of
+from experiments.guarded.scoring import Wire, hits, score_questions
 from experiments.labels.run import Arm
 from experiments.local import LowerLayers, close_pool, local_pool
 
@@ -77,3 +85,65 @@ def test_an_arm_is_read_from_its_name():
     assert arm.options == {"mixing_scale": 1.0, "regularizer": "flip"}
     assert Arm.parse("lora") == Arm("lora", "lora", {})
     make_method(arm.method, arm.options)
+
+
+@pytest.fixture(scope="module")
+def cut_model(tiny_causal, film_sentences):
+    """A model in three parts, and questions whose prompts and choices have several lengths."""
+    backbone = load_backbone(str(tiny_causal["llama"]), cut=Cut(2, 2))
+    tokenizer = Tokenizer(backbone.tokenizer, pad_token_id=backbone.pad_token_id, with_types=False)
+    asked = []
+    for number, sentence in enumerate(film_sentences[:30]):
+        words = sentence.split()[:14]
+        choices = (f" {words[0]} good", f" {words[-1]}", " the long film", f" {words[0]} bad {words[-1]}")
+        asked.append(Question(" ".join(words), choices[: 2 + number % 3], number % 2))
+    return backbone.split, tokenize(asked, tokenizer, max_length=32)
+
+
+class OverTheWire:
+    """A trunk that is here, reached through codecs."""
+
+    def __init__(self, split: SplitModel, wire: Wire) -> None:
+        self.trunk, self.wire = split.parts["trunk"], wire
+
+    def __call__(self, hidden, lengths):
+        arrived = unpack(self.wire.up(pack(hidden, lengths)), lengths)
+        return unpack(self.wire.down(pack(self.trunk(arrived, lengths), lengths)), lengths)
+
+
+@pytest.mark.parametrize("options", [{"up": "fp32", "down": "fp32"}, {"up": "int8", "down": "int4"}, {"anonymity": 3}])
+def test_all_choices_in_one_pass_score_as_one_by_one(cut_model, options):
+    split, questions = cut_model
+    wire = wire_of(make_design("guarded-gradfree", options), split.parts["bottom"])
+    model = SplitCausalLM(split.parts["bottom"], split.parts["top"], OverTheWire(split, wire))
+    model.encode = wire.encode
+    *_, (_, expected) = evaluate_questions(model, questions)
+    scores = score_questions(split.causal, split.cut, questions, wire=wire, tokens=200)
+    found = hits(questions, scores)
+    assert {name: sum(rows) / len(rows) for name, rows in found.items()} == {
+        name: expected[name] for name in ("accuracy", "accuracy_norm")
+    }
+    learned = sum(len(question.row) - question.start for question in questions)
+    loss = -sum(row[question.answer] for row, question in zip(scores, questions, strict=True)) / learned
+    assert loss == pytest.approx(expected["loss"], rel=1e-4)
+
+
+def test_an_emulator_takes_the_trunks_place_and_the_model_stays(cut_model):
+    whole, questions = cut_model
+    split = SplitModel.of(whole.causal, Cut(1, 1))
+    before = score_questions(split.causal, split.cut, questions[:4])
+    emulator = make_emulator(split, 1)
+    whole = around(split.causal, emulator, split.cut)
+    model = SplitCausalLM(split.parts["bottom"], split.parts["top"], emulator)
+    *_, (_, expected) = evaluate_questions(model, questions[:4])
+    scores = score_questions(whole, split.cut, questions[:4])
+    learned = sum(len(question.row) - question.start for question in questions[:4])
+    loss = -sum(row[q.answer] for row, q in zip(scores, questions[:4], strict=True)) / learned
+    assert loss == pytest.approx(expected["loss"], rel=1e-4)
+    assert scores != before
+    assert score_questions(split.causal, split.cut, questions[:4]) == before
+
+
+def test_a_guarded_arm_is_read_from_its_name():
+    arm = GuardedArm.parse("guarded-gradfree+start=60+start_weight=8.0+up=fp32+bottom=4")
+    assert (arm.start, arm.start_weight, arm.options, arm.cut) == (60, 8.0, {"up": "fp32"}, Cut(4, 2))

@@ -281,17 +281,16 @@ def wire_of(design: Any, bottom: Part) -> Wire:
     )
 
 
-def around(causal: nn.Module, stand_in: Part) -> nn.Module:
+def around(causal: nn.Module, stand_in: Part, cut: Cut = CUT) -> nn.Module:
     """A copy of a model with an emulator's blocks in the place of its trunk's; ends are shared."""
     result = copy.copy(causal)
     result._modules = dict(causal._modules)
-    name = "model"
     decoder = copy.copy(decoder_of(causal))
     decoder._modules = dict(decoder._modules)
     own, theirs = decoder_of(causal).layers, decoder_of(stand_in.causal).layers
-    trunk = range(CUT.bottom, len(own) - CUT.top)
+    trunk = range(cut.bottom, len(own) - cut.top)
     decoder.layers = nn.ModuleList(theirs[i] if i in trunk else own[i] for i in range(len(own)))
-    setattr(result, name, decoder)
+    result.model = decoder  # of llama and its like
     return result
 
 
@@ -327,11 +326,21 @@ def main() -> None:
     jobs = [(Arm.parse(arm), int(seed)) for seed in options.seeds.split(",") for arm in options.arms.split(",")]
     jobs = [(arm, seed) for arm, seed in jobs if not (folder / f"{arm.name}-seed{seed}.json").exists()]
     stage = Stage.set() if jobs else None
+    if stage is not None and not (RESULTS / "weights.json").is_file():
+        (RESULTS / "weights.json").write_text(json.dumps(weights_shared(stage), indent=1) + "\n")
     for arm, seed in jobs:
         assert stage is not None
         result = run(stage, arm, seed, selection=options.selection)
         (folder / f"{arm.name}-seed{seed}.json").write_text(json.dumps(result, indent=1) + "\n")
         print(describe(result), flush=True)
+
+
+def weights_shared(stage: Stage) -> dict[str, float]:
+    """Part of the provider's weights that clients get, by number: of the ends, and with an emulator's blocks."""
+    split = stage.split(CUT)
+    whole = sum(t.numel() for part in split.parts.values() for t in part.weights().values())
+    ends = split.weights_shared()
+    return {"ends": ends, "offline": ends + load_emulator(emulator()).manifest.parameters / whole}
 
 
 def describe(result: dict[str, Any]) -> str:
