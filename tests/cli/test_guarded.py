@@ -12,6 +12,7 @@ from click.testing import Result
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from blindtune.training.shadow import Recipe
 from blindtune.wire import Transcript
 from tests.cli.commands import run
 
@@ -125,3 +126,21 @@ def test_a_server_without_ends_to_give(tiny_server, questions, tmp_path):
     done = train(tiny_server, questions, "guarded-online", tmp_path / "out", "--model", "llama", check=False)
     assert done.exit_code == 1
     assert "--split" in done.stderr
+
+
+def test_a_bottom_that_was_decorrelated_on_public_text(split_server, questions, film_sentences, tmp_path):
+    public = tmp_path / "public.txt.jsonl"
+    lines = [s for s in film_sentences[60:] if 4 <= len(s.split()) <= 12][:40]
+    public.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    first, out, results = tmp_path / "decorrelated", tmp_path / "out", tmp_path / "results.json"
+    text = ["--task", "text", "--set", "decorrelation_weight=5", "--validation", public, "--json", results]
+    train(split_server, public, "guarded-online", first, *text)
+    assert set(json.loads(results.read_text())["validation"]) == {"loss"}  # nothing to choose between
+    done = train(split_server, questions, "guarded-gradfree", out, "--start", first)
+    assert "Starts from the tuned ends" in done.stdout
+    told = json.loads((out / "blindtune.json").read_text())
+    assert told["start"]["options"]["decorrelation_weight"] == 5
+    recipe = Recipe.of(told)
+    assert [stage.method for stage in recipe.stages()] == ["guarded-online", "guarded-gradfree"]
+    assert recipe.changes_bottom
+    assert not Recipe.of({**told, "start": None}).changes_bottom
