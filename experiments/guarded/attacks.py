@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from blindtune.audit.inputs import Attacker, Budget, Reconstruction, Truth, attack_inputs, read_exchanges
-from blindtune.cli.audit_inputs import adaptive_attacker, codec_of, through_codec
+from blindtune.cli.audit_inputs import adaptive_attacker, codec_of, link_noisy, through_codec
 from blindtune.models import SplitModel, Tokenizer
 from blindtune.training.shadow import Recipe
 from blindtune.wire import Transcript
@@ -46,10 +46,11 @@ def attack_run(
     found = attack_inputs(exchanges, truth, static, names, sequences=sequences, decode=tokenizer.text, progress=say)
     result = {"static": [to_json(r) for r in found], "adaptive": []}
     if recipe.changes_bottom or recipe.options.get("noise") or recipe.options.get("anonymity"):
-        knowing = adaptive_attacker(split, rows, recipe, up, seed=seed, progress=say)
+        linked = link_noisy(exchanges, recipe)
+        knowing = adaptive_attacker(split, rows, recipe, up, copies=linked.copies, seed=seed, progress=say)
         knowing.budget = budget
         found = attack_inputs(
-            exchanges, truth, knowing, names, sequences=sequences, decode=tokenizer.text, progress=say
+            linked.exchanges, truth, knowing, names, sequences=sequences, decode=tokenizer.text, progress=say
         )
         result["adaptive"] = [to_json(r) for r in found]
     return result

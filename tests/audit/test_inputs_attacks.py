@@ -24,6 +24,7 @@ from blindtune.audit.inputs import (
     Truth,
     attack_inputs,
     headline,
+    link_repeats,
     read_exchanges,
 )
 from blindtune.audit.inputs.reader import Reader
@@ -219,6 +220,32 @@ def test_little_noise_is_seen_through_by_who_knows_of_it(recorded, llama):
     attacker = recorded.attacker(budget=QUICK, simulate=disturb)
     found = attack_inputs(exchanges, recorded.truth, attacker, ON_S_A, sequences=16)
     assert headline(found).accuracy > 0.7
+
+
+def test_noise_that_is_drawn_again_for_a_text_is_averaged_by_who_links_messages(recorded, llama):
+    """Sixteen copies: each hides much, all together little. Other texts aren't mixed in."""
+    size = float(recorded.exchanges[0].read().s_a.std())
+
+    def disturb(hidden: Tensor) -> Tensor:
+        return hidden + size * torch.randn(hidden.shape)
+
+    torch.manual_seed(2)
+    copies = []
+    for _ in range(16):
+        for exchange in recorded.exchanges[:2]:
+            plain = exchange.read()
+            kept = replace(plain, s_a=disturb(plain.s_a), g_b=None, g_a=None)
+            copies.append(replace(exchange, read=lambda kept=kept: kept))
+    linked = link_repeats(copies, size)
+    assert linked.copies == 16
+    averaged, plain = linked.exchanges[0].read().s_a, recorded.exchanges[0].read().s_a
+    assert float((averaged - plain).std()) == pytest.approx(size / 4, rel=0.1)
+    once = recorded.attacker(budget=QUICK, simulate=disturb)
+    together = recorded.attacker(budget=QUICK, simulate=lambda h: h + size / 4 * torch.randn(h.shape))
+    names = ["nearest token", "nearest, left to right"]
+    single = headline(attack_inputs(copies[:2], recorded.truth, once, names, sequences=16)).accuracy
+    many = headline(attack_inputs(linked.exchanges[:2], recorded.truth, together, names, sequences=16)).accuracy
+    assert single < 0.6 < 0.9 < many
 
 
 def test_an_attacker_that_has_the_clients_bottom_reads_what_a_static_one_cannot(

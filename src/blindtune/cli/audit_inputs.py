@@ -1,7 +1,8 @@
 """`blindtune audit --truth`: what a split model's server could read of the texts."""
 
+import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from blindtune.errors import ConfigError, TranscriptError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from blindtune.audit.inputs import Attacker, Exchange, Reconstruction, Truth
+    from blindtune.audit.inputs import Attacker, Exchange, Linked, Reconstruction, Truth
     from blindtune.models import SplitModel, Tokenizer
     from blindtune.training.shadow import Recipe
     from blindtune.wire import Codec, Transcript
@@ -141,8 +142,11 @@ def run_input_audit(
     adaptive = None
     if run is not None:
         say("Adaptive attacker: knows the design and its options")
-        knowing = adaptive_attacker(backbone.split, rows, Recipe.of(read_run(run)), up, seed=seed, progress=say)
-        adaptive = attack_inputs(exchanges, truth, knowing, sequences=sequences, progress=say)
+        recipe = Recipe.of(read_run(run))
+        linked = link_noisy(exchanges, recipe)
+        say(f"{linked.copies:g} messages of a text are linked")
+        knowing = adaptive_attacker(backbone.split, rows, recipe, up, copies=linked.copies, seed=seed, progress=say)
+        adaptive = attack_inputs(linked.exchanges, truth, knowing, sequences=sequences, progress=say)
     say("Control: the same texts, undefended")
     clean = Attacker(backbone.split, rows, seed=seed)
     control = attack_inputs(
@@ -155,12 +159,24 @@ def run_input_audit(
     return InputAudit(results, control, adaptive)
 
 
+def link_noisy(exchanges: "Sequence[Exchange]", recipe: "Recipe") -> "Linked":
+    """Averages what a text's messages have in common, if fresh noise is all that they differ by."""
+    from blindtune.audit.inputs import Linked, link_repeats
+    from blindtune.methods.guarded import make_design
+
+    design = make_design(recipe.method, recipe.options)
+    if not design.noise:
+        return Linked(list(exchanges), 1)
+    return link_repeats(exchanges, design.noise * design.clip_norm)
+
+
 def adaptive_attacker(
     split: "SplitModel",
     rows: list[list[int]],
     recipe: "Recipe",
     up: "Codec",
     *,
+    copies: float = 1,
     seed: int,
     progress: Callable[[str], None] = lambda _: None,
 ) -> "Attacker":
@@ -169,6 +185,7 @@ def adaptive_attacker(
     Args:
         rows: public texts as tokens.
         up: codec of s_A.
+        copies: of each text, whose noise was averaged.
     """
     from blindtune.audit.inputs import Attacker
     from blindtune.methods.guarded import make_design
@@ -180,7 +197,9 @@ def adaptive_attacker(
     bottom = shadow_bottom(split, recipe, rows, seed=seed, progress=progress) if recipe.changes_bottom else None
 
     def simulate(hidden: "Tensor") -> "Tensor":
-        return through_codec(up, design.disturb(hidden, SecureGenerator()))
+        clean = expected(hidden)
+        noise = design.disturb(hidden, SecureGenerator()) - clean
+        return through_codec(up, clean + noise / math.sqrt(copies))
 
     def expected(hidden: "Tensor") -> "Tensor":
         return clip_rows(hidden, design.clip_norm) if design.noise else hidden

@@ -7,6 +7,7 @@ from blindtune.audit.inputs.eia import eia
 from blindtune.audit.inputs.evaluate import Reconstruction, attack_inputs, headline
 from blindtune.audit.inputs.floors import language_model, unigram
 from blindtune.audit.inputs.lamp import lamp
+from blindtune.audit.inputs.link import Linked, link_repeats
 from blindtune.audit.inputs.metrics import METRICS, Interval
 from blindtune.audit.inputs.nearest import nearest_left_to_right, nearest_token
 from blindtune.audit.inputs.observe import Exchange, Observed, TrueCall, Truth, read_exchanges
@@ -22,6 +23,7 @@ __all__ = [
     "Budget",
     "Exchange",
     "Interval",
+    "Linked",
     "Observed",
     "Reconstruction",
     "TrueCall",
@@ -36,6 +38,7 @@ __all__ = [
     "headline",
     "lamp",
     "language_model",
+    "link_repeats",
     "nearest_left_to_right",
     "nearest_token",
     "read_exchanges",
