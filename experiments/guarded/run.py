@@ -84,6 +84,10 @@ class Arm:
     def cut(self) -> Cut:
         return Cut(self.bottom, CUT.top)
 
+    @property
+    def emulated(self) -> bool:
+        return make_design(self.method, self.options).emulated
+
     @staticmethod
     def parse(name: str) -> Arm:
         """`method+key=value+…`."""
@@ -135,7 +139,7 @@ def run(stage: Stage, arm: Arm, seed: int, *, selection: bool = False) -> dict[s
         result |= train_over_the_wire(stage, arm, work, seed)
         result |= evaluate_tuned(stage, arm, work / "out", questions)
         print(f"  {describe({**result, 'seconds': time.perf_counter() - began})}", flush=True)
-        if arm.attacks and not selection and not arm.method.startswith("off"):
+        if arm.attacks and not selection and not arm.emulated:
             names = None if arm.battery == "all" else QUICK
             result["attacks"] = attack_run(
                 stage.split(arm.cut), stage.tokenizer, work, names, sequences=arm.attacks, seed=seed
@@ -150,7 +154,7 @@ def train_over_the_wire(stage: Stage, arm: Arm, work: Path, seed: int) -> dict[s
         return json.loads(done.read_text())
     count = write_training(work / "train.jsonl", seed)
     serve = ["--split", f"{arm.cut.bottom},{arm.cut.top}"]
-    if arm.method.startswith("off"):
+    if arm.emulated:
         serve += ["--emulator", str(emulator())]
     common = ["--method", arm.method, "--batch-size", str(BATCH), "--lr", str(arm.lr), "--rank", str(arm.rank)]
     common += ["--tune", arm.tune, "--max-length", "96", "--validation-fraction", "0", "--seed", str(seed)]
