@@ -196,6 +196,22 @@ def bytes_of(arm: Arm) -> float:
     return moved / arm.runs[0]["epochs"]
 
 
+def membership_table() -> str:
+    """What the tuned ends of Offline runs tell."""
+    runs = [json.loads(path.read_text()) for path in sorted((RESULTS / "handed-over").glob("*.json"))]
+    lines = [
+        "| | seed | AUC by loss | AUC by calibrated loss | members found at 1% false alarms | answers known by heart, members / others |",  # noqa: E501
+        "|---|---|---|---|---|---|",
+    ]
+    for run in runs:
+        told = run["membership"]
+        cells = [f"{f['auc']:.2f} [{f['low']:.2f}, {f['high']:.2f}]" for f in told["findings"]]
+        found = max(f["found"] for f in told["findings"])
+        hearts = " / ".join(f"{part:.1%}" for part in told["heart"])
+        lines.append(f"| {NAMES[run['arm']]} | {run['seed']} | {' | '.join(cells)} | {found:.1%} | {hearts} |")
+    return "\n".join(lines)
+
+
 def bytes_sentence(found: dict[str, Arm]) -> str:
     """The claims about communication."""
     fp32, int8, once = (bytes_of(found[n]) for n in (UNDEFENDED, "guarded-online", "guarded-gradfree"))
@@ -347,6 +363,7 @@ def main() -> None:
     save(tradeoff(found), "read-and-utility")
     save(compared(found), "all-designs")
     fill(PAGE, "bytes", bytes_sentence(found))
+    fill(PAGE, "membership", membership_table())
 
 
 if __name__ == "__main__":

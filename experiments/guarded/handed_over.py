@@ -1,0 +1,77 @@
+"""What the tuned ends of a finished Offline run tell about their questions, and how they do at the provider's.
+
+python -m experiments.guarded.handed_over [--arms guarded-offline,offsite] [--seeds 1,2]
+
+`blindtune membership` and `blindtune plug-in` as a user runs them, on a server of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from blindtune.cli.processes import local_servers
+from blindtune.training.data import read_table
+from experiments.guarded.run import CUT, MODEL, RESULTS, WORK, emulator
+from experiments.guarded.tasks import TASKS, path_of
+
+MOST, TESTED = 400, 60
+
+
+def write_others(work: Path) -> Path:
+    """As many questions of the same files that weren't trained on, in the same mixture."""
+    members = {json.loads(line)["question"] for line in (work / "train.jsonl").read_text().splitlines()}
+    rows: list[dict[str, Any]] = []
+    for task in TASKS:
+        left = [r for r in read_table(str(path_of(task, "train")), "train").to_pylist() if r["question"] not in members]
+        rows += [{k: r[k] for k in ("question", "choices", "answer")} for r in random.Random(0).sample(left, MOST // 4)]
+    random.Random(0).shuffle(rows)
+    path = work / "others.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def command(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "blindtune", *arguments], check=True)
+
+
+def measure(arm: str, seed: str) -> dict[str, Any]:
+    """Membership around the emulator, then the real trunk on a few test questions."""
+    work = WORK / f"{arm}-seed{seed}"
+    others, test = write_others(work), work / "some-test.jsonl"
+    rows = read_table(str(path_of("sciq", "test")), "test").to_pylist()[:TESTED]
+    test.write_text("".join(json.dumps({k: r[k] for k in ("question", "choices", "answer")}) + "\n" for r in rows))
+    serve = ["--split", f"{CUT.bottom},{CUT.top}", "--emulator", str(emulator())]
+    with local_servers(MODEL, [work / "handed-over"], threads=1, more=serve) as (server,):
+        out, at = str(work / "out"), ["--server", server.url]
+        told, used = work / "membership.json", work / "plug-in.json"
+        files = ["--members", str(work / "train.jsonl"), "--others", str(others), "--limit", str(MOST)]
+        command("membership", out, *at, *files, "--json", str(told))
+        prompt = "Question: What gas do plants take in from the air?\nAnswer:"
+        used_for = ["--data", str(test), "--prompt", prompt, "--max-new-tokens", "8", "--json", str(used)]
+        command("plug-in", out, *at, *used_for)
+    return {"arm": arm, "seed": int(seed), "membership": json.loads(told.read_text()),
+            "plug_in": json.loads(used.read_text())}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arms", default="guarded-offline,offsite")
+    parser.add_argument("--seeds", default="1,2")
+    options = parser.parse_args()
+    folder = RESULTS / "handed-over"
+    folder.mkdir(parents=True, exist_ok=True)
+    for arm in options.arms.split(","):
+        for seed in options.seeds.split(","):
+            path = folder / f"{arm}-seed{seed}.json"
+            if not path.exists():
+                path.write_text(json.dumps(measure(arm, seed), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
