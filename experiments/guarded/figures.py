@@ -70,6 +70,12 @@ class Arm:
         return max(self.attacks("static") + self.attacks("adaptive"), key=lambda a: a["accuracy"][0], default=None)
 
     @property
+    def best_at_end(self) -> float:
+        """Of both attackers, when training is over and the bottom has learned what it has."""
+        found = self.attacks("static") + self.attacks("adaptive")
+        return max(a["accuracy"][0] for a in found if a["stage"] == "end")
+
+    @property
     def floor(self) -> float | None:
         floors = [a["accuracy"][0] for r in self.runs for a in r.get("attacks", {}).get("static", []) if a["floor"]]
         return max(floors, default=None)
@@ -146,15 +152,15 @@ def ordered(found: dict[str, Arm]) -> list[str]:
 
 def privacy_table(found: dict[str, Arm]) -> str:
     lines = [
-        "| | static attacker: tokens read | adaptive attacker | best attack | its ROUGE-L | no look at anything |",
-        "|---|---|---|---|---|---|",
+        "| | static attacker reads | adaptive attacker reads | best at any moment | its ROUGE-L | best at the end | floor |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name in ordered(found):
         arm = found[name]
         best = arm.best_attack
         if best is None:
             if name in ("guarded-offline", "offsite"):
-                lines.append(f"| {arm.label} | nothing is sent | nothing is sent | – | – | – |")
+                lines.append(f"| {arm.label} | nothing is sent | nothing is sent | – | – | – | – |")
             continue
         cells = []
         for attacker in ("static", "adaptive"):
@@ -164,7 +170,7 @@ def privacy_table(found: dict[str, Arm]) -> str:
             cells.append(f"{mean:.2f} [{low:.2f}, {high:.2f}] ({top['attack']})" if top else "as static")
         lines.append(
             f"| {arm.label} | {cells[0]} | {cells[1]} | **{best['accuracy'][0]:.2f}** at the {best['stage']} "
-            f"| {best['rougeL'][0]:.2f} | {arm.floor:.2f} |"
+            f"| {best['rougeL'][0]:.2f} | {arm.best_at_end:.2f} | {arm.floor:.2f} |"
         )
     return "\n".join(lines)
 
