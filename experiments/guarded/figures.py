@@ -152,7 +152,7 @@ def ordered(found: dict[str, Arm]) -> list[str]:
 
 def privacy_table(found: dict[str, Arm]) -> str:
     lines = [
-        "| | static attacker reads | adaptive attacker reads | best at any moment | its ROUGE-L | best at the end | floor |",
+        "| | static attacker reads | adaptive attacker reads | best of all | its ROUGE-L | best at the end | floor |",
         "|---|---|---|---|---|---|---|",
     ]
     for name in ordered(found):
