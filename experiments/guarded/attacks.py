@@ -14,6 +14,7 @@ from blindtune.training.shadow import Recipe
 from blindtune.wire import Transcript
 from experiments.guarded.tasks import public_rows
 
+DEFENCES = ("decorrelation_weight", "noise", "anonymity")
 QUICK_BUDGET = Budget(public_rows=800, epochs=5)
 QUICK = ("SIP", "nearest token", "nearest, left to right", "BiSR", "unigram guess")
 """What ever was best in first looks, and a floor."""
@@ -28,7 +29,7 @@ def attack_run(
     sequences: int,
     seed: int,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Both attackers' results; the adaptive one's is empty where there is nothing more to know than the codec.
+    """Both attackers' results; the adaptive one's is empty where nothing but a codec and plain tuning is to be known.
 
     Args:
         names: of attacks; all if None, which then may also spend more.
@@ -45,7 +46,7 @@ def attack_run(
     static = Attacker(split, rows, simulate=lambda hidden: through_codec(up, hidden), seed=seed, budget=budget)
     found = attack_inputs(exchanges, truth, static, names, sequences=sequences, decode=tokenizer.text, progress=say)
     result = {"static": [to_json(r) for r in found], "adaptive": []}
-    if recipe.changes_bottom or recipe.options.get("noise") or recipe.options.get("anonymity"):
+    if any(stage.options.get(name) for stage in recipe.stages() for name in DEFENCES):
         linked = link_noisy(exchanges, recipe)
         knowing = adaptive_attacker(split, rows, recipe, up, copies=linked.copies, seed=seed, progress=say)
         knowing.budget = budget

@@ -89,7 +89,7 @@ class Arm:
 def arms() -> dict[str, Arm]:
     """By name, of all finished runs."""
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for path in sorted(RESULTS.glob("*.json")):
+    for path in sorted(RESULTS.glob("*-seed*.json")):
         run = json.loads(path.read_text())
         found[run["arm"]].append(run)
     return {name: Arm(name, runs) for name, runs in found.items()}
@@ -368,7 +368,8 @@ def main() -> None:
         fill(PAGE, name, table)
     save(tradeoff(found), "read-and-utility")
     save(compared(found), "all-designs")
-    fill(PAGE, "bytes", bytes_sentence(found))
+    if "guarded-online" in found:
+        fill(PAGE, "bytes", bytes_sentence(found))
     fill(PAGE, "membership", membership_table())
 
 
