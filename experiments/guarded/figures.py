@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.figures import ROOT, fill
+from experiments.guarded.attacks import DEFENCES
 from experiments.guarded.run import RESULTS, TASKS
 from experiments.labels.figures import PICTURES, load, plt
 
@@ -68,6 +69,11 @@ class Arm:
     def best_attack(self) -> dict[str, Any] | None:
         """Of both attackers, all stages and seeds."""
         return max(self.attacks("static") + self.attacks("adaptive"), key=lambda a: a["accuracy"][0], default=None)
+
+    @property
+    def without_adaptive(self) -> str:
+        """Why there is no adaptive attacker: nothing to be known, or not run."""
+        return "not run" if any(name in self.name for name in (*DEFENCES, "start")) else "as static"
 
     @property
     def best_at_end(self) -> float:
@@ -167,7 +173,7 @@ def privacy_table(found: dict[str, Arm]) -> str:
             some = arm.attacks(attacker)
             top = max(some, key=lambda a: a["accuracy"][0], default=None)
             mean, low, high = top["accuracy"] if top else (0, 0, 0)
-            cells.append(f"{mean:.2f} [{low:.2f}, {high:.2f}] ({top['attack']})" if top else "as static")
+            cells.append(f"{mean:.2f} [{low:.2f}, {high:.2f}] ({top['attack']})" if top else arm.without_adaptive)
         lines.append(
             f"| {arm.label} | {cells[0]} | {cells[1]} | **{best['accuracy'][0]:.2f}** at the {best['stage']} "
             f"| {best['rougeL'][0]:.2f} | {arm.best_at_end:.2f} | {arm.floor:.2f} |"
