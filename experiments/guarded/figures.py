@@ -252,18 +252,19 @@ def tradeoff(found: dict[str, Arm]) -> Figure:
     """Utility lost against what the best attack reads."""
     figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
     zero = found["zero-shot"]
-    for name in ordered(found):
-        arm = found[name]
+    below = -np.inf
+    for arm in sorted((found[name] for name in ordered(found)), key=average):
         best = arm.best_attack
-        if best is None and name not in ("guarded-offline", "offsite"):
+        if best is None and arm.name not in ("guarded-offline", "offsite"):
             continue
-        read = best["accuracy"][0] if best else 0.0
-        axes.plot(read, average(arm), "o", markersize=6, color="#2b6cb0" if best else "#2f855a")
-        axes.annotate(arm.label, (read, average(arm)), xytext=(5, 4), textcoords="offset points", fontsize=7)
+        read, height = best["accuracy"][0] if best else 0.0, average(arm)
+        axes.plot(read, height, "o", markersize=6, color="#2b6cb0" if best else "#2f855a")
+        below = max(height, below + 0.007)  # so that no label covers another
+        axes.annotate(arm.label, (read, below), xytext=(6, -2), textcoords="offset points", fontsize=7)
     axes.axhline(average(zero), color="#718096", linestyle=":", linewidth=1)
     axes.annotate("zero-shot", (0.0, average(zero)), xytext=(0, 3), textcoords="offset points", fontsize=7)
     axes.axvline(0.5, color="#c53030", linestyle=":", linewidth=1)
-    axes.set(xlabel="tokens that the best attack reads", ylabel="accuracy, mean of four tasks", xlim=(-0.03, 1.25))
+    axes.set(xlabel="tokens that the best attack reads", ylabel="accuracy, mean of four tasks", xlim=(-0.03, 1.6))
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 

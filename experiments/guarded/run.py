@@ -167,7 +167,7 @@ def train_over_the_wire(stage: Stage, arm: Arm, work: Path, seed: int) -> dict[s
     with local_servers(MODEL, [work / "seen"], threads=1, more=serve) as (server,):
         steps = str(round(arm.epochs * -(-count // BATCH)))
         train(server.url, work / "train.jsonl", work / "out", done, [*common, "--steps", steps], work / "truth.jsonl")
-    result = {"train": json.loads(done.read_text()), "train_examples": count, **told}
+    result = {"train": reported(done), "train_examples": count, **told}
     done.write_text(json.dumps(result))
     return result
 
@@ -182,7 +182,12 @@ def pretrain(arm: Arm, work: Path, seed: int, serve: list[str]) -> dict[str, Any
     options += ["--validation-fraction", "0", "--set", f"decorrelation_weight={arm.start_weight}"]
     with local_servers(MODEL, [work / "start-seen"], threads=1, more=serve) as (server,):
         train(server.url, public, work / "start", work / "start.json", options)
-    return json.loads((work / "start.json").read_text())
+    return reported(work / "start.json")
+
+
+def reported(path: Path) -> dict[str, Any]:
+    """What a command wrote, without the folder that it was run in."""
+    return {key: value for key, value in json.loads(path.read_text()).items() if key != "output"}
 
 
 def _texts(path: Path) -> list[str]:
