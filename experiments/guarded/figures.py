@@ -6,7 +6,6 @@ python -m experiments.guarded.figures
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from matplotlib.figure import Figure
 from experiments.figures import ROOT, fill
 from experiments.guarded.attacks import DEFENCES
 from experiments.guarded.run import RESULTS, TASKS
-from experiments.labels.figures import PICTURES, load, plt
+from experiments.labels.figures import PICTURES, load, plt, runs_by_arm
 
 PAGE, CHOOSING = ROOT / "docs" / "input-privacy.md", ROOT / "docs" / "choosing.md"
 UNDEFENDED = "guarded-online+up=fp32+down=fp32+battery=all"
@@ -94,11 +93,7 @@ class Arm:
 
 def arms() -> dict[str, Arm]:
     """By name, of all finished runs."""
-    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for path in sorted(RESULTS.glob("*-seed*.json")):
-        run = json.loads(path.read_text())
-        found[run["arm"]].append(run)
-    return {name: Arm(name, runs) for name, runs in found.items()}
+    return {name: Arm(name, runs) for name, runs in runs_by_arm(RESULTS).items()}
 
 
 def average(arm: Arm, key: str = "utility", metric: str = "accuracy") -> float:

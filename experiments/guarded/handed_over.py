@@ -10,15 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from blindtune.cli.processes import local_servers
 from blindtune.training.data import read_table
-from experiments.guarded.run import CUT, MODEL, RESULTS, WORK, emulator
-from experiments.guarded.tasks import TASKS, path_of
+from experiments.guarded.run import CUT, MODEL, RESULTS, WORK, command, emulator
+from experiments.guarded.tasks import TASKS, path_of, write_questions
 
 MOST, TESTED = 400, 60
 
@@ -29,23 +27,18 @@ def write_others(work: Path) -> Path:
     rows: list[dict[str, Any]] = []
     for task in TASKS:
         left = [r for r in read_table(str(path_of(task, "train")), "train").to_pylist() if r["question"] not in members]
-        rows += [{k: r[k] for k in ("question", "choices", "answer")} for r in random.Random(0).sample(left, MOST // 4)]
+        rows += random.Random(0).sample(left, MOST // 4)
     random.Random(0).shuffle(rows)
     path = work / "others.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_questions(path, rows)
     return path
-
-
-def command(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "blindtune", *arguments], check=True)
 
 
 def measure(arm: str, seed: str) -> dict[str, Any]:
     """Membership around the emulator, then the real trunk on a few test questions."""
     work = WORK / f"{arm}-seed{seed}"
     others, test = write_others(work), work / "some-test.jsonl"
-    rows = read_table(str(path_of("sciq", "test")), "test").to_pylist()[:TESTED]
-    test.write_text("".join(json.dumps({k: r[k] for k in ("question", "choices", "answer")}) + "\n" for r in rows))
+    write_questions(test, read_table(str(path_of("sciq", "test")), "test").to_pylist()[:TESTED])
     serve = ["--split", f"{CUT.bottom},{CUT.top}", "--emulator", str(emulator())]
     with local_servers(MODEL, [work / "handed-over"], threads=1, more=serve) as (server,):
         out, at = str(work / "out"), ["--server", server.url]

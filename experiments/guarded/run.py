@@ -23,7 +23,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from blindtune.cli.audit_inputs import through_codec
 from blindtune.cli.processes import local_servers
+from blindtune.cli.public_text import read_lines
 from blindtune.methods.guarded import CausalBatch, make_design, read_tuned
 from blindtune.models import Cut, FrozenBackbone, Tokenizer, load_backbone
 from blindtune.models.emulator import load_emulator
@@ -33,7 +35,6 @@ from blindtune.privacy.randomness import SecureGenerator
 from blindtune.training.batches import BatchPlan
 from blindtune.training.guarded import GuardedConfig
 from blindtune.training.questions import TokenizedQuestion
-from blindtune.wire import dequantize, quantize
 from experiments.guarded.attacks import QUICK, attack_run
 from experiments.guarded.scoring import Wire, hits, score_questions
 from experiments.guarded.tasks import (
@@ -55,8 +56,10 @@ BATCH, EPOCHS = 16, 2.0
 KEEP, DISTILL = 10, ("--steps", "320", "--batch-size", "8", "--max-length", "64", "--lr", "1e-3", "--int8")
 OWN = ("lr", "epochs", "rank", "tune", "start", "start_weight", "attacks", "battery", "bottom")
 MAIN = (
-    "zero-shot,full,guarded-online+up=fp32+down=fp32,guarded-online,guarded-online+decorrelation_weight=8.0,"
-    "guarded-gradfree,guarded-gradfree+zo=true,guarded-offline,offsite"
+    "zero-shot,full+lr=0.0001,guarded-online+up=fp32+down=fp32+battery=all,guarded-online,"
+    "guarded-online+decorrelation_weight=8.0,guarded-gradfree,guarded-gradfree+start=60+start_weight=8.0,"
+    "guarded-gradfree+noise=0.02+clip_norm=60.0,guarded-gradfree+anonymity=4,guarded-gradfree+zo=true,"
+    "guarded-offline,offsite"
 )
 
 
@@ -166,15 +169,16 @@ def train_over_the_wire(stage: Stage, arm: Arm, work: Path, seed: int) -> dict[s
         common += ["--start", str(work / "start")]
     with local_servers(MODEL, [work / "seen"], threads=1, more=serve) as (server,):
         steps = str(round(arm.epochs * -(-count // BATCH)))
-        train(server.url, work / "train.jsonl", work / "out", done, [*common, "--steps", steps], work / "truth.jsonl")
-    result = {"train": reported(done), "train_examples": count, **told}
+        options, told_here = [*common, "--steps", steps], work / "reported.json"
+        train(server.url, work / "train.jsonl", work / "out", told_here, options, work / "truth.jsonl")
+    result = {"train": reported(told_here), "train_examples": count, **told}
     done.write_text(json.dumps(result))
     return result
 
 
 def pretrain(arm: Arm, work: Path, seed: int, serve: list[str]) -> dict[str, Any]:
     """Decorrelates a bottom on public text, through the provider's trunk."""
-    lines = [row for name in PUBLIC for row in _texts(DATA / f"{name}.jsonl.gz")]
+    lines = [line for name in PUBLIC for line in read_lines(DATA / f"{name}.jsonl.gz") if len(line.split()) > 5]
     public = work / "public.jsonl"
     public.write_text("".join(json.dumps({"text": text}) + "\n" for text in lines[seed::10][:4000]))
     options = ["--method", "guarded-online", "--task", "text", "--batch-size", str(BATCH), "--steps", str(arm.start)]
@@ -190,33 +194,31 @@ def reported(path: Path) -> dict[str, Any]:
     return {key: value for key, value in json.loads(path.read_text()).items() if key != "output"}
 
 
-def _texts(path: Path) -> list[str]:
-    from blindtune.cli.public_text import read_lines
-
-    return [line for line in read_lines(path) if len(line.split()) > 5]
-
-
 def train(url: str, data: Path, output: Path, report: Path, options: list[str], truth: Path | None = None) -> None:
     """The command, in a process of its own; goes on if it was interrupted."""
-    command = [sys.executable, "-m", "blindtune", "train", "--server", url, "--data", str(data)]
-    command += ["--output", str(output), "--json", str(report), *options]
+    arguments = ["--server", url, "--data", str(data), "--output", str(output), "--json", str(report), *options]
     if truth is not None:
-        command += ["--truth", str(truth)]
+        arguments += ["--truth", str(truth)]
     if (output / "resume.safetensors").is_file():
-        command.append("--resume")
-    subprocess.run(command, check=True, stdout=(output.parent / "train.log").open("w"), stderr=subprocess.STDOUT)
+        arguments.append("--resume")
+    command("train", *arguments, log=output.parent / "train.log")
+
+
+def command(*arguments: str, log: Path | None = None) -> None:
+    """`blindtune` in a process of its own; raises `CalledProcessError`."""
+    output = {} if log is None else {"stdout": log.open("w"), "stderr": subprocess.STDOUT}
+    subprocess.run([sys.executable, "-m", "blindtune", *arguments], check=True, **output)
 
 
 def emulator() -> Path:
     """Built once, with `blindtune emulator build`."""
     folder = WORK / "emulator"
     if not (folder / "manifest.json").is_file():
-        command = [sys.executable, "-m", "blindtune", "emulator", "build", "--model", MODEL, "--split"]
-        command += [f"{CUT.bottom},{CUT.top}", "--keep", str(KEEP), "--key", str(WORK / "provider.pem"), *DISTILL]
-        command += ["--output", str(folder), "--threads", "1"]
+        arguments = ["--model", MODEL, "--split", f"{CUT.bottom},{CUT.top}", "--keep", str(KEEP), *DISTILL]
+        arguments += ["--key", str(WORK / "provider.pem"), "--output", str(folder), "--threads", "1"]
         for name in PUBLIC:
-            command += ["--public", str(DATA / f"{name}.jsonl.gz")]
-        subprocess.run(command, check=True)
+            arguments += ["--public", str(DATA / f"{name}.jsonl.gz")]
+        command("emulator", "build", *arguments)
     return folder
 
 
@@ -278,14 +280,10 @@ def evaluate_tuned(stage: Stage, arm: Arm, out: Path, questions: dict[str, list[
 def wire_of(design: Any, bottom: Part) -> Wire:
     """What a design does between the parts."""
     up, down = design.codecs()
-
-    def through(codec: Any, hidden: torch.Tensor) -> torch.Tensor:
-        return dequantize("hidden", quantize("hidden", hidden, codec), codec, hidden.shape[1])
-
     generator = SecureGenerator(bytes(32))
     return Wire(
-        lambda hidden: through(up, design.disturb(hidden, generator)),
-        lambda hidden: through(down, hidden),
+        lambda hidden: through_codec(up, design.disturb(hidden, generator)),
+        lambda hidden: through_codec(down, hidden),
         design.encoder(bottom),
     )
 

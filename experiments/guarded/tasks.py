@@ -29,11 +29,16 @@ def write_training(path: Path, seed: int) -> int:
     rows: list[dict[str, Any]] = []
     for task in TASKS:
         all_rows = read_table(str(path_of(task, "train")), "train").to_pylist()
-        some = random.Random(f"{task} {seed}").sample(all_rows, TRAIN_EACH)
-        rows += [{key: row[key] for key in ("question", "choices", "answer")} for row in some]
+        rows += random.Random(f"{task} {seed}").sample(all_rows, TRAIN_EACH)
     random.Random(seed).shuffle(rows)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_questions(path, rows)
     return len(rows)
+
+
+def write_questions(path: Path, rows: list[dict[str, Any]]) -> None:
+    """As `blindtune train` reads them, without supporting texts."""
+    kept = [{key: row[key] for key in ("question", "choices", "answer")} for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
 
 def questions_of(path: Path, tokenizer: Tokenizer, most: int | None = None) -> list[TokenizedQuestion]:

@@ -9,6 +9,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -76,11 +77,16 @@ class Arm:
 
 def load(task: str) -> dict[str, Arm]:
     """Arm -> its runs, by seed."""
+    return {name: Arm(name, runs) for name, runs in runs_by_arm(RESULTS / task).items()}
+
+
+def runs_by_arm(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """All finished runs of a folder."""
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for path in sorted((RESULTS / task).glob("*.json")):
+    for path in sorted(folder.glob("*-seed*.json")):
         run = json.loads(path.read_text())
         found[run["arm"]].append(run)
-    return {name: Arm(name, runs) for name, runs in found.items()}
+    return found
 
 
 def accuracy(run: dict[str, Any]) -> float:

@@ -214,7 +214,7 @@ def _summary(session: Session, chosen: dict[str, Any], tuning: Tuning, data: Dat
         "rank": session.ends.rank,
         "alpha": session.ends.alpha,
         "targets": session.ends.targets,
-        "start": _started_from(tuning.start),
+        "start": (read_run(tuning.start) or None) if tuning.start else None,
         "parts": list(session.design.parts),
         "max_length": length,
         "fields": asdict(data.fields),
@@ -222,10 +222,10 @@ def _summary(session: Session, chosen: dict[str, Any], tuning: Tuning, data: Dat
     }
 
 
-def _started_from(start: Path | None) -> dict[str, Any] | None:
-    """The summary of the run that left the checkpoint; a PEFT checkpoint from elsewhere has none."""
-    path = None if start is None else start / SUMMARY
-    return json.loads(path.read_text()) if path is not None and path.is_file() else None
+def read_run(checkpoint: Path) -> dict[str, Any]:
+    """What `blindtune.json` tells of the run; empty where there is none."""
+    path = checkpoint / SUMMARY
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _announce(session: Session, count: int, config: "GuardedConfig") -> None:

@@ -10,7 +10,8 @@ from rich.table import Table
 
 from blindtune.cli import options
 from blindtune.cli.console import console, reporting_errors, write_json
-from blindtune.cli.plugin import chosen_fields, read_run, read_test
+from blindtune.cli.guarded import read_run
+from blindtune.cli.plugin import chosen_fields, read_test
 from blindtune.errors import ConfigError, UnknownPart
 
 if TYPE_CHECKING:

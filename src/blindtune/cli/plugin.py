@@ -1,6 +1,5 @@
 """`blindtune plug-in`: tuned ends go to the provider, and are tried around the real middle of the model."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -49,7 +48,7 @@ def plug_in(
     Example:  blindtune plug-in out/ --server https://a.example --data test.jsonl
     """
     with reporting_errors():
-        from blindtune.cli.guarded import print_result
+        from blindtune.cli.guarded import print_result, read_run
         from blindtune.client import RemotePlugin
         from blindtune.methods.guarded import read_tuned
 
@@ -76,16 +75,6 @@ def plug_in(
             print_result({key: result[key] for key in ("zero_shot", "plug_in")})
         result["texts"] = [_write(operator, plugin, text, max_new_tokens, temperature, seed) for text in prompt or []]
         write_json(json, result)
-
-
-def read_run(checkpoint: Path) -> dict[str, Any]:
-    """What `blindtune.json` tells of the run; empty where there is none."""
-    import json
-
-    from blindtune.cli.guarded import SUMMARY
-
-    path = checkpoint / SUMMARY
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def chosen_fields(trained: dict[str, Any], given: dict[str, str | None]) -> "Fields":
