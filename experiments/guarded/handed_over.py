@@ -15,7 +15,7 @@ from typing import Any
 
 from blindtune.cli.processes import local_servers
 from blindtune.training.data import read_table
-from experiments.guarded.run import CUT, MODEL, RESULTS, WORK, command, emulator
+from experiments.guarded.run import CUT, MODEL, RESULTS, WORK, Arm, command, emulator
 from experiments.guarded.tasks import TASKS, path_of, write_questions
 
 MOST, TESTED = 400, 60
@@ -39,7 +39,7 @@ def measure(arm: str, seed: str) -> dict[str, Any]:
     work = WORK / f"{arm}-seed{seed}"
     others, test = write_others(work), work / "some-test.jsonl"
     write_questions(test, read_table(str(path_of("sciq", "test")), "test").to_pylist()[:TESTED])
-    serve = ["--split", f"{CUT.bottom},{CUT.top}", "--emulator", str(emulator())]
+    serve = ["--split", f"{CUT.bottom},{CUT.top}", "--emulator", str(emulator(Arm.parse(arm).keep))]
     with local_servers(MODEL, [work / "handed-over"], threads=1, more=serve) as (server,):
         out, at = str(work / "out"), ["--server", server.url]
         told, used = work / "membership.json", work / "plug-in.json"

@@ -3,8 +3,9 @@
 python -m experiments.guarded.run [--arms guarded-online,guarded-online+decorrelation_weight=8] [--seeds 1,2]
 
 An arm is a method's name, then what differs from its defaults: `lr`, `epochs`, `rank`, `tune`, `start` (steps of
-Online on public text that come before, with `start_weight` of decorrelation), `attacks` (texts; 0: none), `battery`
-(all), or one of the design's options. `zero-shot` and `full` (fine-tuning of all blocks, in this process) are arms too.
+Online on public text that come before, with `start_weight` of decorrelation), `keep` (blocks of the emulator),
+`attacks` (texts; 0: none), `battery` (all), or one of the design's options. `zero-shot` and `full` (fine-tuning of all
+blocks, in this process) are arms too.
 One JSON file for each run; finished runs are kept, and an interrupted one goes on from its checkpoint.
 """
 
@@ -54,7 +55,7 @@ RESULTS, WORK = ROOT / "experiments" / "results" / "guarded", ROOT / ".cache" / 
 MODEL, CUT = "smollm2", Cut(2, 2)
 BATCH, EPOCHS = 16, 2.0
 KEEP, DISTILL = 10, ("--steps", "320", "--batch-size", "8", "--max-length", "64", "--lr", "1e-3", "--int8")
-OWN = ("lr", "epochs", "rank", "tune", "start", "start_weight", "attacks", "battery", "bottom")
+OWN = ("lr", "epochs", "rank", "tune", "start", "start_weight", "attacks", "battery", "bottom", "keep")
 MAIN = (
     "zero-shot,full+lr=0.0001,guarded-online+up=fp32+down=fp32+battery=all,guarded-online,"
     "guarded-online+decorrelation_weight=8.0,guarded-gradfree,guarded-gradfree+start=60+start_weight=8.0,"
@@ -80,6 +81,8 @@ class Arm:
     """Texts to attack at each of three moments."""
     bottom: int = CUT.bottom
     """Blocks of the client's bottom."""
+    keep: int = KEEP
+    """Blocks of the trunk that the emulator keeps."""
     battery: str = "quick"
     """`all` attacks, or those that ever were best."""
 
@@ -126,8 +129,8 @@ class Stage:
         return SplitModel.of(self.causal, cut)
 
 
-def run(stage: Stage, arm: Arm, seed: int, *, selection: bool = False) -> dict[str, Any]:
-    """One run: trained, evaluated on test (for selection: validation), attacked."""
+def run(stage: Stage, arm: Arm, seed: int, *, selection: bool = False, attacked: bool = True) -> dict[str, Any]:
+    """One run: trained, evaluated on test (for selection: validation, and never attacked), attacked."""
     began = time.perf_counter()
     questions = stage.validation if selection else stage.test
     result: dict[str, Any] = {"arm": arm.name, "method": arm.method, "options": arm.options, "seed": seed}
@@ -140,9 +143,9 @@ def run(stage: Stage, arm: Arm, seed: int, *, selection: bool = False) -> dict[s
         result["utility"] = evaluate(train_full(stage, arm, work, seed), CUT, questions)
     else:
         result |= train_over_the_wire(stage, arm, work, seed)
-        result |= evaluate_tuned(stage, arm, work / "out", questions)
+        result |= evaluate_tuned(stage, arm, work / "out", seed, questions)
         print(f"  {describe({**result, 'seconds': time.perf_counter() - began})}", flush=True)
-        if arm.attacks and not selection and not arm.emulated:
+        if arm.attacks and attacked and not selection and not arm.emulated:
             names = None if arm.battery == "all" else QUICK
             result["attacks"] = attack_run(
                 stage.split(arm.cut), stage.tokenizer, work, names, sequences=arm.attacks, seed=seed
@@ -158,15 +161,15 @@ def train_over_the_wire(stage: Stage, arm: Arm, work: Path, seed: int) -> dict[s
     count = write_training(work / "train.jsonl", seed)
     serve = ["--split", f"{arm.cut.bottom},{arm.cut.top}"]
     if arm.emulated:
-        serve += ["--emulator", str(emulator())]
+        serve += ["--emulator", str(emulator(arm.keep))]
     common = ["--method", arm.method, "--batch-size", str(BATCH), "--lr", str(arm.lr), "--rank", str(arm.rank)]
     common += ["--tune", arm.tune, "--max-length", "96", "--validation-fraction", "0", "--seed", str(seed)]
     for key, value in arm.options.items():
         common += ["--set", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]
     told: dict[str, Any] = {}
     if arm.start:
-        told["start"] = pretrain(arm, work, seed, serve)
-        common += ["--start", str(work / "start")]
+        told["start"] = pretrain(arm, seed, serve)
+        common += ["--start", str(started(arm, seed) / "out")]
     with local_servers(MODEL, [work / "seen"], threads=1, more=serve) as (server,):
         steps = str(round(arm.epochs * -(-count // BATCH)))
         options, told_here = [*common, "--steps", steps], work / "reported.json"
@@ -176,17 +179,26 @@ def train_over_the_wire(stage: Stage, arm: Arm, work: Path, seed: int) -> dict[s
     return result
 
 
-def pretrain(arm: Arm, work: Path, seed: int, serve: list[str]) -> dict[str, Any]:
+def started(arm: Arm, seed: int) -> Path:
+    """Where the bottom that an arm starts from is made; arms that begin alike share it."""
+    return WORK / f"start-{arm.start}-weight-{arm.start_weight}-{arm.tune}-seed{seed}"
+
+
+def pretrain(arm: Arm, seed: int, serve: list[str]) -> dict[str, Any]:
     """Decorrelates a bottom on public text, through the provider's trunk."""
-    lines = [line for name in PUBLIC for line in read_lines(DATA / f"{name}.jsonl.gz") if len(line.split()) > 5]
-    public = work / "public.jsonl"
-    public.write_text("".join(json.dumps({"text": text}) + "\n" for text in lines[seed::10][:4000]))
-    options = ["--method", "guarded-online", "--task", "text", "--batch-size", str(BATCH), "--steps", str(arm.start)]
-    options += ["--lr", "1e-3", "--rank", str(arm.rank), "--tune", arm.tune, "--max-length", "48", "--seed", str(seed)]
-    options += ["--validation-fraction", "0", "--set", f"decorrelation_weight={arm.start_weight}"]
-    with local_servers(MODEL, [work / "start-seen"], threads=1, more=serve) as (server,):
-        train(server.url, public, work / "start", work / "start.json", options)
-    return reported(work / "start.json")
+    work = started(arm, seed)
+    if not (work / "train.json").is_file():
+        work.mkdir(exist_ok=True)
+        lines = [line for name in PUBLIC for line in read_lines(DATA / f"{name}.jsonl.gz") if len(line.split()) > 5]
+        public = work / "public.jsonl"
+        public.write_text("".join(json.dumps({"text": text}) + "\n" for text in lines[seed::10][:4000]))
+        options = ["--method", "guarded-online", "--task", "text", "--batch-size", str(BATCH)]
+        options += ["--steps", str(arm.start), "--lr", "1e-3", "--rank", str(arm.rank), "--tune", arm.tune]
+        options += ["--max-length", "48", "--seed", str(seed), "--validation-fraction", "0"]
+        options += ["--set", f"decorrelation_weight={arm.start_weight}"]
+        with local_servers(MODEL, [work / "seen"], threads=1, more=serve) as (server,):
+            train(server.url, public, work / "out", work / "train.json", options)
+    return reported(work / "train.json")
 
 
 def reported(path: Path) -> dict[str, Any]:
@@ -210,11 +222,11 @@ def command(*arguments: str, log: Path | None = None) -> None:
     subprocess.run([sys.executable, "-m", "blindtune", *arguments], check=True, **output)
 
 
-def emulator() -> Path:
+def emulator(keep: int = KEEP) -> Path:
     """Built once, with `blindtune emulator build`."""
-    folder = WORK / "emulator"
+    folder = WORK / f"emulator-{keep}"
     if not (folder / "manifest.json").is_file():
-        arguments = ["--model", MODEL, "--split", f"{CUT.bottom},{CUT.top}", "--keep", str(KEEP), *DISTILL]
+        arguments = ["--model", MODEL, "--split", f"{CUT.bottom},{CUT.top}", "--keep", str(keep), *DISTILL]
         arguments += ["--key", str(WORK / "provider.pem"), "--output", str(folder), "--threads", "1"]
         for name in PUBLIC:
             arguments += ["--public", str(DATA / f"{name}.jsonl.gz")]
@@ -256,18 +268,19 @@ def _whole(causal: nn.Module) -> Any:
     return loss
 
 
-def evaluate_tuned(stage: Stage, arm: Arm, out: Path, questions: dict[str, list[TokenizedQuestion]]) -> dict[str, Any]:
+def evaluate_tuned(
+    stage: Stage, arm: Arm, out: Path, seed: int, questions: dict[str, list[TokenizedQuestion]]
+) -> dict[str, Any]:
     """Tuned ends around the real trunk, as the design will use it; for Offline also around the emulator."""
     tensors, scaling = read_tuned(out)
     base = stage.split(arm.cut)
-    start = out.parent / "start"
-    if start.is_dir():
-        base = SplitModel.of(plug_in(base, *read_tuned(start)), arm.cut)
+    if arm.start:
+        base = SplitModel.of(plug_in(base, *read_tuned(started(arm, seed) / "out")), arm.cut)
     whole = plug_in(base, tensors, scaling)
     design = make_design(arm.method, arm.options)
     if not design.emulated:
         return {"utility": evaluate(whole, arm.cut, questions, wire_of(design, base.parts["bottom"]))}
-    stand_in = load_emulator(emulator()).part()
+    stand_in = load_emulator(emulator(arm.keep)).part()
     with_emulator = around(whole, stand_in)
     untuned = around(base.causal, stand_in)
     return {
@@ -325,6 +338,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arms", default=MAIN)
     parser.add_argument("--seeds", default="1,2")
+    parser.add_argument("--attack-seeds", help="of --seeds, those to attack; the others tell utility only")
     parser.add_argument("--selection", action="store_true", help="on validation questions, not attacked")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -332,12 +346,13 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [(Arm.parse(arm), int(seed)) for seed in options.seeds.split(",") for arm in options.arms.split(",")]
     jobs = [(arm, seed) for arm, seed in jobs if not (folder / f"{arm.name}-seed{seed}.json").exists()]
+    attacked = (options.attack_seeds or options.seeds).split(",")
     stage = Stage.set() if jobs else None
     if stage is not None and not (RESULTS / "weights.json").is_file():
         (RESULTS / "weights.json").write_text(json.dumps(weights_shared(stage), indent=1) + "\n")
     for arm, seed in jobs:
         assert stage is not None
-        result = run(stage, arm, seed, selection=options.selection)
+        result = run(stage, arm, seed, selection=options.selection, attacked=str(seed) in attacked)
         (folder / f"{arm.name}-seed{seed}.json").write_text(json.dumps(result, indent=1) + "\n")
         print(describe(result), flush=True)
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import html
+import json
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +142,35 @@ def test_the_report_is_one_file_with_pictures_and_numbers(view, lora_run, minilm
     assert "bad &amp; worse" in page
     assert page.count("<svg") >= 5
     assert f"{verdict.headline.auc:.2f}" in page
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+BROWSER = next((path for path in map(shutil.which, BROWSERS) if path), None)
+MEASURE = """<script>document.title = JSON.stringify({
+  beyond: document.documentElement.scrollWidth - window.innerWidth,
+  smallest: Math.min(...[...document.querySelectorAll("svg text")].map(t => t.getBoundingClientRect().height)),
+  empty: [...document.querySelectorAll("svg")].filter(s => s.getBoundingClientRect().height < 50).length,
+  cut: [...document.querySelectorAll("table")].filter(t => t.scrollWidth > t.parentElement.clientWidth
+       && getComputedStyle(t.parentElement).overflowX != "auto").length})</script>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width", [1280, 500])
+def test_the_report_can_be_read_in_a_browser(view, lora_run, minilm, tmp_path, width):
+    _, examples, _, _, _, _ = lora_run
+    attacked = attack_view(view, Plan(label_rows(examples, [view], minilm), 2, 1), Recomputation(minilm))
+    path = tmp_path / "report.html"
+    write_report(path, Verdict([attacked], attacked.findings), title="A run", classes=["bad", "good"])
+    path.write_text(path.read_text().replace("</body>", MEASURE + "</body>"))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
+    flags += [f"--user-data-dir={tmp_path / 'browser'}", f"--window-size={width},900", "--dump-dom"]
+    page = subprocess.run([BROWSER, *flags, path.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    found = re.search("<title>(.*?)</title>", page.stdout)
+    assert found is not None
+    measured = json.loads(html.unescape(found[1]))
+    assert measured["beyond"] <= 0  # nothing is wider than the window
+    assert measured["empty"] == measured["cut"] == 0
+    assert measured["smallest"] >= 10  # pixels
 
 
 def test_labels_of_other_texts_are_refused(view, minilm):

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from blindtune.audit.labels import SHARE_ATTACKS, UPDATE_ATTACKS, Channel
-from blindtune.audit.labels.registry import COMPONENTS
+from blindtune.audit.labels.registry import COMPONENTS, UpdateAttack
 from blindtune.audit.observe import Adapter, Checkpoint, Features, Mean, Row, Update, View
 from blindtune.audit.recompute import Jacobian, Recomputation
 
@@ -229,22 +229,30 @@ def inverted_channels(
     spread = [updates[i] for i in np.unique(np.linspace(0, len(updates) - 1, count).round().astype(int))]
     gapless = [update for update, _ in takewhile(_follows, zip(updates, [None, *updates], strict=False))][:count]
 
+    channels: dict[str, tuple[Features, list[Row]]] = {}
+    for channel, attack in UPDATE_ATTACKS.items():
+        found = inverted(view, recompute, attack, gapless if attack.consecutive else spread, labels)
+        if len(found[1]) >= MIN_TEXTS:
+            channels[channel] = found
+    return channels
+
+
+def inverted(
+    view: View, recompute: Recomputation, attack: UpdateAttack, updates: Sequence[Update], labels: Mapping[Row, int]
+) -> tuple[Features, list[Row]]:
+    """What one attack makes of these updates: the mean for each text whose label is known."""
+
     def observed(update: Update) -> tuple[Jacobian, NDArray[np.float64]]:
         before, after = ([view.adapter(name) for name in names] for names in (update.before, update.after))
         change = np.stack([(b - a).double().numpy() for a, b in zip(before, after, strict=True)])
         return recompute.jacobian(view, update.at, update.rows), change
 
-    channels: dict[str, tuple[Features, list[Row]]] = {}
-    for channel, attack in UPDATE_ATTACKS.items():
-        vectors, rows = attack.function(gapless if attack.consecutive else spread, observed)
-        by_row: dict[Row, list[Features]] = {}
-        for row, vector in zip(rows, vectors, strict=True):
-            if row in labels:
-                by_row.setdefault(row, []).append(vector)
-        if len(by_row) >= MIN_TEXTS:
-            means = [np.mean(found, axis=0, dtype=np.float32) for found in by_row.values()]
-            channels[channel] = (np.stack(means), list(by_row))
-    return channels
+    by_row: dict[Row, list[Features]] = {}
+    for vector, row in zip(*attack.function(updates, observed), strict=True):
+        if row in labels:
+            by_row.setdefault(row, []).append(vector)
+    means = [np.mean(found, axis=0, dtype=np.float32) for found in by_row.values()]
+    return (np.stack(means) if means else np.empty((0, 0), np.float32)), list(by_row)
 
 
 def _follows(pair: tuple[Update, Update | None]) -> bool:

@@ -28,8 +28,6 @@ def write_report(
         classes=[(name, COLOURS[index % len(COLOURS)]) for index, name in enumerate(classes)],
         facts=facts,
         servers=[_server(result) for result in verdict.attacked],
-        controls=verdict.control,
-        FROZEN=FROZEN,
         knowledge=KNOWLEDGE[1:],
     )
     path.parent.mkdir(parents=True, exist_ok=True)

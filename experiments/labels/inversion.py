@@ -1,0 +1,115 @@
+"""What consecutive adapters tell over a whole run, and what the two alternatives of P3EFT's section 3.2 change.
+
+python -m experiments.labels.inversion [--arms shares,moments,turns,noise] [--seeds 1,2]
+
+LoRA with gradients in two shares, so that nobody sees a gradient; one operator inverts the optimizer's steps, at the
+beginning of the run and in each third of it. Writes `experiments/results/labels/inversion.json`; what is in it is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from blindtune.audit import Recomputation, read_view
+from blindtune.audit.channels import inverted
+from blindtune.audit.labels import UPDATE_ATTACKS
+from blindtune.audit.observe import Update, View
+from blindtune.audit.statistics import best_auc
+from blindtune.cli.audit import label_rows
+from blindtune.methods import LoRA
+from blindtune.training import TrainConfig, Trainer
+from blindtune.wire import Transcript
+from experiments.labels.run import RESULTS, Stage, evaluate, make_model, set_stage
+from experiments.local import close_pool
+
+UPDATES = 8
+"""To invert at each moment; their texts are attacked together."""
+ARMS: dict[str, dict[str, float]] = {
+    "shares": {},
+    "moments": {"random_moments": 0.1},
+    "turns": {"operators": 4},
+    "noise": {"adapter_noise": 0.01},
+}
+
+
+def run(stage: Stage, arm: str, seed: int) -> dict[str, Any]:
+    """Trains, and attacks what the first operator recorded."""
+    settings = ARMS[arm]
+    work = Path(tempfile.mkdtemp(prefix="blindtune-"))
+    folders = [work / str(operator) for operator in range(int(settings.get("operators", 2)))]
+    try:
+        method = LoRA(m=2)
+        model = make_model(stage, method, folders, LoRA.default_rank, seed)
+        if "adapter_noise" in settings:
+            noisy = method.make_shares(model.generator, adapter_noise=settings["adapter_noise"])
+            method.shares = model.backbone.channel = noisy
+        config = TrainConfig(
+            steps=stage.task.steps,
+            seed=seed,
+            learning_rate=LoRA.default_lr,
+            random_moments=settings.get("random_moments", 0.0),
+        )
+        trainer = Trainer(model, stage.train, config)
+        trainer.prepare()
+        for step in trainer.steps():
+            if step.step % 50 == 0:
+                print(f"  {arm} seed {seed}: step {step.step}, loss {step.losses['task']:.3f}", flush=True)
+        result: dict[str, Any] = {**settings, "test": evaluate(model, stage.test)}
+        close_pool(model.backbone.pool)
+        view = read_view(Transcript(folders[0]), "A")
+        return {**result, "auc": invert(view, stage)}
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def invert(view: View, stage: Stage) -> dict[str, float]:
+    """AUC by moment and attack; no entry where the operator saw no update to invert."""
+    labels, recompute = label_rows(stage.train, [view], stage.backbone), Recomputation(stage.backbone)
+    updates = view.updates()
+    moments: dict[str, tuple[str, list[Update]]] = {
+        "first steps, Adam": ("update inverted, Adam", updates[:UPDATES]),
+        "first steps": ("update inverted", updates[:UPDATES]),
+    }
+    thirds = np.array_split(np.arange(len(updates)), 3)
+    for name, third in zip(("first third", "second third", "last third"), thirds, strict=True):
+        chosen = third[np.linspace(0, len(third) - 1, UPDATES).round().astype(int)] if len(third) else []
+        moments[name] = ("update inverted", [updates[i] for i in chosen])
+    found: dict[str, float] = {}
+    for name, (attack, some) in moments.items():
+        if not some:
+            continue
+        features, rows = inverted(view, recompute, UPDATE_ATTACKS[attack], some, labels)
+        found[name] = round(best_auc(features, np.array([labels[row] for row in rows]), symmetric=True)[0], 4)
+        print(f"  {name}: {found[name]:.3f} of {len(rows)} texts", flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arms", default=",".join(ARMS))
+    parser.add_argument("--seeds", default="1,2")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    path = RESULTS / "inversion.json"
+    found: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+    stage: Stage | None = None
+    for seed in options.seeds.split(","):
+        for arm in options.arms.split(","):
+            if seed in found.get(arm, {}):
+                continue
+            stage = stage or set_stage("sst2")
+            found.setdefault(arm, {})[seed] = run(stage, arm, int(seed))
+            path.write_text(json.dumps(found, indent=1) + "\n")
+            print(f"{arm} seed {seed}: {found[arm][seed]}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
