@@ -25,7 +25,7 @@ from blindtune.errors import PROBLEM_PREFIX, TooBusy
 from blindtune.keystream import expand_noise
 from blindtune.models import FrozenBackbone, load_backbone
 from blindtune.server import ServerSettings, create_app
-from blindtune.server.app import Host
+from blindtune.server.host import Host
 from blindtune.wire import (
     MEDIA_TYPE,
     BackwardRequest,

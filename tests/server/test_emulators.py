@@ -16,7 +16,7 @@ from blindtune.errors import EmulatorError, UnknownPart
 from blindtune.models import Cut, FrozenBackbone, load_backbone
 from blindtune.models.emulator import WEIGHTS_FILE, load_emulator, make_emulator, save_emulator
 from blindtune.models.manifest import public_key
-from blindtune.server.app import Host, ServerSettings
+from blindtune.server.host import Host, ServerSettings
 from blindtune.wire import PartFile, decode, encode
 from tests.conftest import Server
 from tests.tiny_causal import save_tiny_causal

@@ -105,7 +105,7 @@ def run_input_audit(
     """
     from blindtune.audit.inputs import Attacker, Truth, attack_inputs, read_exchanges
     from blindtune.audit.inputs.evaluate import first_calls
-    from blindtune.cli.guarded import read_run
+    from blindtune.methods.guarded import read_run
     from blindtune.models import Cut, Tokenizer, load_backbone
     from blindtune.training.shadow import Recipe
     from blindtune.wire import Transcript

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from blindtune.training.guarded import GuardedConfig, GuardedTrainer, Scorer
     from blindtune.training.questions import Fields, Question, TokenizedQuestion
 
-SUMMARY = "blindtune.json"
 DEFAULT_RANK, DEFAULT_LR, DEFAULT_LENGTH = 16, 1e-3, 128
 
 
@@ -92,6 +91,7 @@ def train_guarded(
 ) -> dict[str, Any]:
     """Connects, trains with progress, leaves a checkpoint however it ends, and evaluates."""
     from blindtune.methods.guarded import make_design
+    from blindtune.methods.state import SUMMARY
     from blindtune.training import steps_for
     from blindtune.training.guarded import GuardedTrainer
     from blindtune.training.questions import tokenize
@@ -201,6 +201,8 @@ def _prepare_store(session: Session, train: list["TokenizedQuestion"], output: P
 
 
 def _summary(session: Session, chosen: dict[str, Any], tuning: Tuning, data: Data, length: int) -> dict[str, Any]:
+    from blindtune.methods.guarded import read_run
+
     info = session.operator.info
     assert info.split is not None  # noqa: S101 - parts were fetched
     return {
@@ -220,12 +222,6 @@ def _summary(session: Session, chosen: dict[str, Any], tuning: Tuning, data: Dat
         "fields": asdict(data.fields),
         "emulator": session.manifest,
     }
-
-
-def read_run(checkpoint: Path) -> dict[str, Any]:
-    """What `blindtune.json` tells of the run; empty where there is none."""
-    path = checkpoint / SUMMARY
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _announce(session: Session, count: int, config: "GuardedConfig") -> None:

@@ -10,7 +10,6 @@ from rich.table import Table
 
 from blindtune.cli import options
 from blindtune.cli.console import console, reporting_errors, write_json
-from blindtune.cli.guarded import read_run
 from blindtune.cli.plugin import chosen_fields, read_test
 from blindtune.errors import ConfigError, UnknownPart
 
@@ -53,6 +52,7 @@ def membership(
     """
     with reporting_errors():
         from blindtune.audit.membership import attack_membership
+        from blindtune.methods.guarded import read_run
 
         if around not in AROUND:
             raise ConfigError(f"There is no {around!r} to put ends around.", remedy=f"Use {' or '.join(AROUND)}.")

@@ -48,9 +48,9 @@ def plug_in(
     Example:  blindtune plug-in out/ --server https://a.example --data test.jsonl
     """
     with reporting_errors():
-        from blindtune.cli.guarded import print_result, read_run
+        from blindtune.cli.guarded import print_result
         from blindtune.client import RemotePlugin
-        from blindtune.methods.guarded import read_tuned
+        from blindtune.methods.guarded import read_run, read_tuned
 
         operator = options.connect_operator(
             server, token=token, tls_ca=tls_ca, wait=wait, insecure=insecure, model=model

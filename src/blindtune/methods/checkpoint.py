@@ -32,11 +32,11 @@ from blindtune.methods.p3eft import P3EFT
 from blindtune.methods.p3eft_published import PublishedP3EFT
 from blindtune.methods.pslf import PSLF
 from blindtune.methods.randomized_response import RandomizedResponse
-from blindtune.methods.state import read_tensors, under, write_tensors
+from blindtune.methods.state import SUMMARY, read_tensors, under, write_tensors
 from blindtune.models.adapters import read_lora_config
 from blindtune.privacy.randomness import SecureGenerator
 
-SUMMARY, HEAD, SECRET, RESUME = "blindtune.json", "head.safetensors", "secret.safetensors", "resume.safetensors"
+HEAD, SECRET, RESUME = "head.safetensors", "secret.safetensors", "resume.safetensors"
 METHODS: dict[str, type[LoRA]] = {
     m.name: m for m in (LoRA, HeadOnly, P3EFT, PublishedP3EFT, DistanceCorrelation, PSLF, RandomizedResponse)
 }

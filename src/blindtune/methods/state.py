@@ -12,6 +12,9 @@ from torch import Tensor
 from blindtune.errors import CheckpointError
 from blindtune.files import PRIVATE, replace_file
 
+SUMMARY = "blindtune.json"
+"""What a checkpoint tells of the run that made it; no tensors, no secrets."""
+
 
 def under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors whose names begin with the prefix, without it."""

@@ -16,7 +16,8 @@ import uvicorn
 
 from blindtune.errors import ConfigError
 from blindtune.models import FrozenBackbone
-from blindtune.server.app import ServerSettings, create_app
+from blindtune.server.app import create_app
+from blindtune.server.host import ServerSettings
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 

@@ -19,13 +19,13 @@ from blindtune.client import RemotePlugin
 from blindtune.errors import CheckpointError, ConfigError
 from blindtune.files import replace_file
 from blindtune.methods.guarded import CausalBatch, Design, Ends, Gradfree, SplitCausalLM
-from blindtune.methods.state import read_tensors, under, write_tensors
+from blindtune.methods.state import SUMMARY, read_tensors, under, write_tensors
 from blindtune.privacy.randomness import SecureGenerator
 from blindtune.training.batches import BatchPlan, linear_rate
 from blindtune.training.questions import TokenizedQuestion
 
 COUNT_EVERY = 25
-STATE, SUMMARY = "resume.safetensors", "blindtune.json"
+STATE = "resume.safetensors"
 
 
 @dataclass(frozen=True)

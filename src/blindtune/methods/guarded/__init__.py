@@ -9,7 +9,7 @@
 """
 
 from blindtune.methods.guarded.designs import DESIGNS, Design, Gradfree, Offline, Offsite, Online, make_design
-from blindtune.methods.guarded.ends import Ends, read_ends, read_tuned
+from blindtune.methods.guarded.ends import Ends, read_ends, read_run, read_tuned
 from blindtune.methods.guarded.model import CausalBatch, SplitCausalLM
 from blindtune.methods.guarded.smashed import SmashedStore
 
@@ -26,5 +26,6 @@ __all__ = [
     "SplitCausalLM",
     "make_design",
     "read_ends",
+    "read_run",
     "read_tuned",
 ]

@@ -19,7 +19,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from blindtune.errors import CheckpointError, ConfigError, InvalidTensor
-from blindtune.methods.state import read_tensors, write_tensors
+from blindtune.methods.state import SUMMARY, read_tensors, write_tensors
 from blindtune.models.adapters import PEFT_PREFIX
 from blindtune.models.plugged import merge
 from blindtune.models.split import Part, blocks_name, decoder_of
@@ -163,6 +163,27 @@ def read_tuned(folder: Path) -> tuple[dict[str, Tensor], float | None]:
     whole = kind["trained"] == "full"
     tensors, _ = read_tensors(folder / (WHOLE if whole else ADAPTER))
     return tensors, None if whole else kind["alpha"] / kind["rank"]
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What a checkpoint's `blindtune.json` tells of the run that made it; empty where there is none.
+
+    Raises:
+        CheckpointError: a file that was damaged.
+    """
+    path = folder / SUMMARY
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise CheckpointError(
+            f"{path} is damaged: it holds no JSON object.",
+            remedy="Restore the file; without it, the tuned ends are read alone.",
+        )
+    return cast("dict[str, Any]", found)
 
 
 def read_ends(folder: Path) -> dict[str, Any]:
