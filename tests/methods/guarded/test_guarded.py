@@ -232,13 +232,17 @@ def test_two_point_estimates_point_along_the_gradient(setup: MakeSetup) -> None:
     batch = ours.trainer().batch(0)
     exact.model(batch).backward()
     target = torch.cat([p.grad.flatten() for p in exact.ends.parameters("bottom") if p.grad is not None])
-    total = torch.zeros_like(target)
+    found: list[Tensor] = []
     for seed in range(120):
         for parameter in ours.ends.parameters():
             parameter.grad = None
         design.step(ours.model, ours.ends, batch, torch.Generator().manual_seed(seed))
-        total += torch.cat([p.grad.flatten() for p in ours.ends.parameters("bottom") if p.grad is not None])
-    assert float(F.cosine_similarity(total, target, dim=0)) > 0.4  # 256 weights, 120 directions: √(120/376) = .56
+        found.append(torch.cat([p.grad.flatten() for p in ours.ends.parameters("bottom") if p.grad is not None]))
+    estimates = torch.stack(found)
+    # 256 weights, 120 directions: √(120/376) = .56
+    assert float(F.cosine_similarity(estimates.sum(0), target, dim=0)) > 0.4
+    sizes = estimates.norm(dim=1) / target.norm()
+    assert 0.3 < float(sizes.mean()) < 2  # as large as the gradient: clipping both ends together spares the top
     assert set(ours.trunk.traffic) == {"s_A up", "s_B down"}
 
 

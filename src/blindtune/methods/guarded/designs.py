@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -156,7 +157,9 @@ class Gradfree(_Guarded):
     Args:
         zo: trains the bottom's LoRA too, by two-point zeroth-order estimates (Spall 1992): two messages up and down in
             every step, as many bytes as Online, and still no gradient on the wire.
-        zo_scale: ε of (L(θ + ε u) − L(θ − ε u)) / 2ε · u.
+        zo_scale: ε of (L(θ + ε u) − L(θ − ε u)) / (2ε √P) · u, u ~ N(0, I_P): an estimate of the gradient, divided by
+            √P so that it is no larger than that. Adam doesn't mind, and where both ends are clipped together the top's
+            gradient isn't lost beside it.
         anonymity: K > 1: each token is sent as one of a group of K (`blindtune.privacy.token_groups`). Only here: a
             gradient would tell the true tokens, since the loss is theirs.
     """
@@ -233,7 +236,8 @@ class Gradfree(_Guarded):
             _check_loss(task)
             (task / 2).backward()  # the top's gradient: the mean of both points
             losses.append(float(task.detach()))
-        slope = (losses[0] - losses[1]) / (2 * self.zo_scale)
+        count = sum(parameter.numel() for parameter in parameters)
+        slope = (losses[0] - losses[1]) / (2 * self.zo_scale * math.sqrt(count))
         for parameter, direction in zip(parameters, directions, strict=True):
             parameter.grad = slope * direction
         return {"task": sum(losses) / 2}
