@@ -44,6 +44,7 @@ COLOURS = {
     "p3eft_published": "#b7791f",
     "p3eft": "#6b46c1",
 }
+IN_WORDS = {"first=0": "all layers", "m=2": "gradients in shares"}
 TASKS = {
     "sst2": "SST-2, MiniLM",
     "mrpc": "MRPC, MiniLM",
@@ -65,7 +66,8 @@ class Arm:
 
     @property
     def setting(self) -> str:
-        return self.name.partition("+")[2].replace("first=0", "all layers").replace("+", ", ").replace("_", " ")
+        settings = self.name.split("+")[1:]
+        return ", ".join(IN_WORDS.get(setting, setting).replace("_", " ") for setting in settings)
 
     @property
     def label(self) -> str:
@@ -236,6 +238,11 @@ def on_all_layers(arms: dict[str, Arm]) -> list[Arm]:
     return [arm for name, arm in arms.items() if "first=0" in name.split("+")]
 
 
+def with_shares(arms: dict[str, Arm]) -> list[Arm]:
+    """Baselines whose gradients travel in shares too."""
+    return [arm for name, arm in arms.items() if "m=2" in name.split("+")]
+
+
 def swept(arms: dict[str, Arm], method: str, key: str) -> list[Arm]:
     """A method's arms that differ in one option alone, in its order."""
     found = [arm for arm in arms.values() if arm.method == method and (arm.name == method or _only(arm.name) == key)]
@@ -381,6 +388,28 @@ def gradients_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def inversion_table(result: dict[str, dict[str, Any]]) -> str:
+    """What one operator reads from optimizer steps, by moment; mean (range) over seeds."""
+    runs = {arm: list(by_seed.values()) for arm, by_seed in result.items()}
+    moments = list(dict.fromkeys(moment for found in runs.values() for run in found for moment in run["auc"]))
+    lines = [f"| | seeds | test accuracy | {' | '.join(moments)} |", "|---|" + "---|" * (len(moments) + 2)]
+    for arm, found in runs.items():
+        cells = [span([run["test"]["accuracy"] for run in found])]
+        for moment in moments:
+            seen = [run["auc"][moment] for run in found if moment in run["auc"]]
+            cells.append(span(seen, 2) if seen else "no step to invert")
+        lines.append(f"| {INVERTED[arm]} | {len(found)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+INVERTED = {
+    "shares": "gradients in shares, nothing else",
+    "moments": "random moments, 0.1",
+    "turns": "four operators that take turns",
+    "noise": "noise of 0.01 on adapters",
+}
+
+
 def save(figure: Figure, name: str) -> None:
     PICTURES.mkdir(parents=True, exist_ok=True)
     figure.savefig(PICTURES / f"{name}.svg", metadata={"Date": None})
@@ -392,7 +421,7 @@ def main() -> None:
     tasks = {task: arms for task in TASKS if (arms := load(task))}
     save(bars(tasks), "accuracy-and-leak")
     for task, arms in tasks.items():
-        fill(PAGE, task, table(arms, main_arms(arms) + on_all_layers(arms)))
+        fill(PAGE, task, table(arms, main_arms(arms) + with_shares(arms) + on_all_layers(arms)))
     sst2 = tasks["sst2"]
     save(tradeoff(sst2), "tradeoff")
     fill(PAGE, "areas", areas(sst2))
@@ -414,6 +443,9 @@ def main() -> None:
         )
         kinds = [(f"parameter gradients, {kind}", kind) for kind in ("normal", "private")]
         save(planes(result["pictures"], kinds), "parameter-gradients")
+    path = RESULTS / "inversion.json"
+    if path.exists():
+        fill(PAGE, "inversion", inversion_table(json.loads(path.read_text())))
 
 
 if __name__ == "__main__":
