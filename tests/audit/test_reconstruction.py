@@ -220,6 +220,25 @@ def test_the_quietest_combination_is_the_gradient_itself(m):
     assert min(error, (recovered + gradient).norm() / gradient.norm()) < 0.15
 
 
+@pytest.mark.parametrize("ratio", [0.001, 0.03, 1.0, 100.0, 1000.0])
+@pytest.mark.parametrize("m", [2, 3, 4, 8])
+def test_shares_that_met_tell_the_labels_of_all_batches_together(m, ratio):
+    """A sign that is right in one batch and wrong in the next would hide the labels from whoever pools batches."""
+    random = torch.Generator().manual_seed(m)
+    along = F.normalize(torch.randn(2, 64, generator=random), dim=-1)
+    generator = SecureGenerator(bytes(32))
+    found: dict[str, list[np.ndarray]] = {}
+    truth = torch.randint(0, 2, (40 * BATCH,), generator=random)
+    for labels in truth.split(BATCH):
+        residual = torch.rand(BATCH, generator=random) * 0.5 * (1 - 2 * labels)
+        shares = split_gradient(residual[None, :, None] * along[:, None], m, ratio, generator=generator).shares
+        for name, vectors in recombine(shares.numpy()).items():
+            found.setdefault(name, []).append(vectors)
+    rows = [(i,) for i in range(len(truth))]
+    known = {row: int(label) for row, label in zip(rows, truth, strict=True)}
+    assert strongest({name: (np.concatenate(v), rows) for name, v in found.items()}, known) > 0.95
+
+
 def test_the_loudest_combination_is_the_gradient_where_noise_is_weak():
     gradient = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0))
     shares = split_gradient(gradient, 2, 1e-5, generator=SecureGenerator(bytes(32))).shares

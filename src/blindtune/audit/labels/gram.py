@@ -2,9 +2,10 @@
 
 All shares but one are independent noise, and the last one is the gradient plus a combination of the others. The
 smallest eigenvector of the shares' m × m Gram matrix is that combination, up to a factor. The factor follows from how
-shares are made (`blindtune.privacy.shares`, public): the share that carries the gradient has the coefficient 1, all
-others together have a length in [1, 1.25). Where noise is weaker than the gradient, the loudest combination is the
-gradient. Ours; the idea is blind source separation's.
+shares are made (`blindtune.privacy.shares`, public): the share that carries the gradient has the coefficient 1; all
+other coefficients together have a length in [1, 1.25), by which its noise is louder than that of the others. A wrong
+carrier can mean a wrong sign, and wrong signs in some batches hide the labels of all. Where noise is weaker than the
+gradient, the loudest combination is the gradient. Ours; the idea is blind source separation's.
 """
 
 from __future__ import annotations
@@ -27,7 +28,11 @@ def recombine(shares: Features) -> dict[str, NDArray[np.floating]]:
     flat = shares.reshape(m, -1).astype(np.float64)
     _, vectors = np.linalg.eigh(flat @ flat.T)
     channels: dict[str, NDArray[np.floating]] = {}
-    for name, combination in (("recombined", _scaled(vectors[:, 0])), ("loudest", _upright(vectors[:, -1]))):
+    quietest, loudest = vectors[:, 0], vectors[:, -1]
+    sizes = np.linalg.norm(flat, axis=1)
+    carrier, louder = _carrier(quietest, sizes), int(sizes.argmax())
+    combinations = {"recombined": quietest / quietest[carrier], "loudest": loudest * np.sign(loudest[louder])}
+    for name, combination in combinations.items():
         gradient = np.tensordot(combination, shares.astype(np.float64), axes=1)  # (n, B, d)
         channels[f"gradient {name}"] = np.concatenate(list(gradient), axis=1)
         if n > 1:
@@ -35,13 +40,12 @@ def recombine(shares: Features) -> dict[str, NDArray[np.floating]]:
     return channels
 
 
-def _scaled(vector: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Divided by the entry for which the others' length comes nearest to `LENGTHS`: the carrier's."""
+def _carrier(vector: NDArray[np.float64], sizes: NDArray[np.float64]) -> int:
+    """Which share carries the gradient.
+
+    The length of all other coefficients, in units of its own, is in `LENGTHS`, and is how loud it is beside the others.
+    """
     others = np.sqrt(np.maximum(1.0 - vector**2, 0.0)) / np.maximum(np.abs(vector), 1e-12)
-    distance = np.maximum(np.maximum(LENGTHS[0] - others, others - LENGTHS[1]), 0.0)
-    return vector / vector[int(distance.argmin())]
-
-
-def _upright(vector: NDArray[np.float64]) -> NDArray[np.float64]:
-    """With its largest entry positive."""
-    return vector * np.sign(vector[int(np.abs(vector).argmax())])
+    beside = np.sqrt((np.sum(sizes**2) - sizes**2) / (len(sizes) - 1))
+    outside = np.maximum(np.maximum(LENGTHS[0] - others, others - LENGTHS[1]), 0.0)
+    return int((outside + np.abs(sizes / np.maximum(beside, 1e-300) - others)).argmin())
