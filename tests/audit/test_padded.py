@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from blindtune.audit import Plan, Recomputation, View, attack_view, audited_checkpoints, cells, join_views
+from blindtune.audit import FROZEN, Plan, Recomputation, View, attack_view, audited_checkpoints, cells, join_views
 from blindtune.audit.channels import (
     collusion_channels,
     computed_channels,
@@ -169,6 +169,18 @@ def test_the_audit_of_one_operator_finds_nothing(task, views, recompute):
     attacked = attack_view(views(PROPER)[1], Plan(task.labels, points=3, probe_points=2), recompute)
     assert max(f.auc for f in attacked.findings if f.knows == "nothing") < 0.7
     assert {f.channel for f in attacked.findings} >= set(AVERAGES)
+
+
+def test_what_knows_no_label_is_a_control(task, views, recompute):
+    """h(x, 0) as it was sent is the frozen model's; and few known labels are tried on the same texts everywhere."""
+    most = len(task.labels) - 10
+    found = attack_view(views(PROPER)[0], Plan(task.labels, 2, 1, max_texts=most), recompute).findings
+    assert f"{FROZEN}: {BASE_SENT}" in {f.channel for f in found}
+    assert BASE_SENT not in {f.channel for f in found}
+    probes = [f for f in found if f.knows == "16 labels"]
+    assert {f.channel.startswith("sent") for f in probes} == {True, False}
+    assert {f.texts for f in probes} == {most}
+    assert {f.texts for f in found if f.channel == "gradient 0" and f.knows == "nothing"} == {most + 10}
 
 
 def test_a_step_is_the_newest_adapters_although_gradients_stand_still(views):

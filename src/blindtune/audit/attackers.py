@@ -22,6 +22,7 @@ from blindtune.audit.channels import (
     travelled_channels,
 )
 from blindtune.audit.labels import ATTACKS, Attack, Channel
+from blindtune.audit.labels.few import COUNTS
 from blindtune.audit.observe import Adapter, Checkpoint, Features, Row, View
 from blindtune.audit.recompute import Memory, Recomputation
 from blindtune.audit.statistics import CachedScores, Labels, Scores, best_auc, bootstrap_auc, mean_auc
@@ -216,9 +217,18 @@ def attack_view(
         gathered |= beyond_text_channels(view, recompute, gathered)
         if late:
             gathered |= inverted_channels(view, plan.labels, recompute, plan.updates)
+        gathered = {
+            (f"{FROZEN}: {channel}" if _is_frozen(view, recompute, found, rows) else channel): found
+            for channel, found in gathered.items()
+        }
         for channel, (features, channel_rows) in _all(computed, visible, gathered):
             labels = _labels(plan, channel_rows)
-            result.attack(channel, checkpoint.step, _channel(plan, features), channel_rows, labels, attacks)
+            few = [a for a in attacks if a.knows in COUNTS.values()] if channel in gathered else []
+            rest = [a for a in attacks if a not in few]
+            result.attack(channel, checkpoint.step, _channel(plan, features), channel_rows, labels, rest)
+            if few:  # on the texts that all other channels are attacked on, in their order: draws are the same
+                same, same_rows = _of_rows(features, channel_rows, visible)
+                result.attack(channel, checkpoint.step, _channel(plan, same), same_rows, _labels(plan, same_rows), few)
             if not channel.startswith(FROZEN) and (late or (channel, "early") not in result.pictures):
                 result.pictures[channel, "late" if late else "early"] = (features, labels)
             if on_cell is not None:
@@ -229,6 +239,20 @@ def attack_view(
     result.pictures[FROZEN, "late"] = (frozen, _labels(plan, rows))
     result.finish()
     return result
+
+
+def _of_rows(features: Features, rows: Sequence[Row], wanted: Sequence[Row]) -> tuple[Features, list[Row]]:
+    """The vectors of those wanted texts that have one, in their order."""
+    places = {row: place for place, row in enumerate(rows)}
+    kept = [row for row in wanted if row in places]
+    return features[[places[row] for row in kept]], kept
+
+
+def _is_frozen(view: View, recompute: Recomputation, found: tuple[Features, list[Row]], rows: Sequence[Row]) -> bool:
+    """Whether vectors `(N, d)` that travelled are the pretrained model's, which no label has anything to do with."""
+    features, kept = _of_rows(*found, rows)
+    frozen, _ = _of_rows(recompute.hidden(view, (), rows)[0], rows, kept)
+    return len(kept) > 0 and features.shape == frozen.shape and bool(np.allclose(features, frozen, atol=1e-4))
 
 
 def _digest(features: Features, labels: Labels) -> bytes:
