@@ -407,6 +407,7 @@ INVERTED = {
     "moments": "random moments, 0.1",
     "turns": "four operators that take turns",
     "noise": "noise of 0.01 on adapters",
+    "dc": "distance correlation, gradients in shares",
 }
 
 

@@ -1,9 +1,9 @@
 """What consecutive adapters tell over a whole run, and what the two alternatives of P3EFT's section 3.2 change.
 
-python -m experiments.labels.inversion [--arms shares,moments,turns,noise] [--seeds 1,2]
+python -m experiments.labels.inversion [--arms shares,moments,turns,noise,dc] [--seeds 1,2]
 
-LoRA with gradients in two shares, so that nobody sees a gradient; one operator inverts the optimizer's steps, at the
-beginning of the run and in each third of it. Writes `experiments/results/labels/inversion.json`; what is in it is kept.
+LoRA (and distance correlation) with gradients in two shares, so that nobody sees a gradient; one operator inverts the
+optimizer's steps, at the beginning of the run and in each third of it. Writes `experiments/results/labels/inversion.json`; what is in it is kept.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from blindtune.audit.labels import UPDATE_ATTACKS
 from blindtune.audit.observe import Update, View
 from blindtune.audit.statistics import best_auc
 from blindtune.cli.audit import label_rows
-from blindtune.methods import LoRA
+from blindtune.methods import make_method
 from blindtune.training import TrainConfig, Trainer
 from blindtune.wire import Transcript
 from experiments.labels.run import RESULTS, Stage, evaluate, make_model, set_stage
@@ -32,11 +32,12 @@ from experiments.local import close_pool
 
 UPDATES = 8
 """To invert at each moment; their texts are attacked together."""
-ARMS: dict[str, dict[str, float]] = {
+ARMS: dict[str, dict[str, Any]] = {
     "shares": {},
     "moments": {"random_moments": 0.1},
     "turns": {"operators": 4},
     "noise": {"adapter_noise": 0.01},
+    "dc": {"method": "dc"},
 }
 
 
@@ -46,15 +47,15 @@ def run(stage: Stage, arm: str, seed: int) -> dict[str, Any]:
     work = Path(tempfile.mkdtemp(prefix="blindtune-"))
     folders = [work / str(operator) for operator in range(int(settings.get("operators", 2)))]
     try:
-        method = LoRA(m=2)
-        model = make_model(stage, method, folders, LoRA.default_rank, seed)
+        method = make_method(settings.get("method", "lora"), {"m": 2})
+        model = make_model(stage, method, folders, method.default_rank, seed)
         if "adapter_noise" in settings:
             noisy = method.make_shares(model.generator, adapter_noise=settings["adapter_noise"])
             method.shares = model.backbone.channel = noisy
         config = TrainConfig(
             steps=stage.task.steps,
             seed=seed,
-            learning_rate=LoRA.default_lr,
+            learning_rate=method.default_lr,
             random_moments=settings.get("random_moments", 0.0),
         )
         trainer = Trainer(model, stage.train, config)
