@@ -3,7 +3,8 @@
 python -m experiments.labels.inversion [--arms shares,moments,turns,noise,dc] [--seeds 1,2]
 
 LoRA (and distance correlation) with gradients in two shares, so that nobody sees a gradient; one operator inverts the
-optimizer's steps, at the beginning of the run and in each third of it. Writes `experiments/results/labels/inversion.json`; what is in it is kept.
+optimizer's steps, at the beginning of the run and in each third of it. Writes
+`experiments/results/labels/inversion.json`; what is in it is kept.
 """
 
 from __future__ import annotations
