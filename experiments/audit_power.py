@@ -23,7 +23,7 @@ from blindtune.audit.labels import ATTACKS, Channel
 from blindtune.audit.statistics import chance_of_maximum
 
 RESULT = Path(__file__).parent / "results" / "audit_power.json"
-RUNS, TEXTS, DIM, CHANNELS, LOOKS = 300, 600, 24, 4, 3
+RUNS, TEXTS, DIM, CHANNELS, LOOKS = 200, 600, 24, 4, 3
 LEAK, LEVEL, PERMUTATIONS = 0.65, 0.05, 400
 
 

@@ -70,6 +70,11 @@ class Arm:
         return max(self.attacks("static") + self.attacks("adaptive"), key=lambda a: a["accuracy"][0], default=None)
 
     @property
+    def tried(self) -> int:
+        """How many attacks there were, of either attacker."""
+        return len({a["attack"] for a in self.attacks("static") + self.attacks("adaptive")})
+
+    @property
     def without_adaptive(self) -> str:
         """Why there is no adaptive attacker: nothing to be known, or not run."""
         return "not run" if any(name in self.name for name in (*DEFENCES, "start")) else "as static"
@@ -118,13 +123,14 @@ def points(triple: tuple[float, float, float]) -> str:
     return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
+def header(*columns: str) -> list[str]:
+    """The first two lines of a table."""
+    return [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+
+
 def utility_table(found: dict[str, Arm]) -> str:
-    heads = ["SciQ", "OpenBookQA", "ARC-Easy", "ARC-Challenge"]
-    lines = [
-        f"| | seeds | {' | '.join(heads)} | mean | against zero-shot, points | against undefended |",
-        "|---|" * 1 + "---|" * 8,
-    ]
-    lines[1] = "|" + "---|" * (len(heads) + 5)
+    means = ("mean", "mean by character", "against zero-shot, points", "against undefended")
+    lines = header("", "seeds", "SciQ", "OpenBookQA", "ARC-Easy", "ARC-Challenge", *means)
     zero, undefended = found["zero-shot"], found.get(UNDEFENDED)
 
     def row(name: str, arm: Arm, key: str) -> str:
@@ -132,7 +138,8 @@ def utility_table(found: dict[str, Arm]) -> str:
         cells = [f"{arm.hits(task, key).mean():.3f}" for task in TASKS]
         against = points(difference(arm, zero, key)) if arm is not zero or key != "utility" else "–"
         to = points(difference(arm, undefended, key)) if undefended and (arm is not undefended) else "–"
-        return f"| {name} | {seeds} | {' | '.join(cells)} | **{average(arm, key):.3f}** | {against} | {to} |"
+        means = f"**{average(arm, key):.3f}** | {average(arm, key, 'accuracy_norm'):.3f}"
+        return f"| {name} | {seeds} | {' | '.join(cells)} | {means} | {against} | {to} |"
 
     for name in ordered(found):
         arm = found[name]
@@ -152,16 +159,14 @@ def ordered(found: dict[str, Arm]) -> list[str]:
 
 
 def privacy_table(found: dict[str, Arm]) -> str:
-    lines = [
-        "| | static attacker reads | adaptive attacker reads | best of all | its ROUGE-L | best at the end | floor |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    attackers = ("static attacker reads", "adaptive attacker reads")
+    lines = header("", "attacks", *attackers, "best of all", "its ROUGE-L", "best at the end", "floor")
     for name in ordered(found):
         arm = found[name]
         best = arm.best_attack
         if best is None:
             if name in ("guarded-offline", "offsite"):
-                lines.append(f"| {arm.label} | nothing is sent | nothing is sent | – | – | – | – |")
+                lines.append(f"| {arm.label} | – | nothing is sent | nothing is sent | – | – | – | – |")
             continue
         cells = []
         for attacker in ("static", "adaptive"):
@@ -169,18 +174,17 @@ def privacy_table(found: dict[str, Arm]) -> str:
             top = max(some, key=lambda a: a["accuracy"][0], default=None)
             mean, low, high = top["accuracy"] if top else (0, 0, 0)
             cells.append(f"{mean:.2f} [{low:.2f}, {high:.2f}] ({top['attack']})" if top else arm.without_adaptive)
+        best_read = f"**{best['accuracy'][0]:.2f}** at the {best['stage']}"
         lines.append(
-            f"| {arm.label} | {cells[0]} | {cells[1]} | **{best['accuracy'][0]:.2f}** at the {best['stage']} "
+            f"| {arm.label} | {arm.tried} | {cells[0]} | {cells[1]} | {best_read} "
             f"| {best['rougeL'][0]:.2f} | {arm.best_at_end:.2f} | {arm.floor:.2f} |"
         )
     return "\n".join(lines)
 
 
 def cost_table(found: dict[str, Arm]) -> str:
-    lines = [
-        "| | MB up | MB down | bytes for a text and epoch | TFLOP here | peak memory here, MB | seconds |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    wire = ("MB up", "MB down", "bytes for a text and epoch", "MB fetched once")
+    lines = header("", *wire, "TFLOP here", "peak memory here, MB", "seconds")
     for name in ordered(found):
         arm = found[name]
         up = arm.trained(lambda t: sum(n for kind, n in t["traffic"].items() if kind.endswith("up")))
@@ -192,7 +196,13 @@ def cost_table(found: dict[str, Arm]) -> str:
         flops, memory = arm.trained(lambda t: t["client_flops"]), arm.trained(lambda t: t["peak_memory_bytes"])
         seconds = arm.trained(lambda t: t["seconds"])
         numbers = [f"{up / 1e6:.1f}", f"{down / 1e6:.1f}", f"{(up + down) / texts:,.0f}"]
-        numbers += [f"{(flops or 0) / 1e12:.1f}", f"{(memory or 0) / 1e6:,.0f}", f"{seconds or 0:.0f}"]
+        once = (arm.trained(lambda t: t["bytes_received"]) or 0.0) - down
+        numbers += [
+            f"{once / 1e6:.1f}",
+            f"{(flops or 0) / 1e12:.1f}",
+            f"{(memory or 0) / 1e6:,.0f}",
+            f"{seconds or 0:.0f}",
+        ]
         lines.append(f"| {arm.label} | {' | '.join(numbers)} |")
     return "\n".join(lines)
 
@@ -206,10 +216,10 @@ def bytes_of(arm: Arm) -> float:
 def membership_table() -> str:
     """What the tuned ends of Offline runs tell."""
     runs = [json.loads(path.read_text()) for path in sorted((RESULTS / "handed-over").glob("*.json"))]
-    lines = [
-        "| | seed | AUC by loss | AUC by calibrated loss | members found at 1% false alarms | answers known by heart, members / others |",  # noqa: E501
-        "|---|---|---|---|---|---|",
-    ]
+    lines = header(
+        "", "seed", "AUC by loss", "AUC by calibrated loss", "members found at 1% false alarms",
+        "answers known by heart, members / others",
+    )  # fmt: skip
     for run in runs:
         told = run["membership"]
         cells = [f"{f['auc']:.2f} [{f['low']:.2f}, {f['high']:.2f}]" for f in told["findings"]]
@@ -236,7 +246,7 @@ def undefended_attacks(found: dict[str, Arm]) -> str:
         if a["attack"] not in best or a["accuracy"][0] > best[a["attack"]]["accuracy"][0]:
             best[a["attack"]] = a
     metrics = ("accuracy", "rouge1", "rouge2", "rougeL", "set_f1", "meteor")
-    lines = ["| attack | tokens in place | ROUGE-1 | ROUGE-2 | ROUGE-L | token-set F1 | METEOR |", "|" + "---|" * 7]
+    lines = header("attack", "tokens in place", "ROUGE-1", "ROUGE-2", "ROUGE-L", "token-set F1", "METEOR")
     for a in sorted(best.values(), key=lambda a: -a["accuracy"][0]):
         name = a["attack"] + (" (looks at nothing)" if a["floor"] else "")
         lines.append(f"| {name} | " + " | ".join(f"{a[m][0]:.2f}" for m in metrics) + " |")
