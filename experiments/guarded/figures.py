@@ -217,15 +217,15 @@ def membership_table() -> str:
     """What the tuned ends of Offline runs tell."""
     runs = [json.loads(path.read_text()) for path in sorted((RESULTS / "handed-over").glob("*.json"))]
     lines = header(
-        "", "seed", "AUC by loss", "AUC by calibrated loss", "members found at 1% false alarms",
+        "", "seed", "around", "AUC by loss", "AUC by calibrated loss", "members found at 1% false alarms",
         "answers known by heart, members / others",
     )  # fmt: skip
     for run in runs:
-        told = run["membership"]
-        cells = [f"{f['auc']:.2f} [{f['low']:.2f}, {f['high']:.2f}]" for f in told["findings"]]
-        found = max(f["found"] for f in told["findings"])
-        hearts = " / ".join(f"{part:.1%}" for part in told["heart"])
-        lines.append(f"| {NAMES[run['arm']]} | {run['seed']} | {' | '.join(cells)} | {found:.1%} | {hearts} |")
+        for around, told in run["membership"].items():
+            cells = [f"{f['auc']:.2f} [{f['low']:.2f}, {f['high']:.2f}]" for f in told["findings"]]
+            cells += [f"{max(f['found'] for f in told['findings']):.1%}"]
+            cells += [" / ".join(f"{part:.1%}" for part in told["heart"])]
+            lines.append(f"| {NAMES[run['arm']]} | {run['seed']} | {around} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -35,21 +35,22 @@ def write_others(work: Path) -> Path:
 
 
 def measure(arm: str, seed: str) -> dict[str, Any]:
-    """Membership around the emulator, then the real trunk on a few test questions."""
+    """Membership around the emulator and around the real trunk, then that on a few test questions."""
     work = WORK / f"{arm}-seed{seed}"
     others, test = write_others(work), work / "some-test.jsonl"
     write_questions(test, read_table(str(path_of("sciq", "test")), "test").to_pylist()[:TESTED])
     serve = ["--split", f"{CUT.bottom},{CUT.top}", "--emulator", str(emulator(Arm.parse(arm).keep))]
     with local_servers(MODEL, [work / "handed-over"], threads=1, more=serve) as (server,):
         out, at = str(work / "out"), ["--server", server.url]
-        told, used = work / "membership.json", work / "plug-in.json"
+        used, told = work / "plug-in.json", {name: work / f"membership-{name}.json" for name in ("emulator", "trunk")}
         files = ["--members", str(work / "train.jsonl"), "--others", str(others), "--limit", str(MOST)]
-        command("membership", out, *at, *files, "--json", str(told))
+        for around, path in told.items():
+            command("membership", out, *at, *files, "--around", around, "--json", str(path))
         prompt = "Question: What gas do plants take in from the air?\nAnswer:"
         used_for = ["--data", str(test), "--prompt", prompt, "--max-new-tokens", "8", "--json", str(used)]
         command("plug-in", out, *at, *used_for)
-    return {"arm": arm, "seed": int(seed), "membership": json.loads(told.read_text()),
-            "plug_in": json.loads(used.read_text())}  # fmt: skip
+    membership = {around: json.loads(path.read_text()) for around, path in told.items()}
+    return {"arm": arm, "seed": int(seed), "membership": membership, "plug_in": json.loads(used.read_text())}
 
 
 def main() -> None:

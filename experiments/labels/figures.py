@@ -9,6 +9,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -324,17 +325,16 @@ def targets(arms: dict[str, Arm]) -> str:
     row("upper end of its 95% interval", "≤ 0.65", lambda p, _: p["audit"]["headline"]["high"])
     row("the same attacks on adapters in random order", "–", lambda p, _: chance(p) or 0.5)
     for knows in ("16 labels", "64 labels", "256 labels"):
-        gain = lambda p, _, knows=knows: (
-            100
-            * (  # noqa: E731
-                p["audit"]["computed"][knows] - p["audit"]["frozen_computed"][knows]
-            )
-        )
-        row(f"{knows} known: above frozen features, points", "≤ 2", gain, 1)
+        row(f"{knows} known: above frozen features, points", "≤ 2", partial(_gained, knows), 1)
     row("best attack on shares", "≤ 0.52", lambda p, _: gradient_leak(p) or 0.5)
     row("μ of the gradient channel, whole run", "≤ 0.1", lambda p, _: p["report"]["gradient_channel_mu"])
     row("bits about all labels together", "–", lambda p, _: p["report"]["information_bits"], 2)
     return "\n".join(lines)
+
+
+def _gained(knows: str, run: dict[str, Any], _: dict[str, Any]) -> float:
+    """Points of AUC."""
+    return 100 * (run["audit"]["computed"][knows] - run["audit"]["frozen_computed"][knows])
 
 
 def area(arms: dict[str, Arm], other: str, measure: str) -> dict[str, Any]:
