@@ -143,7 +143,7 @@ def run(stage: Stage, arm: Arm, seed: int, *, selection: bool = False, attacked:
         result["utility"] = evaluate(train_full(stage, arm, work, seed), CUT, questions)
     else:
         result |= train_over_the_wire(stage, arm, work, seed)
-        result |= evaluate_tuned(stage, arm, work / "out", seed, questions)
+        result |= evaluate_tuned(stage, arm, work / "out", questions)
         print(f"  {describe({**result, 'seconds': time.perf_counter() - began})}", flush=True)
         if arm.attacks and attacked and not selection and not arm.emulated:
             names = None if arm.battery == "all" else QUICK
@@ -268,15 +268,13 @@ def _whole(causal: nn.Module) -> Any:
     return loss
 
 
-def evaluate_tuned(
-    stage: Stage, arm: Arm, out: Path, seed: int, questions: dict[str, list[TokenizedQuestion]]
-) -> dict[str, Any]:
-    """Tuned ends around the real trunk, as the design will use it; for Offline also around the emulator."""
-    tensors, scaling = read_tuned(out)
+def evaluate_tuned(stage: Stage, arm: Arm, out: Path, questions: dict[str, list[TokenizedQuestion]]) -> dict[str, Any]:
+    """Tuned ends around the real trunk, as the design will use it; for Offline also around the emulator.
+
+    Checkpoints hold their start; those that were trained before they did, with `start`, have to be trained again.
+    """
     base = stage.split(arm.cut)
-    if arm.start:
-        base = SplitModel.of(plug_in(base, *read_tuned(started(arm, seed) / "out")), arm.cut)
-    whole = plug_in(base, tensors, scaling)
+    whole = plug_in(base, *read_tuned(out))
     design = make_design(arm.method, arm.options)
     if not design.emulated:
         return {"utility": evaluate(whole, arm.cut, questions, wire_of(design, base.parts["bottom"]))}

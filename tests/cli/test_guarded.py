@@ -12,6 +12,7 @@ from click.testing import Result
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from blindtune.methods.guarded import read_tuned
 from blindtune.training.shadow import Recipe
 from blindtune.wire import Transcript
 from tests.cli.commands import run
@@ -103,6 +104,9 @@ def test_tuned_ends_of_one_run_start_another(split_server, questions, tmp_path):
     train(split_server, questions, "guarded-online", first, "--set", "decorrelation_weight=0.5", "--tune", "full")
     done = train(split_server, questions, "guarded-gradfree", tmp_path / "second", "--start", first)
     assert "Starts from the tuned ends" in done.stdout
+    tensors, _ = read_tuned(tmp_path / "second")
+    assert {name.split(".layers.")[1][0] for name in tensors} == {"0", "1", "3", "4"}  # the start's bottom, too
+    assert not (tmp_path / "second" / "adapter_model.safetensors").exists()
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,13 @@ Tuned ends travel as checkpoints hold them: LoRA matrices under PEFT's names, or
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from blindtune.errors import InvalidTensor
@@ -65,6 +67,28 @@ def _with_lora(weight: Tensor | None, a: Tensor, b: Tensor, scaling: float, name
         raise InvalidTensor(f"LoRA matrices of {name!r} have two ranks.", remedy="Send a PEFT checkpoint's tensors.")
     change = scaling * (b.to(weight.device, torch.float32) @ a.to(weight.device, torch.float32))
     return (weight.float() + change).to(weight.dtype)
+
+
+def add_lora(tuned: Sequence[tuple[Mapping[str, Tensor], float]]) -> tuple[dict[str, Tensor], int]:
+    """Several LoRA checkpoints' tensors and scalings as one of scaling 1 that changes weights by their sum; its rank.
+
+    A = [A₁; A₂; …] and B = [s₁ B₁, s₂ B₂, …] for each module, with zeros up to the largest rank that a module has.
+    """
+    pieces: defaultdict[str, list[Tensor]] = defaultdict(list)
+    for tensors, scaling in tuned:
+        for name, tensor in tensors.items():
+            factor = 1 if name.endswith(A) else scaling
+            pieces[PEFT_PREFIX + name.removeprefix(PEFT_PREFIX)].append(factor * tensor.float())
+    joined = {name: torch.cat(some, 0 if name.endswith(A) else 1) for name, some in pieces.items()}
+    rank = max(tensor.shape[0] for name, tensor in joined.items() if name.endswith(A))
+    for name, tensor in joined.items():
+        joined[name] = F.pad(tensor, (0, 0, 0, rank - len(tensor)) if name.endswith(A) else (0, rank - tensor.shape[1]))
+    return joined, rank
+
+
+def lora_modules(tensors: Iterable[str]) -> list[str]:
+    """The modules that a LoRA checkpoint's tensors belong to, by their names in the whole model."""
+    return sorted(name.removeprefix(PEFT_PREFIX).removesuffix(A) for name in tensors if name.endswith(A))
 
 
 def end_weights(split: SplitModel) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
@@ -20,7 +20,9 @@ from blindtune.client import Operator, RemoteTrunk, Transport, fetch_part
 from blindtune.errors import BlindtuneError, CacheFull, CheckpointError, ConfigError, NonFiniteTensor
 from blindtune.methods.guarded import CausalBatch, Ends, Gradfree, Online, SmashedStore, SplitCausalLM, make_design
 from blindtune.methods.guarded.designs import Design
-from blindtune.methods.guarded.ends import merge_checkpoint, read_ends
+from blindtune.methods.guarded.ends import WHOLE, merge_checkpoint, read_ends, read_tuned
+from blindtune.models import Cut, load_backbone
+from blindtune.models.plugged import plug_in
 from blindtune.models.split import tie
 from blindtune.training.guarded import GuardedConfig, GuardedTrainer, evaluate_questions
 from blindtune.training.questions import Question, TokenizedQuestion, tokenize
@@ -354,6 +356,71 @@ def test_tuned_ends_are_a_start(setup: MakeSetup, tmp_path: Path, trained: str) 
     merge_checkpoint(fresh.ends, tmp_path)
     batch = trainer.batch(0)
     assert torch.allclose(split_logits(fresh, batch), split_logits(tuned, batch), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "kinds", [("lora", "lora"), ("lora", "full"), ("full", "lora"), ("full", "full"), ("lora", "lora", "lora")], ids=str
+)
+def test_a_checkpoint_holds_what_it_started_from(
+    setup: MakeSetup, split_server: SplitServer, tmp_path: Path, kinds: tuple[str, ...]
+) -> None:
+    """Whoever loads it gets the model that was trained: with a bottom of the first run that the last one didn't train,
+    and layers of the first that the last doesn't have."""
+    out: Path | None = None
+    for number, kind in enumerate(kinds):
+        last = number == len(kinds) - 1
+        design = Gradfree(up="fp32", down="fp32") if last else None
+        ours = setup(design, trained=kind, **({"rank": 2, "alpha": 6, "targets": ["q_proj"]} if last else {}))
+        if out is not None:
+            merge_checkpoint(ours.ends, out)
+        out = tmp_path / str(number)
+        trainer = ours.trainer(checkpoint=out, summary={"base_model": str(split_server.model)})
+        run(trainer)
+        trainer.save()
+    assert out is not None
+    batch = trainer.batch(0)
+    expected = split_logits(ours, batch)
+    split = load_backbone(str(split_server.model), cut=Cut(2, 2)).split
+    assert split is not None
+    assert not torch.allclose(logits(split.causal, batch), expected, atol=0.1)
+    assert torch.allclose(logits(plug_in(split, *read_tuned(out)), batch), expected, atol=1e-4)
+    stock: Any = AutoModelForCausalLM.from_pretrained(split_server.model)
+    if set(kinds) == {"lora"}:
+        stock = PeftModel.from_pretrained(stock, out)
+    else:
+        assert not stock.load_state_dict(load_file(out / "model.safetensors"), strict=False).unexpected_keys
+    assert torch.allclose(logits(stock, batch), expected, atol=1e-4)
+    state = load_file(out / "resume.safetensors")
+    assert {n for n in state if n.startswith("weights.")} == {f"weights.{n}" for n in ours.ends.trainable}
+
+
+def test_a_run_with_a_start_goes_on_from_the_same_start(setup: MakeSetup, tmp_path: Path) -> None:
+    first = setup()
+    trainer = first.trainer(checkpoint=tmp_path / "first")
+    run(trainer)
+    trainer.save()
+    ends: list[dict[str, Tensor]] = []
+    for stop in (None, 2):
+        out = tmp_path / f"{stop}"
+        for steps in (stop, None):
+            ours = setup()
+            merge_checkpoint(ours.ends, tmp_path / "first")
+            trainer = ours.trainer(checkpoint=out)
+            if (out / "resume.safetensors").is_file():
+                trainer.resume()
+            run(trainer, steps)
+            trainer.save()
+        ends.append(load_file(out / "adapter_model.safetensors"))
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+
+
+def test_a_start_that_changes_more_than_blocks_of_the_ends(setup: MakeSetup, tmp_path: Path) -> None:
+    """Its embeddings would be in no checkpoint of ours."""
+    ours = setup()
+    save_file({"model.embed_tokens.weight": ours.model.bottom.causal.model.embed_tokens.weight + 1}, tmp_path / WHOLE)
+    with pytest.raises(CheckpointError, match="no weight of the model's ends"):
+        merge_checkpoint(ours.ends, tmp_path)
 
 
 def test_evaluation_by_likelihood(setup: MakeSetup, split_server: SplitServer) -> None:

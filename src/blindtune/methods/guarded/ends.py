@@ -3,13 +3,15 @@
 `lora`: PEFT adapters on the blocks of bottom and top, saved as one PEFT checkpoint for the whole model.
 `full`: the blocks themselves, saved as a `model.safetensors` under the whole model's names.
 
-Embeddings and LM head stay as they are.
+Embeddings and LM head stay as they are. A checkpoint holds everything that differs from the pretrained model, so also
+what training started from: LoRA over LoRA is their sum, and any other pair whole weights.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -21,7 +23,8 @@ from torch import Tensor, nn
 from blindtune.errors import CheckpointError, ConfigError, InvalidTensor
 from blindtune.methods.state import SUMMARY, read_tensors, write_tensors
 from blindtune.models.adapters import PEFT_PREFIX
-from blindtune.models.plugged import merge
+from blindtune.models.backbone import tensors_sha256
+from blindtune.models.plugged import add_lora, lora_modules, merge
 from blindtune.models.split import Part, blocks_name, decoder_of
 
 Trained = Literal["lora", "full"]
@@ -54,7 +57,12 @@ class Ends:
     def __post_init__(self) -> None:
         self.trainable: dict[str, nn.Parameter] = {}
         """Name in the whole model (PEFT's, for LoRA) -> parameter."""
-        self._modules: list[str] = []
+        self.start = ""
+        """A hash of what they started from; empty for the pretrained model."""
+        self._beneath: list[tuple[Mapping[str, Tensor], float]] | None = []
+        """LoRA that was merged into frozen weights, with its scaling; None after whole weights."""
+        self._started: set[str] = set()
+        """Weights that a start has changed."""
         self.bottom.requires_grad_(False)
         self.top.requires_grad_(False)
         with torch.random.fork_rng():
@@ -83,7 +91,6 @@ class Ends:
         if not chosen:
             some = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
             raise ConfigError(f"No layer is called {list(self.targets or ())}.", remedy=f"Choose among: {some}.")
-        self._modules += [f"{prefix}.{name}" for name in chosen]
         # into the blocks alone: PEFT looks for embeddings in whole models, and a part may have none
         inject_adapter_in_model(LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=chosen), blocks, _NAME)
         for name, parameter in blocks.named_parameters():
@@ -103,19 +110,63 @@ class Ends:
         return {name: parameter.detach() for name, parameter in self.trainable.items()}
 
     def save(self, folder: Path, base_model: str) -> None:
-        """Writes a PEFT checkpoint, or the trained blocks' weights; for the owner's eyes alone.
+        """Writes a PEFT checkpoint, or the weights of all blocks that are tuned; for the owner's eyes alone.
 
         Args:
             base_model: what PEFT writes into `base_model_name_or_path`.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(folder / (ADAPTER if self.trained == "lora" else WHOLE), self.tensors(), {"format": "pt"})
-        if self.trained == "lora":
-            config = LoraConfig(
-                r=self.rank, lora_alpha=self.alpha, target_modules=self._modules, task_type="CAUSAL_LM",
-                base_model_name_or_path=base_model, inference_mode=True,
-            )  # fmt: skip
-            config.save_pretrained(str(folder))
+        if self.trained == "full" or self._beneath is None:
+            write_tensors(folder / WHOLE, self._whole(), {"format": "pt"})
+            return
+        tensors, rank, alpha = self.tensors(), self.rank, self.alpha
+        if self._beneath:
+            tensors, rank = add_lora([*self._beneath, (tensors, alpha / rank)])
+            alpha = rank
+        write_tensors(folder / ADAPTER, tensors, {"format": "pt"})
+        config = LoraConfig(
+            r=rank, lora_alpha=alpha, target_modules=lora_modules(tensors), task_type="CAUSAL_LM",
+            base_model_name_or_path=base_model, inference_mode=True,
+        )  # fmt: skip
+        config.save_pretrained(str(folder))
+
+    def _whole(self) -> dict[str, Tensor]:
+        """Weights of all blocks that were trained or started from, with LoRA merged."""
+        blocks = self._blocks()
+        weights = {name: parameter.detach() for block in blocks for name, parameter in block.items()}
+        merged: dict[str, Tensor] = {}
+        if self.trained == "lora" and self.trainable:
+            merged = merge(self.tensors(), self.alpha / self.rank, weights)
+        changed = self._started | set(merged if self.trained == "lora" else self.trainable)
+        return {n: merged.get(n, weights[n]) for block in blocks if not changed.isdisjoint(block) for n in block}
+
+    def _blocks(self) -> list[dict[str, nn.Parameter]]:
+        """Each block's weights under the whole model's names, without LoRA matrices."""
+        found: list[dict[str, nn.Parameter]] = []
+        for part in (self.bottom, self.top):
+            blocks, prefix = decoder_of(part.causal).layers, blocks_name(part.causal)
+            for index in part.blocks:
+                named = {name: p for name, p in blocks[index].named_parameters() if f".{_NAME}." not in name}
+                found.append({f"{prefix}.{index}.{n.replace('.base_layer.', '.')}": p for n, p in named.items()})
+        return found
+
+    def start_from(self, tensors: Mapping[str, Tensor], scaling: float | None) -> None:
+        """Merges tuned weights, as `read_tuned` gives them, into the frozen ones beneath what is trained.
+
+        Raises:
+            InvalidTensor: see `merge`. Nothing has changed then.
+        """
+        weights = {name: parameter for block in self._blocks() for name, parameter in block.items()}
+        updates = merge(tensors, scaling, weights)
+        with torch.no_grad():
+            for name, tensor in updates.items():
+                weights[name].copy_(tensor)
+        if scaling is None:
+            self._beneath = None
+        elif self._beneath is not None:
+            self._beneath.append((tensors, scaling))
+        self._started |= set(updates)
+        self.start = hashlib.sha256(f"{self.start} {tensors_sha256(tensors)} {scaling}".encode()).hexdigest()
 
     def copy(self, tensors: dict[str, Tensor], source: str) -> None:
         """Takes over tensors by name. Raises `CheckpointError`; nothing has changed then."""
@@ -134,23 +185,15 @@ class Ends:
 
 
 def merge_checkpoint(ends: Ends, folder: Path) -> None:
-    """Starts ends from a checkpoint of any kind: tuned weights are merged into the frozen ones beneath what is trained.
+    """Starts ends from a checkpoint of any kind, see `Ends.start_from`.
 
     Raises:
         CheckpointError: a checkpoint of other blocks, or a damaged one. Nothing has changed then.
     """
-    tensors, scaling = read_tuned(folder)
-    bases: dict[str, nn.Parameter] = {}
-    for part in (ends.bottom, ends.top):
-        named = dict(part.causal.named_parameters())
-        bases |= {name.replace(".base_layer.", "."): parameter for name, parameter in named.items()}
     try:
-        updates = merge(tensors, scaling, bases)
+        ends.start_from(*read_tuned(folder))
     except InvalidTensor as error:
         raise CheckpointError(f"{folder} doesn't fit: {error.message}", remedy=error.remedy) from None
-    with torch.no_grad():
-        for name, tensor in updates.items():
-            bases[name].copy_(tensor)
 
 
 def read_tuned(folder: Path) -> tuple[dict[str, Tensor], float | None]:
