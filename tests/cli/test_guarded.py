@@ -148,3 +148,6 @@ def test_a_bottom_that_was_decorrelated_on_public_text(split_server, questions, 
     assert [stage.method for stage in recipe.stages()] == ["guarded-online", "guarded-gradfree"]
     assert recipe.changes_bottom
     assert not Recipe.of({**told, "start": None}).changes_bottom
+    (first / "blindtune.json").unlink()  # as PEFT itself would have written it
+    train(split_server, questions, "guarded-gradfree", tmp_path / "foreign", "--start", first)
+    assert json.loads((tmp_path / "foreign" / "blindtune.json").read_text())["start"] == {}

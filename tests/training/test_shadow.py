@@ -101,6 +101,17 @@ def test_a_recipe_is_read_from_what_a_run_tells():
         Recipe.of({key: value for key, value in summary.items() if key != "training"})
 
 
+def test_a_start_that_nothing_is_known_of_is_said():
+    """No shadow client follows it, and to leave it out would be an attack on another client."""
+    summary = {
+        "method": "guarded-gradfree", "options": {}, "trained": "lora", "rank": 4, "alpha": 8,
+        "targets": None, "training": asdict(CONFIG), "start": {},
+    }  # fmt: skip
+    for run in (summary, {**summary, "start": summary}):
+        with pytest.raises(ConfigError, match="started from a checkpoint that doesn't tell how it was made"):
+            Recipe.of(run)
+
+
 def test_no_text_no_shadow(tiny):
     with pytest.raises(ConfigError, match="public text"):
         shadow_bottom(tiny[0], ONLINE, [[1]], seed=0)

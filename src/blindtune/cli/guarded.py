@@ -216,7 +216,7 @@ def _summary(session: Session, chosen: dict[str, Any], tuning: Tuning, data: Dat
         "rank": session.ends.rank,
         "alpha": session.ends.alpha,
         "targets": session.ends.targets,
-        "start": (read_run(tuning.start) or None) if tuning.start else None,
+        "start": read_run(tuning.start) if tuning.start else None,
         "parts": list(session.design.parts),
         "max_length": length,
         "fields": asdict(data.fields),

@@ -38,13 +38,17 @@ class Recipe:
 
     @staticmethod
     def of(summary: dict[str, Any]) -> Recipe:
-        """From the JSON of a run. Raises `ConfigError` if it isn't one of a split model."""
+        """From the JSON of a run.
+
+        Raises:
+            ConfigError: not one of a split model, or a start that nothing is known of.
+        """
         try:
             training = {f.name: summary["training"][f.name] for f in fields(GuardedConfig)}
             return Recipe(
                 summary["method"], summary["options"], summary["trained"], summary["rank"], summary["alpha"],
                 summary["targets"], GuardedConfig(**training),
-                Recipe.of(summary["start"]) if summary["start"] else None,
+                _start_of(summary["start"]),
             )  # fmt: skip
         except (KeyError, TypeError) as error:
             raise ConfigError(
@@ -60,6 +64,18 @@ class Recipe:
     def changes_bottom(self) -> bool:
         """Whether the bottom isn't the pretrained one when texts leave."""
         return any("bottom" in make_design(stage.method, stage.options).parts for stage in self.stages())
+
+
+def _start_of(told: dict[str, Any] | None) -> Recipe | None:
+    """None for the pretrained model."""
+    if told is None:
+        return None
+    if not told:
+        raise ConfigError(
+            "The run started from a checkpoint that doesn't tell how it was made: it had no blindtune.json.",
+            remedy="Leave out --run: without knowing the start, nobody can train a shadow client.",
+        )
+    return Recipe.of(told)
 
 
 def shadow_bottom(
