@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from blindtune.methods.guarded import read_tuned
+from blindtune.training.guarded import GuardedTrainer
 from blindtune.training.shadow import Recipe
 from blindtune.wire import Transcript
 from tests.cli.commands import run
@@ -74,6 +75,36 @@ def test_a_run_that_goes_on(split_server, questions, tmp_path):
     refused = train(split_server, questions, "guarded-online", parts, check=False)
     assert refused.exit_code == 1
     assert "holds a checkpoint" in refused.stderr
+
+
+def test_costs_are_those_of_all_processes(split_server, questions, tmp_path, monkeypatch):
+    def costs(output: Path, *options: object, check: bool = True) -> dict[str, Any]:
+        results = tmp_path / "results.json"
+        train(split_server, questions, "guarded-online", output, "--json", results, *options, check=check)
+        return json.loads(results.read_text()) if check else {}
+
+    whole = costs(tmp_path / "whole")
+    step = GuardedTrainer._step
+
+    def interrupted(trainer: GuardedTrainer) -> Any:
+        if trainer.done == 4:
+            raise KeyboardInterrupt
+        return step(trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GuardedTrainer, "_step", interrupted)
+        patch.setattr("blindtune.cli.progress.peak_memory", lambda: 2**50)
+        costs(tmp_path / "parts", "--save-every", 2, check=False)
+    parts = costs(tmp_path / "parts", "--resume")
+    assert parts["traffic"] == whole["traffic"]
+    assert parts["client_flops"] == whole["client_flops"]
+    assert parts["bytes_sent"] > whole["bytes_sent"]
+    assert parts["bytes_received"] > whole["bytes_received"] + 10_000  # the ends were fetched twice
+    assert parts["seconds"] > 0
+    assert parts["peak_memory_bytes"] == 2**50
+    again = costs(tmp_path / "parts", "--resume")  # no step is left
+    assert (again["traffic"], again["client_flops"]) == (whole["traffic"], whole["client_flops"])
+    assert again["seconds"] == parts["seconds"]
 
 
 @pytest.mark.parametrize("method", ["guarded-offline", "offsite"])

@@ -15,9 +15,9 @@ from blindtune.cli.console import console
 from blindtune.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from blindtune.client import Operator, RemoteTrunk
+    from blindtune.client import Operator
     from blindtune.methods.guarded import Design, Ends, SplitCausalLM
-    from blindtune.training.guarded import GuardedConfig, GuardedTrainer, Scorer
+    from blindtune.training.guarded import Costs, GuardedConfig, GuardedTrainer, Scorer
     from blindtune.training.questions import Fields, Question, TokenizedQuestion
 
 DEFAULT_RANK, DEFAULT_LR, DEFAULT_LENGTH = 16, 1e-3, 128
@@ -57,7 +57,6 @@ class Session:
     model: "SplitCausalLM"
     ends: "Ends"
     design: "Design"
-    trunk: "RemoteTrunk | None"
     manifest: dict[str, Any] | None = None
 
 
@@ -112,8 +111,9 @@ def train_guarded(
     _prepare_store(session, train, output, cache_mb)
     summary = _summary(session, chosen, tuning, data, length)
     trainer = GuardedTrainer(
-        session.model, session.ends, design, train, config, summary=summary, checkpoint=output, save_every=save_every
-    )
+        session.model, session.ends, design, train, config, summary=summary, checkpoint=output, save_every=save_every,
+        meter=lambda: _metered(session),
+    )  # fmt: skip
     _announce(session, len(train), config)
     if resume:
         trainer.resume()
@@ -158,7 +158,7 @@ def open_session(
     middle = trunk if emulator is None else emulator.float()
     assert middle is not None  # noqa: S101 - one of the two
     told = None if manifest is None else json.loads(manifest.model_dump_json())
-    return Session(operator, SplitCausalLM(bottom, top, middle), ends, design, trunk, told)
+    return Session(operator, SplitCausalLM(bottom, top, middle), ends, design, told)
 
 
 def take_over(ends: "Ends", folder: Path) -> None:
@@ -282,7 +282,7 @@ def _truth_writer(path: Path) -> Callable[[str, list[list[int]]], None]:
 
 
 def _run(trainer: "GuardedTrainer", session: Session, output: Path) -> dict[str, Any]:
-    from blindtune.cli.progress import Interrupted, human_bytes, peak_memory, run_guarded_steps
+    from blindtune.cli.progress import Interrupted, human_bytes, run_guarded_steps
     from blindtune.errors import BlindtuneError
 
     try:
@@ -298,13 +298,12 @@ def _run(trainer: "GuardedTrainer", session: Session, output: Path) -> dict[str,
         )
         raise
     trainer.save()
-    traffic = dict(session.trunk.traffic) if session.trunk else {}
+    costs = trainer.costs
     recent = done[-20:]
     loss = sum(step.losses["task"] for step in recent) / len(recent) if recent else None
-    whole = session.operator.transport.traffic
     console.print(
-        f"Checkpoint: {output}  ({human_bytes(whole.sent)} sent, {human_bytes(whole.received)} received, parts too; "
-        f"{sum(step.flops for step in done) / 1e12:.2f} TFLOP and at most {human_bytes(peak_memory())} of memory here)",
+        f"Checkpoint: {output}  ({human_bytes(costs.sent)} sent, {human_bytes(costs.received)} received, parts too; "
+        f"{costs.flops / 1e12:.2f} TFLOP and at most {human_bytes(costs.memory)} of memory here)",
         soft_wrap=True,
     )
     return {
@@ -312,13 +311,22 @@ def _run(trainer: "GuardedTrainer", session: Session, output: Path) -> dict[str,
         "steps": trainer.done,
         "train_examples": len(trainer.train),
         "train_loss": loss,
-        "traffic": traffic,
-        "bytes_sent": whole.sent,
-        "bytes_received": whole.received,
-        "seconds": sum(step.seconds for step in done),
-        "client_flops": sum(step.flops for step in done),
-        "peak_memory_bytes": peak_memory(),
+        "traffic": costs.traffic,
+        "bytes_sent": costs.sent,
+        "bytes_received": costs.received,
+        "seconds": costs.seconds,
+        "client_flops": costs.flops,
+        "peak_memory_bytes": costs.memory,
     }
+
+
+def _metered(session: Session) -> "Costs":
+    """All messages of this process, and its memory."""
+    from blindtune.cli.progress import peak_memory
+    from blindtune.training.guarded import Costs
+
+    traffic = session.operator.transport.traffic
+    return Costs(sent=traffic.sent, received=traffic.received, memory=peak_memory())
 
 
 def evaluate(model: "Scorer", questions: list["TokenizedQuestion"], title: str) -> dict[str, float]:

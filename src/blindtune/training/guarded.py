@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -69,12 +70,34 @@ class GuardedStep:
     flops: int
 
 
+@dataclass(frozen=True)
+class Costs:
+    """What a run has cost: bytes of HTTP messages by kind, and of all messages; seconds of steps, floating-point
+    operations, and the most bytes of memory."""
+
+    traffic: dict[str, int] = field(default_factory=dict[str, int])
+    sent: int = 0
+    received: int = 0
+    seconds: float = 0.0
+    flops: int = 0
+    memory: int = 0
+
+    def __add__(self, other: Costs) -> Costs:
+        """Of two processes, one after the other."""
+        return Costs(
+            dict(Counter(self.traffic) + Counter(other.traffic)), self.sent + other.sent,
+            self.received + other.received, self.seconds + other.seconds, self.flops + other.flops,
+            max(self.memory, other.memory),
+        )  # fmt: skip
+
+
 class GuardedTrainer:
     """Trains the ends of a split model on questions' right continuations; can stop after any step and go on later.
 
     Args:
         summary: what `blindtune.json` tells beside the trainer's own: model, cut, method, options.
         checkpoint: folder for checkpoints; none are written without it.
+        meter: what this process has cost beside steps and their messages.
         key: 32 secret bytes that the noise of training messages follows from; from the operating system if left out.
     """
 
@@ -89,14 +112,18 @@ class GuardedTrainer:
         summary: dict[str, Any] | None = None,
         checkpoint: Path | None = None,
         save_every: int = 50,
+        meter: Callable[[], Costs] = Costs,
         key: bytes | None = None,
     ) -> None:
         self.model, self.ends, self.design, self.config = model, ends, design, config
         self.train, self.summary = list(train), summary or {}
-        self.checkpoint, self.save_every = checkpoint, save_every
+        self.checkpoint, self.save_every, self.meter = checkpoint, save_every, meter
         self.plan = BatchPlan([len(question.row) for question in train], config.batch_size, config.seed)
         self.optimizer = torch.optim.AdamW(ends.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
         self.done = 0
+        self._earlier, self._steps = Costs(), Costs()
+        """Of earlier processes, and of this one's steps but for their messages."""
+        self._traffic = traffic_of(model)
         self._secret = SecureGenerator(key)
         self._flops_per_token = 0.0
         self._messages: int | None = None
@@ -109,6 +136,11 @@ class GuardedTrainer:
             yield self._step()
             if self.checkpoint is not None and self.done % self.save_every == 0:
                 self.save()
+
+    @property
+    def costs(self) -> Costs:
+        """Of the run so far, in all processes that worked on it."""
+        return self._earlier + self._steps + Costs(traffic=self._moved(self._traffic)) + self.meter()
 
     def batch(self, step: int) -> CausalBatch:
         """What step 0, 1, … is trained on."""
@@ -131,9 +163,12 @@ class GuardedTrainer:
             group["lr"] = self.config.learning_rate * self.config.rate(self.done)
         self.optimizer.step()
         self.done += 1
-        after = traffic_of(self.model)
-        moved = {kind: count - before.get(kind, 0) for kind, count in after.items()}
-        return GuardedStep(self.done, losses, moved, time.perf_counter() - start, self._flops(batch))
+        done = GuardedStep(self.done, losses, self._moved(before), time.perf_counter() - start, self._flops(batch))
+        self._steps += Costs(seconds=done.seconds, flops=done.flops)
+        return done
+
+    def _moved(self, before: dict[str, int]) -> dict[str, int]:
+        return {kind: count - before.get(kind, 0) for kind, count in traffic_of(self.model).items()}
 
     @contextmanager
     def _counting(self, batch: CausalBatch) -> Generator[None]:
@@ -178,6 +213,7 @@ class GuardedTrainer:
             "done": str(self.done),
             "key": self._secret.key.hex(),
             "flops_per_token": str(self._flops_per_token),
+            "costs": json.dumps(asdict(self.costs)),
         }
         write_tensors(self.checkpoint / STATE, state, told)
         summary = {**self.summary, "steps": self.done, "training": asdict(self.config)}
@@ -207,6 +243,7 @@ class GuardedTrainer:
         self.done = int(metadata["done"])
         self._secret = SecureGenerator(bytes.fromhex(metadata["key"]))
         self._flops_per_token = float(metadata["flops_per_token"])
+        self._earlier = Costs(**json.loads(metadata.get("costs", "{}")))
         for name, parameter in self.ends.trainable.items():
             if f"exp_avg.{name}" in state:
                 self.optimizer.state[parameter] = {
