@@ -140,6 +140,16 @@ def test_tuned_ends_of_one_run_start_another(split_server, questions, tmp_path):
     assert not (tmp_path / "second" / "adapter_model.safetensors").exists()
 
 
+def test_a_start_that_is_forgotten_when_a_run_goes_on(split_server, questions, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    train(split_server, questions, "guarded-online", first)
+    train(split_server, questions, "guarded-online", second, "--start", first)
+    train(split_server, questions, "guarded-online", second, "--start", first, "--resume")
+    refused = train(split_server, questions, "guarded-online", second, "--resume", check=False)
+    assert refused.exit_code == 1
+    assert "differs in: --start" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

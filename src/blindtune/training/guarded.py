@@ -95,7 +95,8 @@ class GuardedTrainer:
     """Trains the ends of a split model on questions' right continuations; can stop after any step and go on later.
 
     Args:
-        summary: what `blindtune.json` tells beside the trainer's own: model, cut, method, options.
+        summary: what `blindtune.json` tells beside the trainer's own: model, cut, method, options. A run is resumed
+            where its `fingerprint`, `cut` and `emulator` are the same.
         checkpoint: folder for checkpoints; none are written without it.
         meter: what this process has cost beside steps and their messages.
         key: 32 secret bytes that the noise of training messages follows from; from the operating system if left out.
@@ -209,7 +210,7 @@ class GuardedTrainer:
             moments = self.optimizer.state.get(parameter, {})
             state |= {f"{key}.{name}": moments[key] for key in ("exp_avg", "exp_avg_sq") if key in moments}
         told = {
-            "identity": self._identity(),
+            **self._identity(),
             "done": str(self.done),
             "key": self._secret.key.hex(),
             "flops_per_token": str(self._flops_per_token),
@@ -225,7 +226,7 @@ class GuardedTrainer:
         """Goes on from what `save` wrote.
 
         Raises:
-            CheckpointError: there is none, or it comes from a run with other data, options or seed.
+            CheckpointError: there is none, or it comes from another run; the message tells what differs.
         """
         path = (self.checkpoint or Path()) / STATE
         try:
@@ -234,10 +235,11 @@ class GuardedTrainer:
             raise CheckpointError(
                 f"{path} can't be read: {error.message}", remedy="Start anew without --resume."
             ) from None
-        if metadata.get("identity") != self._identity():
+        wrong = [name for name, value in self._identity().items() if metadata.get(name) != value]
+        if wrong:
             raise CheckpointError(
-                "The checkpoint comes from a run with other data, seed, batch size, steps, rate or method.",
-                remedy="Resume with the same options and file, or start anew without --resume.",
+                f"The checkpoint comes from a run that differs in: {'; '.join(wrong)}.",
+                remedy="Resume with the same options, files and server, or start anew without --resume.",
             )
         self.ends.copy(under("weights.", state), str(path))
         self.done = int(metadata["done"])
@@ -252,13 +254,20 @@ class GuardedTrainer:
                     "exp_avg_sq": state[f"exp_avg_sq.{name}"].clone(),
                 }
 
-    def _identity(self) -> str:
-        """A hash of everything that decides what the steps do."""
-        design = (self.design.name, sorted(asdict(cast(Any, self.design)).items()))
-        ends = (self.ends.trained, self.ends.rank, self.ends.alpha, sorted(self.ends.trainable))
-        rows = [(question.row, question.start) for question in self.train]
-        text = repr((sorted(asdict(self.config).items()), design, ends, rows))
-        return hashlib.sha256(text.encode()).hexdigest()
+    def _identity(self) -> dict[str, str]:
+        """Hashes of everything that decides what the steps do, by what users call it."""
+        ends = self.ends
+        parts = {
+            "data": [(question.row, question.start) for question in self.train],
+            "steps, batch size, rate or seed": sorted(asdict(self.config).items()),
+            "method or its options": (self.design.name, sorted(asdict(cast(Any, self.design)).items())),
+            "what of the ends is tuned": (ends.trained, ends.rank, ends.alpha, sorted(ends.trainable)),
+            "model": self.summary.get("fingerprint"),
+            "cut": self.summary.get("cut"),
+            "emulator": self.summary.get("emulator"),
+            "--start": ends.start,
+        }
+        return {name: hashlib.sha256(repr(part).encode()).hexdigest() for name, part in parts.items()}
 
 
 class Scorer(Protocol):

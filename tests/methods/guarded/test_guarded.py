@@ -335,13 +335,44 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_ends(setup: MakeSetup, tm
         assert torch.equal(parameter, second.ends.trainable[name]), name
 
 
-def test_resume_refuses_another_run(setup: MakeSetup, tmp_path: Path) -> None:
+TOLD = {"fingerprint": "1" * 64, "cut": [2, 2], "emulator": {"tensors_sha256": "2" * 64}}
+
+
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [
+        ({"fingerprint": "3" * 64}, "model"),
+        ({"cut": [1, 3]}, "cut"),
+        ({"emulator": {"tensors_sha256": "4" * 64}}, "emulator"),
+        ({"emulator": None, "cut": [1, 3]}, "cut; emulator"),
+    ],
+)
+def test_resume_refuses_another_model(setup: MakeSetup, tmp_path: Path, told: dict[str, Any], says: str) -> None:
+    """Even one whose weights have the same shapes."""
     ours = setup()
-    trainer = ours.trainer(checkpoint=tmp_path)
+    trainer = ours.trainer(checkpoint=tmp_path, summary=TOLD)
     run(trainer, 1)
     trainer.save()
-    with pytest.raises(CheckpointError, match="other data, seed"):
-        setup(Online()).trainer(checkpoint=tmp_path).resume()
+    with pytest.raises(CheckpointError, match=rf"differs in: {says}\."):
+        setup().trainer(checkpoint=tmp_path, summary={**TOLD, **told}).resume()
+    setup().trainer(checkpoint=tmp_path, summary=TOLD).resume()
+
+
+def test_resume_refuses_another_run(setup: MakeSetup, tmp_path: Path) -> None:
+    ours = setup()
+    trainer = ours.trainer(checkpoint=tmp_path / "out")
+    run(trainer, 1)
+    trainer.save()
+    with pytest.raises(CheckpointError, match=r"differs in: method or its options\."):
+        setup(Online()).trainer(checkpoint=tmp_path / "out").resume()
+    with pytest.raises(CheckpointError, match="steps, batch size, rate or seed"):
+        setup().trainer(GuardedConfig(steps=5), checkpoint=tmp_path / "out").resume()
+    with pytest.raises(CheckpointError, match="what of the ends is tuned"):
+        setup(parts=("top",)).trainer(checkpoint=tmp_path / "out").resume()
+    started = setup()
+    merge_checkpoint(started.ends, tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"differs in: --start\."):
+        started.trainer(checkpoint=tmp_path / "out").resume()
     with pytest.raises(CheckpointError, match="can't be read"):
         setup().trainer(checkpoint=tmp_path / "nowhere").resume()
 
