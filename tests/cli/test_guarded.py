@@ -12,12 +12,14 @@ from click.testing import Result
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from blindtune.cli.progress import peak_memory, reset_peak_memory
 from blindtune.methods.guarded import read_tuned
 from blindtune.training.guarded import GuardedTrainer
 from blindtune.training.shadow import Recipe
 from blindtune.wire import Transcript
 from tests.cli.commands import run
 
+BLOCK = 300 * 2**20
 SMALL = ["--steps", "6", "--batch-size", "4", "--max-length", "24"]
 
 
@@ -38,6 +40,8 @@ def train(server: Any, questions: Path, method: str, output: Path, *options: obj
 
 def test_gradfree_from_a_file_to_a_peft_checkpoint(split_server, questions, tmp_path):
     out, results, truth = tmp_path / "out", tmp_path / "results.json", tmp_path / "truth.jsonl"
+    assert b"x" * BLOCK  # as loading may need it: no cost of training
+    loading = peak_memory()
     done = train(split_server, questions, "guarded-gradfree", out, "--json", results, "--truth", truth)
     assert "sees every token's hidden state (int8 up, int8 down), once for each text, and no gradient" in done.stdout
     numbers = json.loads(results.read_text())
@@ -45,6 +49,7 @@ def test_gradfree_from_a_file_to_a_peft_checkpoint(split_server, questions, tmp_
     assert 0 <= numbers["validation"]["accuracy"] <= 1
     assert numbers["client_flops"] > 0
     assert numbers["peak_memory_bytes"] > 10**8  # torch alone needs more
+    assert numbers["peak_memory_bytes"] < loading - BLOCK / 2 or not reset_peak_memory()
     told = [json.loads(line) for line in truth.read_text().splitlines()]
     assert len({entry["forward"] for entry in told}) == len(told) == 6
     assert stat.S_IMODE(truth.stat().st_mode) == 0o600

@@ -1,10 +1,12 @@
 """The training progress line, and Ctrl-C that ends a run between two steps."""
 
+import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -24,6 +26,7 @@ from blindtune.training import Step, Trainer
 from blindtune.training.guarded import GuardedStep, GuardedTrainer
 
 S = TypeVar("S")
+PROCESS = Path("/proc/self")
 
 
 class Bars(Progress):
@@ -68,7 +71,8 @@ def run_steps(
 
 
 def run_guarded_steps(trainer: GuardedTrainer, console: Console, title: str) -> list[GuardedStep]:
-    """As `run_steps`, for split models."""
+    """As `run_steps`, for split models. `peak_memory` is that of the steps then."""
+    reset_peak_memory()
     return _run_steps(trainer, console, title, _guarded_status, None)
 
 
@@ -135,8 +139,27 @@ def human_bytes(count: float) -> str:
     return f"{count:.2f} GB"
 
 
+def reset_peak_memory() -> bool:
+    """Makes `peak_memory` forget what was freed before; False where that can't be done (Linux alone can)."""
+    try:
+        (PROCESS / "clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
 def peak_memory() -> int:
-    """Most bytes of memory that this process ever had (Python and its libraries included)."""
+    """Most bytes of memory that this process had (Python and its libraries included) since `reset_peak_memory`.
+
+    Where that can't be done, since it began.
+    """
+    try:
+        status = (PROCESS / "status").read_text()
+    except OSError:
+        status = ""
+    found = re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE)
+    if found:
+        return 1024 * int(found[1])
     try:
         import resource
     except ImportError:  # Windows
