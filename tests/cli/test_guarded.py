@@ -58,6 +58,22 @@ def test_gradfree_from_a_file_to_a_peft_checkpoint(split_server, questions, tmp_
     assert {name.split(".layers.")[1][0] for name in changed} == {"3", "4"}  # the top's blocks
 
 
+def test_classes_are_words_that_follow(split_server, film_examples, tmp_path):
+    rows = [{"text": t, "label": int(y)} for t, y in zip(film_examples.texts, film_examples.labels, strict=True)]
+    data, out, results = tmp_path / "reviews.jsonl", tmp_path / "out", tmp_path / "results.json"
+    data.write_text("\n".join([json.dumps(row) for row in rows if 4 <= len(row["text"].split()) <= 12][:40]))
+    classes = ["--task", "classification", "--classes", "bad,good", "--json", results]
+    train(split_server, data, "guarded-gradfree", out, *classes, "--validation", data)
+    scores = json.loads(results.read_text())["validation"]
+    assert 0 <= scores["accuracy"] <= 1
+    assert scores["loss"] > 0
+    fields = json.loads((out / "blindtune.json").read_text())["fields"]
+    assert (fields["kind"], fields["label"]) == ("classification", "label")
+    done = run("plug-in", out, "--server", split_server.url, "--data", data, "--classes", "bad,good", "--json", results)
+    assert "plug in accuracy" in done.stdout.replace("-", " ")
+    assert json.loads(results.read_text())["plug_in"]["loss"] == pytest.approx(scores["loss"], abs=0.02)  # int8
+
+
 def test_noise_is_announced_with_its_guarantee(split_server, questions, tmp_path):
     noisy = ["--set", "noise=0.5", "--set", "clip_norm=2.0", "--validation-fraction", 0]
     done = train(split_server, questions, "guarded-gradfree", tmp_path / "once", *noisy)

@@ -22,8 +22,8 @@ from blindtune.errors import (
     UnknownPart,
 )
 from blindtune.models import Cut, Part, SplitModel, load_backbone
-from blindtune.models.split import pack, padding_mask, tie
-from blindtune.wire import Codec, Transcript, TrunkRequest, decode, encode, quantize
+from blindtune.models.split import pack, padding_mask, tie, unpack
+from blindtune.wire import Codec, Transcript, TrunkRequest, decode, dequantize, encode, quantize
 from blindtune.wire.schema import TrunkResponse
 from tests.conftest import Server, SplitServer, StartServer
 
@@ -67,7 +67,7 @@ def gradient(top: Part, trunk: object, smashed: Tensor) -> Tensor:
     return pack(leaf.grad, LENGTHS)
 
 
-@pytest.mark.parametrize(("codec", "error"), [("fp32", 0.0), ("fp16", 2e-3), ("int8", 0.05)])
+@pytest.mark.parametrize(("codec", "error"), [("fp32", 0.0), ("fp16", 2e-3), ("int8", 0.05), ("int4", 0.3)])
 def test_gradients_come_back_through_the_network(
     operator: Operator, whole: SplitModel, codec: Codec, error: float
 ) -> None:
@@ -76,6 +76,21 @@ def test_gradients_come_back_through_the_network(
     ours = gradient(top, RemoteTrunk(operator, up=codec, down=codec), smashed)
     reference = gradient(whole.parts["top"], whole.parts["trunk"], smashed)
     assert float((ours - reference).norm() / reference.norm()) <= error
+
+
+def test_four_bits_of_each_value_travel(operator: Operator, whole: SplitModel) -> None:
+    """Both ways: what comes is the trunk of rounded hidden states, rounded."""
+
+    def rounded(packed: Tensor) -> Tensor:
+        return dequantize("hidden", quantize("hidden", packed, "int4"), "int4", 32)
+
+    bottom, _ = ends(operator)
+    trunk = RemoteTrunk(operator, up="int4", down="int4")
+    with torch.no_grad():
+        smashed = bottom(IDS, LENGTHS)
+        found = trunk(smashed, LENGTHS)
+        exact = whole.parts["trunk"](unpack(rounded(pack(smashed, LENGTHS)), LENGTHS), LENGTHS)
+    assert torch.equal(pack(found, LENGTHS), rounded(pack(exact, LENGTHS)))
 
 
 def test_no_padding_and_no_tokens_travel(operator: Operator) -> None:
