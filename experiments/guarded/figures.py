@@ -90,10 +90,11 @@ class Arm:
         floors = [a["accuracy"][0] for r in self.runs for a in r.get("attacks", {}).get("static", []) if a["floor"]]
         return max(floors, default=None)
 
-    def trained(self, read: Callable[[dict[str, Any]], float]) -> float | None:
-        """The mean over seeds of a number that `blindtune train` reported."""
+    def trained(self, read: Callable[[dict[str, Any]], float | None]) -> float | None:
+        """The mean over seeds of a number that `blindtune train` reported; of those that did."""
         values = [read(run["train"]) for run in self.runs if "train" in run]
-        return float(np.mean(values)) if values else None
+        known = [value for value in values if value is not None]
+        return float(np.mean(known)) if known else None
 
 
 def arms() -> dict[str, Arm]:
@@ -193,14 +194,14 @@ def cost_table(found: dict[str, Arm]) -> str:
         down = arm.trained(lambda t: sum(n for kind, n in t["traffic"].items() if kind.endswith("down"))) or 0.0
         run = arm.runs[0]
         texts = run["train_examples"] * run["epochs"]
-        flops, memory = arm.trained(lambda t: t["client_flops"]), arm.trained(lambda t: t["peak_memory_bytes"])
+        flops, memory = arm.trained(lambda t: t["client_flops"]), arm.trained(lambda t: t.get("peak_memory_bytes"))
         seconds = arm.trained(lambda t: t["seconds"])
         numbers = [f"{up / 1e6:.1f}", f"{down / 1e6:.1f}", f"{(up + down) / texts:,.0f}"]
         once = (arm.trained(lambda t: t["bytes_received"]) or 0.0) - down
         numbers += [
             f"{once / 1e6:.1f}",
             f"{(flops or 0) / 1e12:.1f}",
-            f"{(memory or 0) / 1e6:,.0f}",
+            f"{memory / 1e6:,.0f}" if memory else "–",
             f"{seconds or 0:.0f}",
         ]
         lines.append(f"| {arm.label} | {' | '.join(numbers)} |")
