@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Generator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -444,6 +445,20 @@ def test_a_run_with_a_start_goes_on_from_the_same_start(setup: MakeSetup, tmp_pa
         ends.append(load_file(out / "adapter_model.safetensors"))
     assert ends[0].keys() == ends[1].keys()
     assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("use_rslora", True), ("alpha_pattern", {"q_proj": 4}), ("rank_pattern", {"q_proj": 4})]
+)
+def test_a_foreign_checkpoint_that_would_be_read_wrongly(
+    setup: MakeSetup, tmp_path: Path, name: str, value: Any
+) -> None:
+    """Its matrices alone don't say what it does to the weights."""
+    setup().ends.save(tmp_path, "tiny")
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(CheckpointError, match=name):
+        read_tuned(tmp_path)
 
 
 def test_a_start_that_changes_more_than_blocks_of_the_ends(setup: MakeSetup, tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ from blindtune.models.split import Part, blocks_name, decoder_of
 
 Trained = Literal["lora", "full"]
 ADAPTER, WHOLE, CONFIG = "adapter_model.safetensors", "model.safetensors", "adapter_config.json"
+BEYOND_MATRICES = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "layer_replication", "fan_in_fan_out")
+"""What of PEFT's configuration changes how LoRA matrices are applied."""
 _NAME = "default"
 
 
@@ -233,7 +235,7 @@ def read_ends(folder: Path) -> dict[str, Any]:
     """Options of `Ends` for a checkpoint that `Ends.save` wrote: trained, parts are the caller's; rank, alpha, targets.
 
     Raises:
-        CheckpointError: neither kind of checkpoint.
+        CheckpointError: neither kind of checkpoint, or a LoRA that is more than its matrices and one scaling.
     """
     if (folder / WHOLE).is_file():
         return {"trained": "full"}
@@ -241,6 +243,12 @@ def read_ends(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} holds no {CONFIG} and no {WHOLE}.", remedy="Name a checkpoint's folder.")
     try:
         config = cast("dict[str, Any]", json.loads((folder / CONFIG).read_text()))
+        more = [name for name in BEYOND_MATRICES if config.get(name)]
+        if more:
+            raise CheckpointError(
+                f"{folder / CONFIG} has {more[0]} = {config[more[0]]!r}: its matrices don't say all that it changes.",
+                remedy="Use a plain LoRA checkpoint, with one rank and one alpha.",
+            )
         targets = sorted({str(name).rsplit(".", 1)[-1] for name in config["target_modules"]})
         return {"trained": "lora", "rank": int(config["r"]), "alpha": int(config["lora_alpha"]), "targets": targets}
     except (ValueError, KeyError, TypeError):
