@@ -48,11 +48,9 @@ def run(stage: Stage, arm: str, seed: int) -> dict[str, Any]:
     work = Path(tempfile.mkdtemp(prefix="blindtune-"))
     folders = [work / str(operator) for operator in range(int(settings.get("operators", 2)))]
     try:
-        method = make_method(settings.get("method", "lora"), {"m": 2})
+        options = {"m": 2, "adapter_noise": settings.get("adapter_noise", 0.0)}
+        method = make_method(settings.get("method", "lora"), options)
         model = make_model(stage, method, folders, method.default_rank, seed)
-        if "adapter_noise" in settings:
-            noisy = method.make_shares(model.generator, adapter_noise=settings["adapter_noise"])
-            method.shares = model.backbone.channel = noisy
         config = TrainConfig(
             steps=stage.task.steps,
             seed=seed,

@@ -88,9 +88,11 @@ def train_sgd(backbone: Backbone, examples: Examples, optimizer: type = torch.op
         steps.step()
 
 
-def train_lora(backbone: Backbone, examples: Examples, *, random_moments: float = 0.0) -> None:
+def train_lora(
+    backbone: Backbone, examples: Examples, *, random_moments: float = 0.0, adapter_noise: float = 0.0
+) -> None:
     """The trainer with its own Adam; gradients travel in shares."""
-    model = PrivateModel(backbone, LinearHead(backbone.hidden_size, 2), LoRA(m=2))
+    model = PrivateModel(backbone, LinearHead(backbone.hidden_size, 2), LoRA(m=2, adapter_noise=adapter_noise))
     steps = len(examples) // BATCH
     config = TrainConfig(steps=steps, batch_size=BATCH, warmup=2, random_moments=random_moments)
     trainer = Trainer(model, examples, config)
@@ -298,9 +300,10 @@ def test_adam_is_inverted_from_adapters_alone(record, minilm):
     assert strongest(found, shuffled(labels)) < 0.65
 
 
-def test_random_moments_hide_what_the_first_steps_change(record, minilm):
-    """The same training as above, but for where Adam starts."""
-    [view, _], labels = record(2, 4 * BATCH, partial(train_lora, random_moments=0.1))
+@pytest.mark.parametrize("defence", [{"random_moments": 0.1}, {"adapter_noise": 0.01}], ids=["moments", "noise"])
+def test_what_adams_first_steps_change_can_be_hidden(record, minilm, defence):
+    """The same training as above, but for where Adam starts, or for what travels."""
+    [view, _], labels = record(2, 4 * BATCH, partial(train_lora, **defence))
     found = inverted_channels(view, labels, Recomputation(minilm), 4)
     assert len(found["update inverted, Adam"][1]) == 4 * BATCH
     assert strongest(found, labels) < 0.75

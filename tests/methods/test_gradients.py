@@ -15,7 +15,9 @@ from blindtune.methods import (
     LoRA,
     PrivateModel,
     PublishedP3EFT,
+    RandomizedResponse,
     SharedGradients,
+    make_method,
 )
 from blindtune.privacy.randomness import SecureGenerator
 from blindtune.wire import AdapterUpload, NoiseShare, Transcript, decode
@@ -156,6 +158,28 @@ def test_noise_on_adapters_is_new_for_new_weights_and_the_same_for_the_same(conn
     assert torch.equal(weights[0], weights[1])
     assert 0.009 < float((weights[0] - own).std()) < 0.011
     assert 0.013 < float((weights[2] - weights[0]).std()) < 0.016
+
+
+@pytest.mark.parametrize("kind", [LoRA, DistanceCorrelation, PSLF, RandomizedResponse, PublishedP3EFT])
+def test_every_method_with_shares_can_send_adapters_under_noise(connect, kind):
+    backbone = connect(num_adapters=0)
+    method = make_method(kind.name, {"m": 2, "adapter_noise": 0.01})
+    PrivateModel(backbone, LinearHead(backbone.hidden_size, 2), method)
+    assert backbone.channel.adapter_noise == 0.01
+
+
+def test_noise_on_adapters_needs_gradients_in_shares():
+    with pytest.raises(ConfigError, match=r"adapter_noise = 0.01 hides nothing: gradients travel in the clear.*m=2"):
+        LoRA(adapter_noise=0.01)
+    with pytest.raises(ConfigError, match="adapter_noise = -1"):
+        LoRA(m=2, adapter_noise=-1)
+
+
+@pytest.mark.parametrize("name", ["p3eft", "head_only"])
+def test_methods_that_send_no_adapter_in_the_clear_offer_no_noise_on_it(name):
+    """Pads hide all of an adapter by a known amount, at no cost to the model; noise would add nothing to that."""
+    with pytest.raises(ConfigError, match="has no option"):
+        make_method(name, {"adapter_noise": 0.01})
 
 
 def test_one_operator_is_refused_for_two_shares(connect, film_sentences):

@@ -34,6 +34,7 @@ class DistanceCorrelation(LoRA):
 
     Args:
         m, clip_norm, noise_ratio, max_mu, allow_single_operator: gradient shares, see `LoRA`; in the clear by default.
+        adapter_noise: noise on the adapters that travel, see `LoRA`.
         activation_weight, shift_weight: α, the weights of log dCor² in the loss; 0 leaves a channel alone.
     Raises:
         ConfigError: a weight that is negative or no number.

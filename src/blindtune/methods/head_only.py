@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from blindtune.methods.lora import LoRA
@@ -11,6 +11,8 @@ from blindtune.methods.lora import LoRA
 @dataclass
 class HeadOnly(LoRA):
     """The floor for accuracy, and perfect label privacy: servers see texts and nothing else."""
+
+    adapter_noise: float = field(init=False, default=0.0)  # there are no adapters
 
     name: ClassVar[str] = "head_only"
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from blindtune.client import Backbone, PlainChannel
 from blindtune.errors import ConfigError
 from blindtune.methods.gradients import SharedGradients
-from blindtune.methods.options import check_budget, check_counts, check_positive, check_switches
+from blindtune.methods.options import check_budget, check_counts, check_positive, check_switches, check_weights
 from blindtune.models.tokenizer import TokenRow
 from blindtune.privacy.randomness import SecureGenerator
 
@@ -29,8 +29,11 @@ class LoRA:
         noise_ratio: σ / C. μ of the gradient channel is 2 √views / noise_ratio.
         max_mu: budget for μ of the gradient channel; the run stops before the step that would exceed it.
         allow_single_operator: lets shares meet at one operator. Then there is no gradient privacy.
+        adapter_noise: standard deviation of noise on the weights of the adapters that travel (P3EFT, section 3.2);
+            operators then don't see what a step changed. The model that is trained is that of the noisy adapters.
     Raises:
-        ConfigError: an option that makes no sense, or a budget without shares.
+        ConfigError: an option that makes no sense; a budget, or noise on adapters, without shares: gradients in the
+            clear tell what a step changed.
     """
 
     m: int = 1
@@ -38,6 +41,7 @@ class LoRA:
     noise_ratio: float = 100.0
     max_mu: float | None = None
     allow_single_operator: bool = False
+    adapter_noise: float = 0.0
 
     name: ClassVar[str] = "lora"
     default_rank: ClassVar[int] = 8
@@ -49,6 +53,12 @@ class LoRA:
         check_positive(clip_norm=self.clip_norm, noise_ratio=self.noise_ratio)
         check_switches(allow_single_operator=self.allow_single_operator)
         check_budget(self.max_mu)
+        check_weights(adapter_noise=self.adapter_noise)
+        if self.m == 1 and self.adapter_noise > 0:
+            raise ConfigError(
+                f"adapter_noise = {self.adapter_noise} hides nothing: gradients travel in the clear.",
+                remedy="Use m=2 or more.",
+            )
         if self.m == 1 and self.max_mu is not None:
             raise ConfigError(
                 f"max_mu = {self.max_mu} can't be kept: gradients travel in the clear.", remedy="Use m=2 or more."
@@ -70,7 +80,7 @@ class LoRA:
         self.shares = self.make_shares(generator) if self.m > 1 else None
         backbone.channel = self.shares or PlainChannel()
 
-    def make_shares(self, generator: SecureGenerator, *, adapter_noise: float = 0.0) -> SharedGradients:
+    def make_shares(self, generator: SecureGenerator) -> SharedGradients:
         """The channel with these options."""
         return SharedGradients(
             self.m,
@@ -80,7 +90,7 @@ class LoRA:
             self.allow_single_operator,
             self.max_mu,
             self.num_adapters,
-            adapter_noise,
+            self.adapter_noise,
         )
 
     def check(self, backbone: Backbone) -> None:

@@ -38,6 +38,8 @@ class P3EFT(LoRA):
         max_norm: bound on the trained update, |scaling · B|; a longer update is scaled down.
         m, clip_norm, noise_ratio, max_mu: gradient shares, see `LoRA`.
         allow_single_operator: lets pads and shares meet at one operator. Then there is no privacy.
+
+    There is no `adapter_noise`: pads hide an adapter by a known amount, and the mixture takes them away again.
     """
 
     m: int = 2
@@ -45,6 +47,7 @@ class P3EFT(LoRA):
     max_bits: float = 1.0
     pad_spread: float = 0.16
     max_norm: float = 16.0
+    adapter_noise: float = field(init=False, default=0.0)
 
     name: ClassVar[str] = "p3eft"
     default_rank: ClassVar[int] = 32

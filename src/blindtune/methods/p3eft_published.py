@@ -35,6 +35,7 @@ class PublishedP3EFT(LoRA):
     Args:
         n: adapters.
         m, clip_norm, noise_ratio, max_mu, allow_single_operator: gradient shares, see `LoRA`.
+        adapter_noise: noise on the adapters that travel, see `LoRA`.
         mixing_scale: standard deviation of the secret mixing weights around 1/n. With a large one each adapter needs to
             change little.
         regularizer: what the adversary drives the adapters towards: confusion, flip (the authors') or reversal.
@@ -44,8 +45,6 @@ class PublishedP3EFT(LoRA):
         buffer: recent batches that the adversary is fitted on.
         adversary_l2: penalty on the adversary's weights, in units of one example (the authors: 1).
         steps, rise: these weights grow linearly over the first part `rise` of a run of `steps` steps.
-        adapter_noise: standard deviation of noise on the weights of the adapters that travel; operators then don't see
-            what a step changed. The model that is trained is that of the noisy adapters.
     """
 
     m: int = 2
@@ -59,7 +58,6 @@ class PublishedP3EFT(LoRA):
     adversary_l2: float = 100.0
     steps: int = 1000
     rise: float = 0.0
-    adapter_noise: float = 0.0
 
     name: ClassVar[str] = "p3eft_published"
     default_lr: ClassVar[float] = 5e-4  # adapters move their mixture by as much as the mixing weights are large
@@ -75,7 +73,6 @@ class PublishedP3EFT(LoRA):
             shift_weight=self.shift_weight,
             joint_weight=self.joint_weight,
             rise=self.rise,
-            adapter_noise=self.adapter_noise,
         )
         if self.n < 2:
             raise ConfigError(
@@ -98,7 +95,7 @@ class PublishedP3EFT(LoRA):
         return self.shift_weight > 0 or self.joint_weight > 0
 
     def attach(self, backbone: Backbone, classes: int, generator: SecureGenerator) -> None:
-        self.shares = self.channel = self.make_shares(generator, adapter_noise=self.adapter_noise)
+        self.shares = self.channel = self.make_shares(generator)
         backbone.channel = self.channel
         dim = backbone.hidden_size
         self.mixing = mixing_weights(self.n, dim, self.mixing_scale, generator=generator.derive(b"mixing"))

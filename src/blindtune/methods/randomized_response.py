@@ -39,6 +39,7 @@ class RandomizedResponse(LoRA):
 
     Args:
         m, clip_norm, noise_ratio, max_mu, allow_single_operator: gradient shares, see `LoRA`; in the clear by default.
+        adapter_noise: noise on the adapters that travel, see `LoRA`.
         epsilon: ε of one label.
     Raises:
         ConfigError: ε that isn't positive and finite.
