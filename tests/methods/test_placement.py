@@ -1,9 +1,11 @@
-"""Who takes part in which steps."""
+"""Who takes part in which steps, and what that tells them."""
+
+from types import SimpleNamespace
 
 import pytest
 
 from blindtune.client import PlainChannel
-from blindtune.methods import SharedGradients
+from blindtune.methods import METHODS, SharedGradients, exposure, make_method
 from blindtune.methods.placement import placement
 from blindtune.privacy.randomness import SecureGenerator
 
@@ -15,13 +17,18 @@ def shares(m, adapters=1):
 def test_two_operators_with_two_shares_see_every_step():
     parts = placement(shares(2), 2, 50)
     assert [(part.share, part.consecutive) for part in parts] == [(1.0, True), (1.0, True)]
-    assert str(parts[0]) == "in every step"
+    assert str(parts[0]) == "in every step, so in consecutive ones"
 
 
 def test_pairs_take_turns_where_there_are_four():
     parts = placement(shares(2), 4, 50)
     assert [(part.share, part.consecutive) for part in parts] == [(0.5, False)] * 4
-    assert str(parts[0]) == "in 50% of the steps, never in two that follow each other"
+    assert str(parts[0]) == "in 50% of the steps, never in consecutive ones"
+
+
+def test_pairs_of_three_take_turns_that_touch():
+    assert str(placement(shares(2), 3, 60)[0]) == "in 67% of the steps, some of them consecutive"
+    assert str(placement(shares(2), 3, 1)[0]) == "in the only step"
 
 
 @pytest.mark.parametrize(("m", "operators"), [(2, 3), (2, 5), (3, 4), (3, 7)])
@@ -56,3 +63,114 @@ def test_adapters_have_operators_of_their_own_where_there_are_enough(adapters, o
 def test_adapters_with_pools_of_their_own_take_turns_there():
     parts = placement(shares(2, 2), 8, 40)
     assert [(part.share, part.consecutive) for part in parts] == [(0.5, False)] * 8
+
+
+def told(name: str, operators: int, *, random_moments: float = 0.0, steps: int = 60, **options: object) -> list[str]:
+    """What each of so many operators is told about a run, without its address."""
+    method = make_method(name, options)
+    pool = SimpleNamespace(
+        operators=[SimpleNamespace(transport=SimpleNamespace(url=f"https://{o}.example")) for o in range(operators)]
+    )
+    backbone = SimpleNamespace(hidden_size=8, pool=pool, channel=PlainChannel())
+    method.attach(backbone, 2, SecureGenerator(bytes(32)))
+    lines = exposure(SimpleNamespace(method=method, backbone=backbone), steps, random_moments=random_moments)
+    for index, line in enumerate(lines):
+        assert line.startswith(f"operator {index}: https://{index}.example  sees texts")
+    return [line.partition("  ")[2] for line in lines]
+
+
+INVERSION = "consecutive adapters can tell each step's gradient (optimizer inversion), and so the labels"
+
+
+class TestExposure:
+    @pytest.mark.parametrize("name", METHODS)
+    def test_says_for_every_method_what_can_be_learned_and_whether_steps_are_consecutive(self, name):
+        for said in told(name, 2):
+            sees, _, learns = said.partition(": ")
+            assert learns
+            assert ("consecutive" in sees) == (name != "head_only")
+
+    def test_gradients_in_the_clear_tell_what_the_adapter_learns_from(self):
+        for name in ("lora", "dc"):
+            [said] = told(name, 1)
+            assert said.startswith("sees texts, the adapter, and gradients, in every step, so in consecutive ones: ")
+            assert said.endswith("it can learn the labels from gradients")
+        for name in ("pslf", "randomized_response"):
+            assert told(name, 2, epsilon=0.5)[1].endswith(
+                "it can learn only labels that were randomised with epsilon 0.5 from gradients"
+            )
+
+    @pytest.mark.parametrize(
+        ("name", "activations"),
+        [
+            ("lora", "activations and shifts carry the labels;"),
+            ("dc", "activations and shifts carry the labels as far as the penalty lets them;"),
+            ("p3eft_published", "activations and shifts carry the labels as far as the adversary lets them;"),
+        ],
+    )
+    def test_shares_hide_gradients_that_consecutive_adapters_tell(self, name, activations):
+        assert all("one share of each gradient" in said for said in told(name, 2, m=2))
+        for said in told(name, 2, m=2):
+            assert f": {activations}" in said
+            assert said.endswith(f"{INVERSION}, although shares hide it")
+        for said in told(name, 2, m=2, random_moments=0.1):
+            assert said.endswith(f"{INVERSION}, although shares hide it; not the first steps': random moments")
+        for said in told(name, 8 if name == "p3eft_published" else 4, m=2):
+            assert "never in consecutive ones" in said
+            assert INVERSION not in said
+            assert said.endswith("it sees no consecutive adapters, unless you validate or predict right after its step")
+        for said in told(name, 2, m=2, adapter_noise=0.01):
+            assert INVERSION not in said
+            assert said.endswith("noise of 0.01 on adapters hides what a step changed, if it is large enough")
+
+    def test_weights_of_zero_leave_activations_alone(self):
+        assert "carry the labels;" in told("dc", 2, m=2, activation_weight=0)[0]
+        assert "carry the labels;" in told("p3eft_published", 2, activation_weight=0)[0]
+
+    def test_randomised_labels_are_all_that_shares_and_adapters_are_about(self):
+        for said in told("pslf", 2, m=2):
+            assert "carry only labels that were randomised with epsilon 1;" in said
+            assert "(optimizer inversion), and so those labels" in said
+
+    def test_adapters_with_operators_of_their_own(self):
+        assert all("sees texts, all 2 adapters, and one share" in said for said in told("p3eft_published", 3))
+        assert all(
+            "sees texts, one of 2 adapters (always the same), and one share" in s for s in told("p3eft_published", 4)
+        )
+
+    @pytest.mark.parametrize("operators", [2, 3])
+    def test_padded_adapters_tell_a_known_number_of_bits(self, operators):
+        for said in told("p3eft", operators, max_bits=0.5):
+            assert said.startswith("sees texts, one adapter under a pad, and one share of each gradient, in ")
+            assert said.endswith(
+                ": all its adapters tell at most 0.5 bits about all labels together, a share 7.2e-05 bits for each "
+                "example in it; consecutive steps tell no more"
+            )
+
+    def test_only_two_of_three_operators_get_a_padded_adapter(self):
+        """With three shares, the third one's gradient is taken where the adapter is zero."""
+        first, second, third = told("p3eft", 3, m=3)
+        assert "one adapter under a pad" in first
+        assert "one adapter under a pad" in second
+        assert third == (
+            "sees texts and one share of each gradient, in every step, so in consecutive ones: a share tells at most "
+            "7.2e-05 bits about all labels together for each example in it"
+        )
+        later = told("p3eft", 6, m=3)
+        assert "one adapter under a pad where you validate or predict: all its adapters" in later[2]
+        assert all("adapter under a pad, and one share" in said for said in told("p3eft", 4, m=3))
+
+    @pytest.mark.parametrize("name", ["lora", "p3eft", "p3eft_published"])
+    def test_shares_that_meet_hide_nothing(self, name):
+        [said] = told(name, 1, m=2, allow_single_operator=True)
+        assert ("both padded adapters, and every share" if name == "p3eft" else "every share") in said
+        assert said.endswith("it can learn the labels from gradients: their shares meet here")
+
+    def test_operators_that_are_not_needed(self):
+        said = told("lora", 12, m=2, steps=3)[11]
+        assert said.startswith("sees texts, in no training step, the adapter where you validate or predict: ")
+        assert said.endswith("activations and shifts carry the labels")
+        assert told("p3eft", 3, steps=1)[2] == "sees texts, in no training step: nothing about labels"
+
+    def test_without_adapters_nothing_depends_on_labels(self):
+        assert told("head_only", 1) == ["sees texts, each once: nothing about labels"]

@@ -15,7 +15,7 @@ from blindtune.cli.console import console, errors, reporting_errors, write_json
 from blindtune.errors import BlindtuneError, BudgetSpent, CheckpointError
 
 if TYPE_CHECKING:
-    from blindtune.methods import LoRA, Method, PrivateModel
+    from blindtune.methods import PrivateModel
     from blindtune.training import Examples, TrainConfig
 
 SPLIT = "Split decoders (private texts)"
@@ -273,8 +273,7 @@ def _run(
 ) -> dict[str, Any]:
     """Trains with progress and leaves a checkpoint, however it ends."""
     from blindtune.cli.progress import Interrupted, human_bytes, inference_progress, run_steps
-    from blindtune.methods import read_resume, save_secret
-    from blindtune.methods.placement import placement
+    from blindtune.methods import exposure, read_resume, save_secret
     from blindtune.training import Trainer, evaluate
 
     trainer = Trainer(private, examples, config, checkpoint=output, save_every=save_every)
@@ -284,11 +283,8 @@ def _run(
         f"{method.name} over {len(backbone.pool)} operator(s) that host {backbone.info.base_model_name} "
         f"(fingerprint {backbone.info.fingerprint[:12]}…)"
     )
-    parts = placement(backbone.channel, len(backbone.pool), config.steps)
-    for index, (operator, part) in enumerate(zip(backbone.pool.operators, parts, strict=True)):
-        turns = f", {part}" if method.num_adapters else ""
-        sees = f"{_sees(method, len(backbone.pool))}{turns}"
-        console.print(f"  operator {index}: {operator.transport.url}  {sees}", soft_wrap=True)
+    for line in exposure(private, config.steps, random_moments=config.random_moments):
+        console.print(f"  {line}", soft_wrap=True)
     if resume:
         trainer.load(*read_resume(output))
         console.print(f"Resumed after step {trainer.done}.")
@@ -325,33 +321,6 @@ def _run(
         soft_wrap=True,
     )
     return result
-
-
-def _sees(method: "Method", operators: int) -> str:
-    """What each operator will be able to see."""
-    from blindtune.methods import HeadOnly, LoRA, PublishedP3EFT
-
-    if isinstance(method, HeadOnly) or not isinstance(method, LoRA):
-        return "sees texts"
-    clear, met = method.m == 1, operators < method.m  # met: the user has allowed it
-    apart = isinstance(method, PublishedP3EFT) and operators >= method.m * method.n
-    adapters = {
-        "p3eft": "both padded adapters" if met else "one adapter under a pad",
-        "p3eft_published": "one adapter" if apart else "all adapters",
-    }.get(method.name, "adapters")
-    gradients = "gradients" if clear else "every share" if met else "one share of each gradient"
-    return f"sees texts, {adapters}, and {gradients}{_learns(method, clear or met)}"
-
-
-def _learns(method: "LoRA", gradients: bool) -> str:
-    """What it can make of that."""
-    if method.name in ("pslf", "randomized_response"):
-        return f" of labels that were randomised with epsilon {getattr(method, 'epsilon', 0):g}"
-    if method.name == "lora" or (gradients and method.name == "p3eft"):
-        return ": it can learn the labels"
-    if gradients and method.name == "dc":
-        return ": it can learn the labels, if not from activations"
-    return ": there is no gradient privacy" if gradients else ""
 
 
 def _print_result(result: dict[str, Any]) -> None:

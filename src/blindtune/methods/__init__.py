@@ -20,6 +20,7 @@ from blindtune.methods.model import Method, Output, PrivateModel
 from blindtune.methods.p3eft import P3EFT
 from blindtune.methods.p3eft_published import PublishedP3EFT
 from blindtune.methods.pads import PaddedAdapters
+from blindtune.methods.placement import exposure
 from blindtune.methods.pslf import PSLF
 from blindtune.methods.randomized_response import RandomizedResponse
 
@@ -39,6 +40,7 @@ __all__ = [
     "RandomizedResponse",
     "SharedGradients",
     "adapter_config",
+    "exposure",
     "load_model",
     "make_method",
     "method_class",

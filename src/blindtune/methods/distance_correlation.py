@@ -53,6 +53,10 @@ class DistanceCorrelation(LoRA):
     def needs_frozen(self) -> bool:
         return self.shift_weight > 0
 
+    @property
+    def defence(self) -> str | None:
+        return "the penalty" if self.activation_weight > 0 or self.shift_weight > 0 else None
+
     def attach(self, backbone: Backbone, classes: int, generator: SecureGenerator) -> None:
         super().attach(backbone, classes, generator)
         self._classes = classes

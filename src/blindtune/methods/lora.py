@@ -76,6 +76,16 @@ class LoRA:
     def needs_frozen(self) -> bool:
         return False
 
+    @property
+    def learned(self) -> str:
+        """What adapters learn, and operators from them, in words."""
+        return "the labels"
+
+    @property
+    def defence(self) -> str | None:
+        """What keeps that out of activations and shifts, in words; None: nothing does."""
+        return None
+
     def attach(self, backbone: Backbone, classes: int, generator: SecureGenerator) -> None:
         self.shares = self.make_shares(generator) if self.m > 1 else None
         backbone.channel = self.shares or PlainChannel()

@@ -94,6 +94,10 @@ class PublishedP3EFT(LoRA):
     def needs_frozen(self) -> bool:
         return self.shift_weight > 0 or self.joint_weight > 0
 
+    @property
+    def defence(self) -> str | None:
+        return "the adversary" if self.activation_weight > 0 or self.needs_frozen else None
+
     def attach(self, backbone: Backbone, classes: int, generator: SecureGenerator) -> None:
         self.shares = self.channel = self.make_shares(generator)
         backbone.channel = self.channel

@@ -63,6 +63,10 @@ class PaddedAdapters:
     def choose(self, operators: int, step: int) -> tuple[int, ...]:
         return self.shares.choose(operators, step)
 
+    def holders(self, operators: int, step: int) -> tuple[int, ...]:
+        """Those of `choose` that get the adapter under a pad; others get a share of the gradient alone."""
+        return self.choose(operators, step)[:MEMBERS]
+
     def teams(self, operators: int) -> list[tuple[int, ...]]:
         self._check_members(operators)
         if operators < MEMBERS:

@@ -58,6 +58,10 @@ class RandomizedResponse(LoRA):
                 remedy="Use a positive number such as 1.0; without randomisation, use the method lora.",
             )
 
+    @property
+    def learned(self) -> str:
+        return f"only labels that were randomised with epsilon {self.epsilon:g}"
+
     def attach(self, backbone: Backbone, classes: int, generator: SecureGenerator) -> None:
         super().attach(backbone, classes, generator)
         if classes < 2:
