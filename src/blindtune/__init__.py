@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from blindtune.client import Backbone, Patience
     from blindtune.errors import BlindtuneError
-    from blindtune.methods import P3EFT, HeadOnly, LinearHead, LoRA, PrivateModel, load_model, save_model
+    from blindtune.methods import P3EFT, HeadOnly, LinearHead, LoRA, PrivateModel, exposure, load_model, save_model
     from blindtune.privacy.randomness import SecureGenerator
-    from blindtune.training import Examples, TrainConfig, Trainer, evaluate, load_examples, predict
+    from blindtune.training import Examples, TrainConfig, Trainer, evaluate, load_examples, predict, randomise_moments
 
 _HOMES = {
     "client": ("Backbone", "Patience"),
     "errors": ("BlindtuneError",),
-    "methods": ("P3EFT", "HeadOnly", "LinearHead", "LoRA", "PrivateModel", "load_model", "save_model"),
+    "methods": ("P3EFT", "HeadOnly", "LinearHead", "LoRA", "PrivateModel", "exposure", "load_model", "save_model"),
     "privacy.randomness": ("SecureGenerator",),
-    "training": ("Examples", "TrainConfig", "Trainer", "evaluate", "load_examples", "predict"),
+    "training": ("Examples", "TrainConfig", "Trainer", "evaluate", "load_examples", "predict", "randomise_moments"),
 }
 
 __all__ = [
@@ -42,9 +42,11 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "evaluate",
+    "exposure",
     "load_examples",
     "load_model",
     "predict",
+    "randomise_moments",
     "save_model",
 ]
 

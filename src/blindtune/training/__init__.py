@@ -4,6 +4,7 @@ from blindtune.training.batches import BatchPlan
 from blindtune.training.data import Columns, Examples, load_examples, split_examples
 from blindtune.training.loop import Step, TrainConfig, Trainer, evaluate, predict, steps_for
 from blindtune.training.metrics import scores
+from blindtune.training.moments import randomise_moments
 
 __all__ = [
     "BatchPlan",
@@ -15,6 +16,7 @@ __all__ = [
     "evaluate",
     "load_examples",
     "predict",
+    "randomise_moments",
     "scores",
     "split_examples",
     "steps_for",

@@ -18,6 +18,7 @@ from blindtune.models.tokenizer import Text, TokenRow
 from blindtune.training.batches import BatchPlan, linear_rate
 from blindtune.training.data import Examples
 from blindtune.training.metrics import scores
+from blindtune.training.moments import randomise_moments
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,8 @@ class TrainConfig:
     warmup: int = 10
     floor: float = 0.03
     random_moments: float = 0.0
-    """Size of secret random moments that the adapters' Adam starts from, in units of gradients; none if 0.
-
-    Whoever sees consecutive adapters can't compute the first steps' gradients then (P3EFT, section 3.2). That wears off
-    as Adam forgets: after some 1 / (1 − β₁) steps in the first moment and 1 / (1 − β₂) in the second."""
+    """Size of secret random moments that the adapters' Adam starts from, in units of gradients; none if 0. See
+    `blindtune.training.randomise_moments`, which does the same for an optimizer of your own."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -96,7 +95,8 @@ class Trainer:
         self._base = [config.learning_rate, config.head_learning_rate]
         self.optimizer = torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay)
         if config.random_moments > 0:
-            self._randomise_moments()
+            generator = model.generator.derive(b"moments")
+            randomise_moments(self.optimizer, model.backbone.parameters(), config.random_moments, generator)
         self.done = 0
 
     def prepare(self) -> None:
@@ -171,17 +171,6 @@ class Trainer:
                     "step": torch.tensor(float(self.done)),
                     "exp_avg": state[f"exp_avg.{index}"].clone(),
                     "exp_avg_sq": state[f"exp_avg_sq.{index}"].clone(),
-                }
-
-    def _randomise_moments(self) -> None:
-        generator = self.model.generator.derive(b"moments")
-        for parameter in self.model.backbone.parameters():
-            if parameter.requires_grad:
-                first, second = (self.config.random_moments * generator.normal(*parameter.shape) for _ in range(2))
-                self.optimizer.state[parameter] = {
-                    "step": torch.tensor(0.0),
-                    "exp_avg": first.float(),
-                    "exp_avg_sq": second.square().clamp_min(0.1 * self.config.random_moments**2).float(),
                 }
 
     def _resume_state(self) -> dict[str, Tensor]:
