@@ -73,6 +73,7 @@ def test_train_predict_and_audit_follow_each_other(recorded, notes, tiny_models,
     assert numbers["steps"] == 6
     assert numbers["validation"]["accuracy"] > 0
     assert 0 < numbers["gradient_channel_mu"] < 0.2
+    assert (numbers["gradient_channel_epsilon"] > 0, numbers["gradient_channel_delta"]) == (True, 1e-5)
     assert 0.5 < numbers["information_bits"] < 1.1  # of the budget of 1, for the adapters of six steps
     assert json.loads((out / "blindtune.json").read_text())["classes"] == ["healthy", "sick"]
     stock = PeftModel.from_pretrained(AutoModel.from_pretrained(tiny_models["bert"]), out)
@@ -206,6 +207,7 @@ def test_the_baselines_train_and_predict(tiny_server, notes, tmp_path, method, s
     assert sees in " ".join(trained.output.split())
     numbers = json.loads(results.read_text())
     assert {name: numbers.get(name) for name in report} == report
+    assert ("label epsilon (δ = 0)" in trained.output) == ("label_epsilon" in report)
     name, value = setting.split("=")
     assert json.loads((out / "blindtune.json").read_text())["options"][name] == json.loads(value)
     again = CliRunner().invoke(app, [*arguments, "--resume"], env={"COLUMNS": "300"})
@@ -329,6 +331,8 @@ def test_every_operator_is_told_what_it_can_learn_before_the_first_step(four_ser
         for index, server in enumerate(four_servers[:2]):
             assert f"operator {index}: {server.url}  sees texts, the adapter, and one share of each gradient, " in plan
         assert plan.count(words) == 2
+        assert re.search(r"μ 0\.\d{3} \(ε 0\.\d{3} at δ 1e-05\)", result.output), "while it runs"
+        assert "gradient channel epsilon (δ = 1e-05)" in result.output
 
 
 def test_the_manual_of_train_names_every_method():

@@ -1,5 +1,6 @@
 """Private backpropagation through two real operators."""
 
+import json
 from contextlib import ExitStack
 
 import pytest
@@ -233,6 +234,31 @@ def test_the_accountant_counts_the_share_that_depends_on_the_gradient(connect, f
     views = shared.accountant.views()
     assert 10 <= views < 20  # the carrier's place is random: neither operator sees it every time
     assert shared.accountant.mu() == pytest.approx(2 * views**0.5 / 1000)
+
+
+def test_views_belong_to_the_server_that_had_them_in_whichever_order_servers_come(operators, film_sentences):
+    """A run that is resumed with --server in another order."""
+    first, true = channel(), dict.fromkeys(operators.urls, 0)
+    again = channel()
+    for shared, urls in ((first, operators.urls), (again, operators.urls[::-1])):
+        if shared is again:
+            again.accountant.load_state(first.accountant.state())
+        backbone = Backbone(urls, max_length=32, num_adapters=2, channel=shared)
+        for operator in backbone.pool.operators:
+            original, url = operator.backward, operator.transport.url
+
+            def counted(*args, f=original, u=url):
+                true[u] += not isinstance(args[-1], NoiseShare)  # the share with the gradient in it
+                return f(*args)
+
+            operator.backward = counted
+        for _ in range(6):
+            perturb_more(backbone)
+            gradients(backbone, film_sentences[:1])
+        backbone.close()
+    counts = json.loads(bytes(again.accountant.state().numpy()))
+    assert {url: sum(views.values()) for url, views in counts.items()} == {u: n for u, n in true.items() if n}
+    assert again.accountant.views() == max(true.values())
 
 
 def perturb_more(backbone):

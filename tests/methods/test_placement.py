@@ -97,7 +97,7 @@ class TestExposure:
             assert said.endswith("it can learn the labels from gradients")
         for name in ("pslf", "randomized_response"):
             assert told(name, 2, epsilon=0.5)[1].endswith(
-                "it can learn only labels that were randomised with epsilon 0.5 from gradients"
+                "it can learn only labels that were randomised with epsilon 0.5, delta 0 from gradients"
             )
 
     @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ class TestExposure:
 
     def test_randomised_labels_are_all_that_shares_and_adapters_are_about(self):
         for said in told("pslf", 2, m=2):
-            assert "carry only labels that were randomised with epsilon 1;" in said
+            assert "carry only labels that were randomised with epsilon 1, delta 0;" in said
             assert "(optimizer inversion), and so those labels" in said
 
     def test_adapters_with_operators_of_their_own(self):

@@ -62,7 +62,7 @@ class Interrupted(Exception):
 def run_steps(
     trainer: Trainer, console: Console, title: str, *, on_step: Callable[[Step], None] | None = None
 ) -> list[Step]:
-    """Runs all remaining steps under a progress bar: loss, steps/s, bytes, μ, ETA.
+    """Runs all remaining steps under a progress bar: loss, steps/s, bytes, μ with ε and δ, ETA.
 
     Raises:
         Interrupted: after the step that was under way at the first Ctrl-C.
@@ -116,10 +116,13 @@ def _status(steps: list[Step]) -> str:
     loss = sum(step.losses["task"] for step in recent) / len(recent)
     rate = len(recent) / sum(step.seconds for step in recent)
     traffic = recent[-1].bytes_sent + recent[-1].bytes_received
-    mu = recent[-1].report.get("gradient_channel_mu")
     accuracy = sum(step.accuracy for step in recent) / len(recent)
     shown = f"loss {loss:.3f}  acc {accuracy:.2f}  {rate:.2f} steps/s  {human_bytes(traffic)}/step"
-    return shown if mu is None else f"{shown}  μ {mu:.3f}"
+    report = recent[-1].report
+    if "gradient_channel_mu" not in report:
+        return shown
+    mu, epsilon, delta = (report[f"gradient_channel_{name}"] for name in ("mu", "epsilon", "delta"))
+    return f"{shown}  μ {mu:.3f} (ε {epsilon:.3f} at δ {delta:g})"
 
 
 def _guarded_status(steps: list[GuardedStep]) -> str:

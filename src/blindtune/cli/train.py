@@ -324,11 +324,14 @@ def _run(
 
 
 def _print_result(result: dict[str, Any]) -> None:
+    """A table; the ε of a row has its δ beside it."""
+    deltas = {"gradient_channel_epsilon": result.get("gradient_channel_delta", 0.0), "label_epsilon": 0.0}
     table = Table(title="Result", title_justify="left", show_header=False)
     flat = {**result, **{f"validation {name}": value for name, value in result.get("validation", {}).items()}}
     for name, value in flat.items():
-        if not isinstance(value, dict):
-            table.add_row(name.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(value))
+        if not isinstance(value, dict) and name != "gradient_channel_delta":
+            title = name.replace("_", " ") + (f" (δ = {deltas[name]:g})" if name in deltas else "")
+            table.add_row(title, f"{value:.4f}" if isinstance(value, float) else str(value))
     console.print(table)
 
 

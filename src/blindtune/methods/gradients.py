@@ -72,13 +72,14 @@ class SharedGradients(PlainChannel):
             )
 
     def report(self) -> dict[str, float]:
-        """μ of the channel so far, ε at δ = 1e-5, and the AUC that no test of one label exceeds."""
+        """μ of the channel so far, the ε that goes with δ, and the AUC that no test of one label exceeds."""
         if self.allow_single_operator:
             return {}
         mu = self.accountant.mu()
         return {
             "gradient_channel_mu": mu,
             "gradient_channel_epsilon": epsilon(mu, REPORT_DELTA),
+            "gradient_channel_delta": REPORT_DELTA,
             "gradient_channel_auc_bound": auc_bound(mu),
         }
 
@@ -125,7 +126,8 @@ class SharedGradients(PlainChannel):
             self._record_meeting()
             results = [batch.backward(pool, batch.operators[0], splits[0].shares)]
         else:
-            self._record(batch, [part.operators[split.carrier] for part, split in zip(parts, splits, strict=True)])
+            pairs = zip(parts, splits, strict=True)
+            self._record(batch, [_url(pool, part.operators[split.carrier]) for part, split in pairs])
 
             def call(part: RemoteBatch, split: Shares, j: int) -> Callable[[], Tensor]:
                 seed = split.seeds[j]
@@ -162,7 +164,7 @@ class SharedGradients(PlainChannel):
             )
         self.accountant.record_meeting()
 
-    def _record(self, batch: RemoteBatch, carriers: list[int]) -> None:
+    def _record(self, batch: RemoteBatch, carriers: list[str]) -> None:
         """Counts a view of each example at each operator whose share has its gradient in it, before it is sent."""
         examples = [_example(row.ids) for row in batch.rows]
         after = max(self.accountant.mu_after(carrier, examples) for carrier in carriers)
@@ -184,7 +186,11 @@ def _too_few(m: int, count: int) -> SingleOperator:
 
 def receivers(batch: RemoteBatch, pool: OperatorPool) -> list[bytes]:
     """The batch's operators in their order, for what randomness is bound to."""
-    return [pool.operators[index].transport.url.encode() for index in batch.operators]
+    return [_url(pool, index).encode() for index in batch.operators]
+
+
+def _url(pool: OperatorPool, index: int) -> str:
+    return pool.operators[index].transport.url
 
 
 def _identity(gradient: Tensor, batch: RemoteBatch) -> list[bytes]:

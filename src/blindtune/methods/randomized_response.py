@@ -60,7 +60,7 @@ class RandomizedResponse(LoRA):
 
     @property
     def learned(self) -> str:
-        return f"only labels that were randomised with epsilon {self.epsilon:g}"
+        return f"only labels that were randomised with epsilon {self.epsilon:g}, delta 0"
 
     def attach(self, backbone: Backbone, classes: int, generator: SecureGenerator) -> None:
         super().attach(backbone, classes, generator)

@@ -25,13 +25,18 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 from torch import Tensor
 
+from blindtune.errors import CheckpointError
+
 
 class Accountant:
-    """Counts, for every operator and example, the shares that depended on the example's gradient."""
+    """Counts, for every operator and example, the shares that depended on the example's gradient.
+
+    Operators go by their address: a resumed run may name them in another order.
+    """
 
     def __init__(self, clip_norm: float, sigma: float) -> None:
         self.clip_norm, self.sigma = clip_norm, sigma
-        self._views: dict[int, Counter[str]] = {}
+        self._views: dict[str, Counter[str]] = {}
         self.met = False
         """Whether all shares of a gradient went to one operator: then nothing is private."""
 
@@ -39,11 +44,11 @@ class Accountant:
         """All shares of one gradient met at one operator."""
         self.met = True
 
-    def record(self, operator: int, examples: Iterable[str]) -> None:
+    def record(self, operator: str, examples: Iterable[str]) -> None:
         """One more view of each of these examples at this operator."""
         self._views.setdefault(operator, Counter()).update(examples)
 
-    def mu_after(self, operator: int, examples: Iterable[str]) -> float:
+    def mu_after(self, operator: str, examples: Iterable[str]) -> float:
         """What `mu` would be if `record` were called with these."""
         known = self._views.get(operator, Counter[str]())
         most = max((known[example] + count for example, count in Counter(examples).items()), default=0)
@@ -64,11 +69,21 @@ class Accountant:
 
     def state(self) -> Tensor:
         """The counts as bytes (JSON), for a checkpoint."""
-        return _as_bytes({str(operator): dict(views) for operator, views in self._views.items()})
+        return _as_bytes({operator: dict(views) for operator, views in self._views.items()})
 
     def load_state(self, state: Tensor) -> None:
+        """Goes on from the counts of a checkpoint.
+
+        Raises:
+            CheckpointError: it counts operators by number, as checkpoints once did.
+        """
         counts: dict[str, dict[str, int]] = json.loads(bytes(state.numpy()))
-        self._views = {int(operator): Counter(views) for operator, views in counts.items()}
+        if any(operator.isdecimal() for operator in counts):
+            raise CheckpointError(
+                "The checkpoint knows operators by their number, and so not which server has seen what.",
+                remedy="Resume with the version that wrote it, or start anew without --resume.",
+            )
+        self._views = {operator: Counter(views) for operator, views in counts.items()}
 
 
 class InformationLedger:
