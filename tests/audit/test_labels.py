@@ -1,10 +1,13 @@
 """Every attack finds a planted leak of its kind and nothing in noise."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 
-from blindtune.audit.labels import ATTACKS, Channel
-from blindtune.audit.labels.boosting import classifier
+from blindtune.audit.labels import ATTACKS, SHARE_ATTACKS, UPDATE_ATTACKS, Channel, catalogue
+from blindtune.audit.labels.boosting import NAME, classifier
+from blindtune.audit.labels.registry import Knowledge, Needs, Observes
 from blindtune.audit.statistics import best_auc, mean_auc
 
 
@@ -94,3 +97,28 @@ def test_components_are_those_of_the_singular_value_decomposition(shape):
     left, values, _ = np.linalg.svd(centred, full_matrices=False)
     found = Channel(features.astype(np.float32)).components(5)
     np.testing.assert_allclose(np.abs(found), np.abs(left[:, :5] * values[:5]), rtol=1e-3, atol=1e-2)
+
+
+def test_every_attack_declares_what_it_observes_and_what_it_needs_to_know():
+    rows = {row.name: row for row in catalogue()}
+    assert list(rows) == [*ATTACKS, *SHARE_ATTACKS, *UPDATE_ATTACKS]
+    for row in rows.values():
+        assert row.observes in get_args(Observes)
+        assert row.knows in get_args(Knowledge)
+        assert set(row.needs) <= set(get_args(Needs))
+    assert rows[NAME].observes == "one gradient channel"
+    assert rows["probe with 64 labels"].observes == "one channel"
+    assert (rows["probe with 64 labels"].knows, rows["probe with 64 labels"].needs) == ("64 labels", ())
+    assert (rows["Gram matrix"].observes, rows["Gram matrix"].knows) == ("shares that met", "nothing")
+    assert (rows["sum over adapters"].observes, rows["sum over adapters"].needs) == ("any share", ())
+    assert rows["update inverted"].observes == "consecutive adapters"
+    adam = rows["update inverted, Adam"]
+    assert (adam.observes, adam.knows) == ("all adapters since the first step", "nothing")
+    assert adam.needs == ("the model", "the texts of each step", "Adam's β")
+
+
+def test_updates_are_wanted_without_gaps_where_all_adapters_are_observed():
+    assert {name: attack.consecutive for name, attack in UPDATE_ATTACKS.items()} == {
+        "update inverted": False,
+        "update inverted, Adam": True,
+    }

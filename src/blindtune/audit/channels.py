@@ -181,7 +181,7 @@ def travelled_channels(view: View, labels: Mapping[Row, int], step: int) -> dict
     sighted = [(s.rows, s.channels) for s in view.sightings if s.step <= step]
     for met in view.gradients:
         if met.step <= step:
-            sighted += [(met.rows, reconstruct(met.shares)) for reconstruct in SHARE_ATTACKS.values()]
+            sighted += [(met.rows, attack.function(met.shares)) for attack in SHARE_ATTACKS.values()]
     for rows, channels in sighted:
         for channel, vectors in channels.items():
             total, count = sums.setdefault(channel, {}), counts.setdefault(channel, {})

@@ -10,7 +10,16 @@ from blindtune.audit.labels.inversion import invert_updates
 from blindtune.audit.labels.kmeans import kmeans
 from blindtune.audit.labels.logistic import logistic_regression
 from blindtune.audit.labels.norm import norm
-from blindtune.audit.labels.registry import ATTACKS, SHARE_ATTACKS, UPDATE_ATTACKS, Attack, Channel, attack
+from blindtune.audit.labels.registry import (
+    ATTACKS,
+    SHARE_ATTACKS,
+    UPDATE_ATTACKS,
+    Attack,
+    Channel,
+    Declaration,
+    attack,
+    catalogue,
+)
 from blindtune.audit.labels.spectral import spectral
 from blindtune.audit.labels.summed import summed
 
@@ -20,9 +29,11 @@ __all__ = [
     "UPDATE_ATTACKS",
     "Attack",
     "Channel",
+    "Declaration",
     "attack",
     "bimodal",
     "boosted_trees",
+    "catalogue",
     "components",
     "few_labels",
     "invert_adam",

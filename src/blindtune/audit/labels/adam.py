@@ -37,7 +37,11 @@ TURNS = 4
 TINY = 1e-30
 
 
-@observes_updates("update inverted, Adam", consecutive=True)
+@observes_updates(
+    "update inverted, Adam",
+    observes="all adapters since the first step",
+    needs=("the model", "the texts of each step", "Adam's β"),
+)
 def invert_adam(updates: Sequence[Update], observed: Observed) -> Reconstructed:
     """Residuals `(N, 1)`, up to one sign for all, from the first updates of a run."""
     adam = Adam()

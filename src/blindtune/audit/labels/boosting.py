@@ -33,7 +33,7 @@ def classifier() -> Any:
     return model.set_params(early_stopping=False)
 
 
-@attack(NAME, knows="all other labels", channels=("gradient",), when="last look")
+@attack(NAME, knows="all other labels", channels=("gradient",), when="last look", observes="one gradient channel")
 def boosted_trees(channel: Channel, labels: Labels) -> Scores | None:
     """Class probabilities of the half that was held out `(1, N, K)`, NaN for the half that it was fitted on."""
     classes, coded = np.unique(labels, return_inverse=True)

@@ -39,7 +39,7 @@ Read = Callable[[Jacobian, Tensor, Tensor | None], "Explanation"]
 FIRST_ROUNDS, ROUNDS, CONJUGATE_STEPS = 5, 1, 6
 
 
-@observes_updates("update inverted")
+@observes_updates("update inverted", observes="consecutive adapters", needs=("the model", "the texts of each step"))
 def invert_updates(updates: Sequence[Update], observed: Observed) -> Reconstructed:
     """Residuals `(N, 1)`, up to one sign for all, from consecutive updates."""
     return read_residuals(updates, observed, lambda jacobian, step, u: explain(jacobian, step.float(), u))

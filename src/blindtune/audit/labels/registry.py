@@ -6,6 +6,8 @@
 | shares | all shares of one gradient that met (`(m, n, B, d)`) | further channels: vectors for the B texts |
 | updates | consecutive adapters with the texts between, and the model (`Update`, `Jacobian`) | further channels |
 
+`catalogue` lists all of them with what they observe, which labels they know, and what else they need.
+
 Attacks on shares and updates reconstruct what a defence meant to hide. What they yield is a channel like any other,
 which the attacks on vectors then score. Operators that collude observe the same kinds, only more of them
 (`blindtune.audit.join_views`).
@@ -27,6 +29,16 @@ from blindtune.audit.recompute import Jacobian
 from blindtune.audit.statistics import Labels, Scores
 
 Knowledge = Literal["nothing", "which component", "16 labels", "64 labels", "256 labels", "all other labels"]
+Observes = Literal[
+    "one channel",
+    "one gradient channel",
+    "any share",
+    "shares that met",
+    "consecutive adapters",
+    "all adapters since the first step",
+]
+Needs = Literal["the model", "the texts of each step", "Adam's β", "how shares are made"]
+"""Beside labels. All of it is public, or what every operator has."""
 When = Literal["every look", "some looks", "last look"]
 COMPONENTS, MANY_COMPONENTS = 10, 256
 """Found at once: what cheap attacks want, and what probes want."""
@@ -80,8 +92,10 @@ class Attack:
     """A way to score texts from the vectors of one channel.
 
     Attributes:
+        knows: which labels.
         channels: how the names of the channels begin that it is made for; all if empty.
         when: attacks that cost much are made at some points in time only.
+        observes, needs: what it is given, and what else it has to know.
     """
 
     name: str
@@ -89,6 +103,8 @@ class Attack:
     function: AttackFunction
     channels: tuple[str, ...] = ()
     when: When = "every look"
+    observes: Observes = "one channel"
+    needs: tuple[Needs, ...] = ()
 
     @property
     def unsupervised(self) -> bool:
@@ -108,49 +124,87 @@ class Attack:
 
 
 @dataclass(frozen=True)
-class UpdateAttack:
-    """A way to reconstruct what moved the adapters.
+class ShareAttack:
+    """A way to reconstruct a gradient from its shares, without any label."""
 
-    Attributes:
-        consecutive: needs the first updates of the run, without gaps, not some of them from all over it.
-    """
+    function: ShareFunction
+    observes: Observes
+    needs: tuple[Needs, ...]
+
+
+@dataclass(frozen=True)
+class UpdateAttack:
+    """A way to reconstruct what moved the adapters, without any label."""
 
     function: UpdateFunction
-    consecutive: bool
+    observes: Observes
+    needs: tuple[Needs, ...]
+
+    @property
+    def consecutive(self) -> bool:
+        """Whether it needs the first updates of the run, without gaps, not some of them from all over it."""
+        return self.observes == "all adapters since the first step"
 
 
 ATTACKS: dict[str, Attack] = {}
-SHARE_ATTACKS: dict[str, ShareFunction] = {}
+SHARE_ATTACKS: dict[str, ShareAttack] = {}
 UPDATE_ATTACKS: dict[str, UpdateAttack] = {}
 
 
 def attack(
-    name: str, *, knows: Knowledge, channels: tuple[str, ...] = (), when: When = "every look"
+    name: str,
+    *,
+    knows: Knowledge,
+    channels: tuple[str, ...] = (),
+    when: When = "every look",
+    observes: Observes = "one channel",
+    needs: tuple[Needs, ...] = (),
 ) -> Callable[[AttackFunction], AttackFunction]:
     """Registers an attack that observes the vectors of one channel."""
 
     def register(function: AttackFunction) -> AttackFunction:
-        ATTACKS[name] = Attack(name, knows, function, channels, when)
+        ATTACKS[name] = Attack(name, knows, function, channels, when, observes, needs)
         return function
 
     return register
 
 
-def observes_shares(name: str) -> Callable[[ShareFunction], ShareFunction]:
-    """Registers an attack that observes the shares of one backward call, and knows nothing."""
+def observes_shares(
+    name: str, *, observes: Observes = "shares that met", needs: tuple[Needs, ...] = ("how shares are made",)
+) -> Callable[[ShareFunction], ShareFunction]:
+    """Registers an attack that observes the shares of one backward call, and knows no label."""
 
     def register(function: ShareFunction) -> ShareFunction:
-        SHARE_ATTACKS[name] = function
+        SHARE_ATTACKS[name] = ShareAttack(function, observes, needs)
         return function
 
     return register
 
 
-def observes_updates(channel: str, *, consecutive: bool = False) -> Callable[[UpdateFunction], UpdateFunction]:
+def observes_updates(
+    channel: str, *, observes: Observes, needs: tuple[Needs, ...]
+) -> Callable[[UpdateFunction], UpdateFunction]:
     """Registers an attack that observes consecutive adapters, and knows no label; its vectors are named `channel`."""
 
     def register(function: UpdateFunction) -> UpdateFunction:
-        UPDATE_ATTACKS[channel] = UpdateAttack(function, consecutive)
+        UPDATE_ATTACKS[channel] = UpdateAttack(function, observes, needs)
         return function
 
     return register
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """An attack by name: what it observes, which labels it knows, and what else it needs to know."""
+
+    name: str
+    observes: Observes
+    knows: Knowledge
+    needs: tuple[Needs, ...]
+
+
+def catalogue() -> list[Declaration]:
+    """All registered attacks: on vectors, then on shares, then on updates."""
+    found = [Declaration(name, a.observes, a.knows, a.needs) for name, a in ATTACKS.items()]
+    reconstructions = {**SHARE_ATTACKS, **UPDATE_ATTACKS}
+    return found + [Declaration(name, a.observes, "nothing", a.needs) for name, a in reconstructions.items()]

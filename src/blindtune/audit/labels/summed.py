@@ -13,7 +13,7 @@ from blindtune.audit.labels.registry import observes_shares
 from blindtune.audit.observe import Features
 
 
-@observes_shares("sum over adapters")
+@observes_shares("sum over adapters", observes="any share", needs=())
 def summed(shares: Features) -> dict[str, NDArray[np.floating]]:
     """Sums over n ≥ 2 adapters of each of the shares `(m, n, B, d)`: `(B, d)`."""
     m, n = shares.shape[:2]
