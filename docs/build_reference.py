@@ -1,4 +1,5 @@
-"""Writes docs/reference/ from the code: the command line's help, public docstrings, error types. `make docs`."""
+"""Writes docs/reference/ from the code: the command line's help, public docstrings, error types,
+attacks. `make docs`."""
 
 from __future__ import annotations
 
@@ -13,6 +14,8 @@ import typer.main
 
 import blindtune
 from blindtune import errors
+from blindtune.audit import inputs
+from blindtune.audit.labels import boosting, catalogue
 from blindtune.cli import app
 
 FOLDER = Path(__file__).parent / "reference"
@@ -88,7 +91,20 @@ def error_types() -> str:
     return "".join(lines)
 
 
-PAGES = {"cli.md": command_line, "python.md": python, "errors.md": error_types}
+def attacks() -> str:
+    """The registries of attacks on labels and on texts, with what each observes and needs."""
+    parts = [HEAD, "# Attacks\n\nWhat `blindtune audit` tries, from its registries.\n"]
+    parts.append("\n## On labels\n\n| attack | observes | knows of labels | needs |\n|---|---|---|---|\n")
+    for a in catalogue():
+        name = "XGBoost, or boosted trees without it" if a.name == boosting.NAME else a.name
+        parts.append(f"| {name} | {a.observes} | {a.knows} | {', '.join(a.needs) or '–'} |\n")
+    parts.append("\n## On texts (split models)\n\n| attack | observes | needs |\n|---|---|---|\n")
+    for a in inputs.ATTACKS.values():
+        parts.append(f"| {a.name} | {', '.join(a.observes) or 'nothing'} | {', '.join(a.needs) or '–'} |\n")
+    return "".join(parts)
+
+
+PAGES = {"cli.md": command_line, "python.md": python, "errors.md": error_types, "attacks.md": attacks}
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from blindtune.audit.observe import Features
 LENGTHS = (1.0, 1.25)
 
 
-@observes_shares("Gram matrix")
+@observes_shares("Gram matrix", observes="shares that met", needs=("how shares are made",))
 def recombine(shares: Features) -> dict[str, NDArray[np.floating]]:
     """Recovered gradients of m ≥ 2 shares `(m, n, B, d)`: `(B, n d)`, and summed over adapters `(B, d)`."""
     m, n = shares.shape[:2]

@@ -170,7 +170,7 @@ def attack(
 
 
 def observes_shares(
-    name: str, *, observes: Observes = "shares that met", needs: tuple[Needs, ...] = ("how shares are made",)
+    name: str, *, observes: Observes, needs: tuple[Needs, ...]
 ) -> Callable[[ShareFunction], ShareFunction]:
     """Registers an attack that observes the shares of one backward call, and knows no label."""
 
