@@ -1,11 +1,12 @@
 """False alarms and found leaks on a real transcript: real channels, labels that are drawn anew.
 
-python -m experiments.labels.alarms [--runs 200]
+python -m experiments.labels.alarms [--runs 1000]
 
 Padded P3EFT is trained on SST-2 over two operators. Attacks without labels score what both recorded; their scores
 don't depend on labels, so each of the runs draws labels and takes the permutation test of the maximum over all of them.
 *Null*: the true labels, shuffled. *Planted*: labels that one attack's score on one channel at one look, drawn for each
-run, tells with an AUC of 0.65. An alarm is a p-value of at most 0.05. Writes `experiments/results/labels/alarms.json`.
+run, tells with an AUC of 0.65. An alarm is a p-value of at most 0.05: a permutation test is exact, so that 5% of the
+nulls are expected to raise one; how many do at 0.025 is told beside it. Writes `experiments/results/labels/alarms.json`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,25 +88,30 @@ def planted(entry: CachedScores, rows: Sequence[object], rho: float, random: np.
     return labels | {row: int(value) for row, value in zip(entry.rows, drawn, strict=True)}
 
 
+def alarms(found: dict[str, list[float]], level: float) -> dict[str, Any]:
+    """Part of the runs of each kind whose p-value is at most `level`."""
+    return {name: share(sum(p <= level for p in values), len(values)) for name, values in found.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=200)
+    parser.add_argument("--runs", type=int, default=1000)
     runs = parser.parse_args().runs
     torch.set_num_threads(1)
     cached, labels = scores()
     rows, rho = list(labels), correlation(LEAK)
     print(f"{len(cached)} attacks at looks, {len(rows)} texts; correlation {rho:.3f}", flush=True)
-    hits = {"null": 0, "planted": 0}
+    found: dict[str, list[float]] = {"null": [], "planted": []}
     for run in range(runs):
         random = np.random.default_rng(run)
         shuffled = dict(zip(rows, random.permutation(list(labels.values())).tolist(), strict=True))
         entry = cached[int(random.integers(len(cached)))]
         for name, chosen in (("null", shuffled), ("planted", planted(entry, rows, rho, random))):
-            hits[name] += chance_of_maximum(cached, chosen, permutations=PERMUTATIONS, seed=run).p <= LEVEL
+            found[name].append(chance_of_maximum(cached, chosen, permutations=PERMUTATIONS, seed=run).p)
         if run % 20 == 19:
-            print(f"  {run + 1} runs: {hits}", flush=True)
-    result = {"false_alarms": share(hits["null"], runs), "found": share(hits["planted"], runs), "planted_auc": LEAK,
-              "texts": len(rows), "scores": sum(entry.scores.shape[1] for entry in cached)}  # fmt: skip
+            print(f"  {run + 1} runs: {alarms(found, LEVEL)}", flush=True)
+    result = {str(level): alarms(found, level) for level in (LEVEL, LEVEL / 2)}
+    result |= {"planted_auc": LEAK, "texts": len(rows), "scores": sum(entry.scores.shape[1] for entry in cached)}
     (RESULTS / "alarms.json").write_text(json.dumps(result, indent=1) + "\n")
     print(result)
 
