@@ -6,7 +6,8 @@ Padded P3EFT is trained on SST-2 over two operators. Attacks without labels scor
 don't depend on labels, so each of the runs draws labels and takes the permutation test of the maximum over all of them.
 *Null*: the true labels, shuffled. *Planted*: labels that one attack's score on one channel at one look, drawn for each
 run, tells with an AUC of 0.65. An alarm is a p-value of at most 0.05: a permutation test is exact, so that 5% of the
-nulls are expected to raise one; how many do at 0.025 is told beside it. Writes `experiments/results/labels/alarms.json`.
+nulls are expected to raise one; how many do at 0.025 is told beside it. Writes
+`experiments/results/labels/alarms.json`.
 """
 
 from __future__ import annotations
