@@ -118,7 +118,7 @@ class TestExposure:
         for said in told(name, 8 if name == "p3eft_published" else 4, m=2):
             assert "never in consecutive ones" in said
             assert INVERSION not in said
-            assert said.endswith("it sees no consecutive adapters, unless you validate or predict right after its step")
+            assert said.endswith("holds their gradients (optimizer inversion), and so the labels")
         for said in told(name, 2, m=2, adapter_noise=0.01):
             assert INVERSION not in said
             assert said.endswith("noise of 0.01 on adapters hides what a step changed, if it is large enough")

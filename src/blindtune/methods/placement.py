@@ -2,9 +2,9 @@
 
 Shares of one gradient, and the two adapters under one pad, go to different operators. Where there are more operators
 than one step needs, they take turns, so that none sees consecutive steps (P3EFT, section 3.2): consecutive adapters in
-the clear tell the update between them, and so the gradient that shares hide (`blindtune.audit.labels.adam`). Against
-that: 2m operators (2m for each adapter that has operators of its own), noise on adapters (`adapter_noise`), and, for
-the first steps, random moments.
+the clear tell the update between them, and so the gradient that shares hide (`blindtune.audit.labels.adam`). Turns
+alone don't help: the change over two steps still holds the gradient of the one that an operator took part in
+(docs/label-privacy.md has numbers). Noise on adapters (`adapter_noise`) does, and, for the first steps, random moments.
 """
 
 from __future__ import annotations
@@ -142,9 +142,9 @@ class _Run:
         noise = 0.0 if self.shares is None else self.shares.adapter_noise
         if noise > 0:
             return f"noise of {noise:g} on adapters hides what a step changed, if it is large enough"
-        if not part.consecutive:
-            return "it sees no consecutive adapters, unless you validate or predict right after its step"
         those = "the labels" if words.learned == "the labels" else "those labels"
+        if not part.consecutive:
+            return f"what adapters change between its steps holds their gradients (optimizer inversion), and so {those}"
         moments = "; not the first steps': random moments" if self.random_moments > 0 else ""
         return (
             f"consecutive adapters can tell each step's gradient (optimizer inversion), and so {those}, although "
