@@ -21,12 +21,17 @@ def span(numbers: dict[str, float], digits: int = 2) -> str:
     return f"{numbers['mean']:.{digits}f} ({numbers['min']:.{digits}f}–{numbers['max']:.{digits}f})"
 
 
+def header(*columns: str) -> list[str]:
+    """The first two lines of a table."""
+    return ["|" + "|".join(f" {column} " if column else " " for column in columns) + "|", "|" + "---|" * len(columns)]
+
+
 def demo_table() -> str:
     """Mean and range over seeds."""
     summary = read("experiments/results/demo/summary.json")
+    attacked = ("spectral, norm, k-means", "all without labels", "gradients", "64 known labels")
     lines = [
-        "| | test accuracy | spectral, norm, k-means | all without labels | gradients | 64 known labels | μ | bits |",
-        "|---|---|---|---|---|---|---|---|",
+        *header("", "test accuracy", *attacked, "μ", "bits"),
         f"| frozen model | {span(summary['frozen_accuracy'], 3)} | – | {span(summary['frozen_attack_auc'])} | – "
         f"| {span(summary['frozen_few_label_auc'])} | – | – |",
     ]
@@ -98,7 +103,7 @@ def benchmark_table() -> str:
         )
     )
     machine = steps["machine"]
-    table = ["| measured | result |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
+    table = [*header("measured", "result"), *(f"| {name} | {value} |" for name, value in rows)]
     note = (
         f"{machine['cores']} cores, {machine['machine']}, torch {machine['torch']}. `make bench` makes these numbers."
     )

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.figures import ROOT, fill
+from experiments.figures import ROOT, fill, header
 from experiments.guarded.attacks import DEFENCES
 from experiments.guarded.run import RESULTS, TASKS
 from experiments.labels.figures import PICTURES, load, plt, runs_by_arm
@@ -122,11 +122,6 @@ def difference(a: Arm, b: Arm, key: str = "utility", other: str = "utility") -> 
 def points(triple: tuple[float, float, float]) -> str:
     mean, low, high = (100 * value for value in triple)
     return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
-
-
-def header(*columns: str) -> list[str]:
-    """The first two lines of a table."""
-    return [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
 
 
 def utility_table(found: dict[str, Arm]) -> str:

@@ -32,7 +32,7 @@ from blindtune.methods import P3EFT
 from blindtune.training import TrainConfig, Trainer
 from blindtune.wire import Transcript
 from experiments.audit_power import LEAK, LEVEL, PERMUTATIONS, share
-from experiments.labels.run import LOOKS, RESULTS, make_model, operator_folders, set_stage
+from experiments.labels.run import LOOKS, RESULTS, make_model, operator_folders, run_steps, set_stage
 from experiments.local import close_pool
 
 TEXTS = 1000
@@ -50,9 +50,7 @@ def scores() -> tuple[list[CachedScores], dict[object, int]]:
             model, stage.train, TrainConfig(steps=stage.task.steps, learning_rate=P3EFT.default_lr, seed=1)
         )
         trainer.prepare()
-        for step in trainer.steps():
-            if step.step % 50 == 0:
-                print(f"  step {step.step}, loss {step.losses['task']:.3f}", flush=True)
+        run_steps(trainer, "p3eft")
         close_pool(model.backbone.pool)
         views = [read_view(Transcript(folder), name) for folder, name in zip(folders, "AB", strict=True)]
         known = label_rows(stage.train, views, stage.backbone)

@@ -16,7 +16,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from experiments.figures import ROOT, fill
+from experiments.figures import ROOT, fill, header
 from experiments.labels.run import RESULTS
 
 matplotlib.use("Agg")
@@ -161,11 +161,8 @@ def frozen_accuracy(arms: dict[str, Arm]) -> list[float]:
 
 def table(arms: dict[str, Arm], order: Sequence[Arm]) -> str:
     """Accuracy and leaks, mean (range) over seeds."""
-    lines = [
-        "| method | seeds | test accuracy | paper's attacks | all attacks without labels | on gradients "
-        "| best of 10 components | 64 labels known | if both operators collude |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    leaks = ("paper's attacks", "all attacks without labels", "on gradients", "best of 10 components")
+    lines = header("method", "seeds", "test accuracy", *leaks, "64 labels known", "if both operators collude")
     probes, ten = ([value for arm in order for value in arm.values(f)] for f in (few_frozen, component_frozen))
     if frozen_accuracy(arms):
         lines.append(
@@ -313,7 +310,7 @@ PADDED = {
 
 def targets(arms: dict[str, Arm]) -> str:
     """What the padded method was asked to reach on SST-2, and what it reached; means and ranges over seeds."""
-    lines = [f"| | asked | {' | '.join(PADDED)} |", "|---|---|" + "---|" * len(PADDED)]
+    lines = header("", "asked", *PADDED)
     pairs = [(arms[name], arms[lora]) for name, lora in PADDED.values()]
 
     def row(title: str, asked: str, read: Callable[[dict[str, Any], dict[str, Any]], float], digits: int = 3) -> None:
@@ -365,8 +362,8 @@ def area(arms: dict[str, Arm], other: str, measure: str) -> dict[str, Any]:
 
 
 def areas(arms: dict[str, Arm]) -> str:
-    lines = ["| against | leak | accuracy gained, mean over the levels | better at | worse at | worst level |",
-             "|---|---|---|---|---|---|"]  # fmt: skip
+    gained = "accuracy gained, mean over the levels"
+    lines = header("against", "leak", gained, "better at", "worse at", "worst level")
     for other in ("dc", "pslf", "p3eft_published"):
         if not swept(arms, other, SWEEPS[other]):
             continue
@@ -405,10 +402,7 @@ def gradients_table(result: dict[str, Any]) -> str:
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for entry in result["xgboost"]:
         groups[entry["of"]].append(entry)
-    lines = [
-        "| fitted on | accuracy on its training texts | accuracy, balanced test texts | AUC |",
-        "|---|---|---|---|",
-    ]
+    lines = header("fitted on", "accuracy on its training texts", "accuracy, balanced test texts", "AUC")
     for name, entries in groups.items():
         cells = [span([e[key] for e in entries]) for key in ("train_accuracy", "test_accuracy", "test_auc")]
         lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -426,7 +420,7 @@ def inversion_table(result: dict[str, dict[str, Any]]) -> str:
     """What one operator reads from optimizer steps, by moment; mean (range) over seeds."""
     runs = {arm: list(by_seed.values()) for arm, by_seed in result.items()}
     moments = list(dict.fromkeys(moment for found in runs.values() for run in found for moment in run["auc"]))
-    lines = [f"| | seeds | test accuracy | {' | '.join(moments)} |", "|---|" + "---|" * (len(moments) + 2)]
+    lines = header("", "seeds", "test accuracy", *moments)
     for arm, found in runs.items():
         cells = [span([run["test"]["accuracy"] for run in found])]
         for moment in moments:

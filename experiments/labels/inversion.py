@@ -28,7 +28,7 @@ from blindtune.cli.audit import label_rows
 from blindtune.methods import make_method
 from blindtune.training import TrainConfig, Trainer
 from blindtune.wire import Transcript
-from experiments.labels.run import RESULTS, Stage, evaluate, make_model, set_stage
+from experiments.labels.run import RESULTS, Stage, evaluate, make_model, run_steps, set_stage
 from experiments.local import close_pool
 
 UPDATES = 8
@@ -59,9 +59,7 @@ def run(stage: Stage, arm: str, seed: int) -> dict[str, Any]:
         )
         trainer = Trainer(model, stage.train, config)
         trainer.prepare()
-        for step in trainer.steps():
-            if step.step % 50 == 0:
-                print(f"  {arm} seed {seed}: step {step.step}, loss {step.losses['task']:.3f}", flush=True)
+        run_steps(trainer, f"{arm} seed {seed}")
         result: dict[str, Any] = {**settings, "test": evaluate(model, stage.test)}
         close_pool(model.backbone.pool)
         view = read_view(Transcript(folders[0]), "A")

@@ -146,12 +146,7 @@ def run(stage: Stage, arm: Arm, seed: int, *, selection: bool = False, attacked:
         start = time.perf_counter()
         trainer.prepare()
         frozen = accuracy_frozen(model, stage.test)
-        losses = []
-        if model.method.num_adapters:
-            for step in trainer.steps():
-                losses.append(round(step.losses["task"], 4))
-                if step.step % 50 == 0:
-                    print(f"  {arm.name} seed {seed}: step {step.step}, loss {sum(losses[-50:]) / 50:.3f}", flush=True)
+        losses = run_steps(trainer, f"{arm.name} seed {seed}") if model.method.num_adapters else []
         seconds = time.perf_counter() - start
         result: dict[str, Any] = {
             "task": stage.name, "arm": arm.name, "method": arm.method, "options": options, "seed": seed, "rank": rank,
@@ -168,6 +163,16 @@ def run(stage: Stage, arm: Arm, seed: int, *, selection: bool = False, attacked:
         return result
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def run_steps(trainer: Trainer, title: str) -> list[float]:
+    """All steps, with a line now and then; the losses of the task."""
+    losses: list[float] = []
+    for step in trainer.steps():
+        losses.append(round(step.losses["task"], 4))
+        if step.step % 50 == 0:
+            print(f"  {title}: step {step.step}, loss {sum(losses[-50:]) / 50:.3f}", flush=True)
+    return losses
 
 
 def accuracy_frozen(model: PrivateModel, examples: Examples) -> dict[str, float]:

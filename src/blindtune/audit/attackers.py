@@ -195,6 +195,7 @@ def attack_view(
     for checkpoint in checkpoints:
         wanted += extra_adapters(view, checkpoint, means=checkpoint.step in probed)
     recompute.ensure(view, wanted, rows)
+    frozen = recompute.hidden(view, (), rows)[0]
     result = Attacked(view.operator, len(view.checkpoints), len(rows), recompute.scores)
     previous: Checkpoint | None = None
     for checkpoint in checkpoints:
@@ -218,7 +219,7 @@ def attack_view(
         if late:
             gathered |= inverted_channels(view, plan.labels, recompute, plan.updates)
         gathered = {
-            (f"{FROZEN}: {channel}" if _is_frozen(view, recompute, found, rows) else channel): found
+            (f"{FROZEN}: {channel}" if _is_frozen(found, frozen, rows) else channel): found
             for channel, found in gathered.items()
         }
         for channel, (features, channel_rows) in _all(computed, visible, gathered):
@@ -234,7 +235,6 @@ def attack_view(
             if on_cell is not None:
                 on_cell()
         previous = checkpoint
-    frozen = recompute.hidden(view, (), rows)[0]
     result.attack(FROZEN, 0, _channel(plan, frozen), rows, _labels(plan, rows))
     result.pictures[FROZEN, "late"] = (frozen, _labels(plan, rows))
     result.finish()
@@ -248,11 +248,11 @@ def _of_rows(features: Features, rows: Sequence[Row], wanted: Sequence[Row]) -> 
     return features[[places[row] for row in kept]], kept
 
 
-def _is_frozen(view: View, recompute: Recomputation, found: tuple[Features, list[Row]], rows: Sequence[Row]) -> bool:
+def _is_frozen(found: tuple[Features, list[Row]], frozen: Features, rows: Sequence[Row]) -> bool:
     """Whether vectors `(N, d)` that travelled are the pretrained model's, which no label has anything to do with."""
     features, kept = _of_rows(*found, rows)
-    frozen, _ = _of_rows(recompute.hidden(view, (), rows)[0], rows, kept)
-    return len(kept) > 0 and features.shape == frozen.shape and bool(np.allclose(features, frozen, atol=1e-4))
+    expected, _ = _of_rows(frozen, rows, kept)
+    return len(kept) > 0 and features.shape == expected.shape and bool(np.allclose(features, expected, atol=1e-4))
 
 
 def _digest(features: Features, labels: Labels) -> bytes:

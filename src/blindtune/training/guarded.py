@@ -245,7 +245,7 @@ class GuardedTrainer:
         self.done = int(metadata["done"])
         self._secret = SecureGenerator(bytes.fromhex(metadata["key"]))
         self._flops_per_token = float(metadata["flops_per_token"])
-        self._earlier = Costs(**json.loads(metadata.get("costs", "{}")))
+        self._earlier = Costs(**json.loads(metadata["costs"]))
         for name, parameter in self.ends.trainable.items():
             if f"exp_avg.{name}" in state:
                 self.optimizer.state[parameter] = {
