@@ -33,7 +33,8 @@ NAMES = {
 SETTINGS = {
     "decorrelation_weight": "decorrelation {}", "noise": "noise {}", "anonymity": "groups of {} tokens",
     "start": "decorrelated bottom, {} steps", "start_weight": "weight {}", "clip_norm": "clipped to {}",
-    "epochs": "{} epochs", "lr": "lr {}",
+    "epochs": "{} epochs", "lr": "lr {}", "bottom": "bottom of {} blocks", "top": "top of {} blocks",
+    "keep": "emulator of {} blocks", "tune_emulator": "adapters in the emulator too", "up": "{} up", "down": "{} down",
 }  # fmt: skip
 RESAMPLES = 2000
 
@@ -63,6 +64,11 @@ class Arm:
 
     def attacks(self, attacker: str) -> list[dict[str, Any]]:
         return [a for run in self.runs for a in run.get("attacks", {}).get(attacker, []) if not a["floor"]]
+
+    @property
+    def silent(self) -> bool:
+        """Whether nothing about texts is sent while it trains."""
+        return any("emulator_utility" in run for run in self.runs)
 
     @property
     def best_attack(self) -> dict[str, Any] | None:
@@ -140,7 +146,7 @@ def utility_table(found: dict[str, Arm]) -> str:
     for name in ordered(found):
         arm = found[name]
         lines.append(row(arm.label, arm, "utility"))
-        if any("emulator_utility" in run for run in arm.runs):
+        if arm.silent:
             lines[-1] = row(f"{arm.label}: plugged in", arm, "utility")
             lines.append(row(f"{arm.label}: tuned ends around the emulator", arm, "emulator_utility"))
     offline = found.get("guarded-offline") or found.get("offsite")
@@ -161,7 +167,7 @@ def privacy_table(found: dict[str, Arm]) -> str:
         arm = found[name]
         best = arm.best_attack
         if best is None:
-            if name in ("guarded-offline", "offsite"):
+            if arm.silent:
                 lines.append(f"| {arm.label} | – | nothing is sent | nothing is sent | – | – | – | – |")
             continue
         cells = []
@@ -180,7 +186,7 @@ def privacy_table(found: dict[str, Arm]) -> str:
 
 def cost_table(found: dict[str, Arm]) -> str:
     wire = ("MB up", "MB down", "bytes for a text and epoch", "MB fetched once")
-    lines = header("", *wire, "TFLOP here", "peak memory here, MB", "seconds")
+    lines = header("", "weights here", *wire, "TFLOP here", "peak memory here, MB", "seconds")
     for name in ordered(found):
         arm = found[name]
         up = arm.trained(lambda t: sum(n for kind, n in t["traffic"].items() if kind.endswith("up")))
@@ -191,7 +197,12 @@ def cost_table(found: dict[str, Arm]) -> str:
         texts = run["train_examples"] * run["epochs"]
         flops, memory = arm.trained(lambda t: t["client_flops"]), arm.trained(lambda t: t.get("peak_memory_bytes"))
         seconds = arm.trained(lambda t: t["seconds"])
-        numbers = [f"{up / 1e6:.1f}", f"{down / 1e6:.1f}", f"{(up + down) / texts:,.0f}"]
+        numbers = [
+            f"{run['weights_shared']:.0%}",
+            f"{up / 1e6:.1f}",
+            f"{down / 1e6:.1f}",
+            f"{(up + down) / texts:,.0f}",
+        ]
         once = (arm.trained(lambda t: t["bytes_received"]) or 0.0) - down
         numbers += [
             f"{once / 1e6:.1f}",
@@ -256,7 +267,7 @@ def tradeoff(found: dict[str, Arm]) -> Figure:
     below = -np.inf
     for arm in sorted((found[name] for name in ordered(found)), key=average):
         best = arm.best_attack
-        if best is None and arm.name not in ("guarded-offline", "offsite"):
+        if best is None and not arm.silent:
             continue
         read, height = best["accuracy"][0] if best else 0.0, average(arm)
         axes.plot(read, height, "o", markersize=6, color="#2b6cb0" if best else "#2f855a")
@@ -323,24 +334,25 @@ def compared(found: dict[str, Arm]) -> Figure:
     """All designs on five scales, measured numbers in cells."""
     rows = label_rows()
     undefended = found[UNDEFENDED]
-    share = json.loads((RESULTS / "weights.json").read_text()) if (RESULTS / "weights.json").is_file() else {}
     for name in ordered(found):
         arm = found[name]
         if name.startswith(("zero-shot", "full")):
             continue
         best = arm.best_attack
-        offline = best is None
+        if best is None and not arm.silent:
+            continue
+        offline = arm.silent
         read = 0.0 if offline else best["accuracy"][0]
         lost = 100 * difference(arm, undefended)[0]
         moved = bytes_of(arm) / arm.runs[0]["train_examples"]
-        weights = share.get("offline" if offline else "ends")
+        weights = arm.runs[0]["weights_shared"]
         cells = [
             ("nothing is sent" if offline else f"{read:.0%}", 1 - read),
             (
                 "nothing is sent" if offline else "read with\nthe texts" if read > 0.5 else "hardly",
                 1.0 if offline else 1 - read,
             ),
-            (f"{weights:.0%}" if weights else "–", 1 - weights if weights else 0.5),
+            (f"{weights:.0%}", 1 - weights),
             (f"{lost:+.1f} points", _good_points(lost)),
             ("0" if offline else f"{moved:,.0f}", 1.0 if offline else _good_bytes(moved)),
         ]

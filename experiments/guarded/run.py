@@ -3,9 +3,9 @@
 python -m experiments.guarded.run [--arms guarded-online,guarded-online+decorrelation_weight=8] [--seeds 1,2]
 
 An arm is a method's name, then what differs from its defaults: `lr`, `epochs`, `rank`, `tune`, `start` (steps of
-Online on public text that come before, with `start_weight` of decorrelation), `keep` (blocks of the emulator),
-`attacks` (texts; 0: none), `battery` (all), or one of the design's options. `zero-shot` and `full` (fine-tuning of all
-blocks, in this process) are arms too.
+Online on public text that come before, with `start_weight` of decorrelation), `bottom` and `top` (blocks that the
+client holds), `keep` (blocks of the emulator), `attacks` (texts; 0: none), `battery` (all), or one of the design's
+options. `zero-shot` and `full` (fine-tuning of all blocks, in this process) are arms too.
 One JSON file for each run; finished runs are kept, and an interrupted one goes on from its checkpoint.
 """
 
@@ -27,7 +27,8 @@ from torch import nn
 from blindtune.cli.audit_inputs import through_codec
 from blindtune.cli.processes import local_servers
 from blindtune.cli.public_text import read_lines
-from blindtune.methods.guarded import CausalBatch, make_design, read_tuned
+from blindtune.methods.guarded import CausalBatch, Ends, make_design, read_tuned
+from blindtune.methods.guarded.ends import merge_checkpoint
 from blindtune.models import Cut, FrozenBackbone, Tokenizer, load_backbone
 from blindtune.models.emulator import load_emulator
 from blindtune.models.plugged import plug_in
@@ -55,7 +56,7 @@ RESULTS, WORK = ROOT / "experiments" / "results" / "guarded", ROOT / ".cache" / 
 MODEL, CUT = "smollm2", Cut(2, 2)
 BATCH, EPOCHS = 16, 2.0
 KEEP, DISTILL = 10, ("--steps", "320", "--batch-size", "8", "--max-length", "64", "--lr", "1e-3", "--int8")
-OWN = ("lr", "epochs", "rank", "tune", "start", "start_weight", "attacks", "battery", "bottom", "keep")
+OWN = ("lr", "epochs", "rank", "tune", "start", "start_weight", "attacks", "battery", "bottom", "top", "keep")
 MAIN = (
     "zero-shot,full+lr=0.0001,guarded-online+up=fp32+down=fp32+battery=all,guarded-online,"
     "guarded-online+decorrelation_weight=8.0,guarded-gradfree,guarded-gradfree+start=60+start_weight=8.0,"
@@ -81,6 +82,8 @@ class Arm:
     """Texts to attack at each of three moments."""
     bottom: int = CUT.bottom
     """Blocks of the client's bottom."""
+    top: int = CUT.top
+    """Blocks of the client's top."""
     keep: int = KEEP
     """Blocks of the trunk that the emulator keeps."""
     battery: str = "quick"
@@ -88,7 +91,7 @@ class Arm:
 
     @property
     def cut(self) -> Cut:
-        return Cut(self.bottom, CUT.top)
+        return Cut(self.bottom, self.top)
 
     @property
     def emulated(self) -> bool:
@@ -144,6 +147,7 @@ def run(stage: Stage, arm: Arm, seed: int, *, selection: bool = False, attacked:
     else:
         result |= train_over_the_wire(stage, arm, work, seed)
         result |= evaluate_tuned(stage, arm, work / "out", questions)
+        result["weights_shared"] = weights_shared(stage, arm)
         print(f"  {describe({**result, 'seconds': time.perf_counter() - began})}", flush=True)
         if arm.attacks and attacked and not selection and not arm.emulated:
             names = None if arm.battery == "all" else QUICK
@@ -279,8 +283,10 @@ def evaluate_tuned(stage: Stage, arm: Arm, out: Path, questions: dict[str, list[
     if not design.emulated:
         return {"utility": evaluate(whole, arm.cut, questions, wire_of(design, base.parts["bottom"]))}
     stand_in = load_emulator(emulator(arm.keep)).part()
-    with_emulator = around(whole, stand_in)
     untuned = around(base.causal, stand_in)
+    bottom, top, tuned = (copy.deepcopy(part) for part in (base.parts["bottom"], base.parts["top"], stand_in))
+    merge_checkpoint(Ends(bottom, top, parts=(), emulator=tuned), out)
+    with_emulator = around(whole, tuned)
     return {
         "utility": evaluate(whole, CUT, questions),
         "emulator_utility": evaluate(with_emulator, CUT, questions),
@@ -346,8 +352,6 @@ def main() -> None:
     jobs = [(arm, seed) for arm, seed in jobs if not (folder / f"{arm.name}-seed{seed}.json").exists()]
     attacked = (options.attack_seeds or options.seeds).split(",")
     stage = Stage.set() if jobs else None
-    if stage is not None and not (RESULTS / "weights.json").is_file():
-        (RESULTS / "weights.json").write_text(json.dumps(weights_shared(stage), indent=1) + "\n")
     for arm, seed in jobs:
         assert stage is not None
         result = run(stage, arm, seed, selection=options.selection, attacked=str(seed) in attacked)
@@ -355,12 +359,14 @@ def main() -> None:
         print(describe(result), flush=True)
 
 
-def weights_shared(stage: Stage) -> dict[str, float]:
-    """Part of the provider's weights that clients get, by number: of the ends, and with an emulator's blocks."""
-    split = stage.split(CUT)
-    whole = sum(t.numel() for part in split.parts.values() for t in part.weights().values())
+def weights_shared(stage: Stage, arm: Arm) -> float:
+    """Part of the provider's weights that the client gets, by number: of the ends, and with an emulator's blocks."""
+    split = stage.split(arm.cut)
     ends = split.weights_shared()
-    return {"ends": ends, "offline": ends + load_emulator(emulator()).manifest.parameters / whole}
+    if not arm.emulated:
+        return ends
+    whole = sum(t.numel() for part in split.parts.values() for t in part.weights().values())
+    return ends + load_emulator(emulator(arm.keep)).manifest.parameters / whole
 
 
 def describe(result: dict[str, Any]) -> str:

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import Result
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from blindtune.cli.progress import peak_memory, reset_peak_memory
+from blindtune.client import Operator, RemotePlugin, Transport
 from blindtune.methods.guarded import read_tuned
 from blindtune.training.guarded import GuardedTrainer
 from blindtune.training.shadow import Recipe
@@ -140,6 +142,34 @@ def test_offline_sends_nothing_of_the_texts(emulated, questions, tmp_path, metho
     assert not numbers["traffic"]
     summary = json.loads((tmp_path / "out" / "blindtune.json").read_text())
     assert summary["emulator"]["public_key"] == key
+
+
+def test_adapters_of_the_emulator_go_into_the_trunks_blocks(emulated, tiny_causal, questions, tmp_path):
+    server, seen, _ = emulated
+    out, results = tmp_path / "out", tmp_path / "results.json"
+    options = ["--set", "tune_emulator=true", "--lr", 0.01, "--validation", questions]
+    done = train(server, questions, "guarded-offline", out, *options, "--json", results)
+    assert "trains" in done.stdout
+    assert "bottom and emulator and top" in done.stdout.replace("\n", " ")
+    assert not Transcript(seen).events
+    kept = json.loads((out / "blindtune.json").read_text())["emulator"]["blocks"]
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_causal["llama"]), out)
+    changed = [n for n, p in stock.named_parameters() if "lora_B" in n and p.abs().sum() > 0]
+    assert {int(name.split(".layers.")[1][0]) for name in changed} == {0, *kept, 4}
+
+    reported = json.loads(results.read_text())["validation"]["loss"]
+    run("membership", out, "--server", server.url, "--members", questions, "--others", questions, "--json", results)
+    assert json.loads(results.read_text())["gap"] == pytest.approx(0)  # of one file; around the emulator with adapters
+    run("plug-in", out, "--server", server.url, "--data", questions, "--json", results)
+    plugged = json.loads(results.read_text())
+    assert len({reported, plugged["plug_in"]["loss"], plugged["zero_shot"]["loss"]}) == 3
+    operator = Operator(Transport(server.url), None)
+    row = operator.tokenizer().rows(["this film is"], max_length=24)[0].ids
+    found, _ = RemotePlugin(operator, *read_tuned(out)).score([row], [1])
+    operator.transport.close()
+    chances = stock.eval()(torch.tensor([row])).logits[0].log_softmax(-1)
+    expected = sum(float(chances[place - 1, row[place]]) for place in range(1, len(row)))
+    assert float(found) == pytest.approx(expected, abs=1e-3)
 
 
 def test_an_emulator_that_somebody_else_signed(emulated, questions, tmp_path):

@@ -11,7 +11,7 @@ from blindtune.errors import CheckpointError, InvalidTensor
 from blindtune.methods.guarded import Ends, read_tuned
 from blindtune.methods.guarded.ends import merge_checkpoint
 from blindtune.models import Cut, SplitModel, load_backbone
-from blindtune.models.plugged import end_weights, plug_in
+from blindtune.models.plugged import plug_in, tunable_weights
 from tests.tiny_causal import FAMILIES
 
 IDS = torch.randint(4, 400, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -59,8 +59,8 @@ def test_logits_are_those_of_stock_tools(tiny_causal, tmp_path, family, trained)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_may_be_tuned_is_the_ends_blocks(tiny_causal, family):
-    names = end_weights(split_of(tiny_causal[family]))
+def test_whole_weights_may_be_of_the_ends_blocks(tiny_causal, family):
+    names = tunable_weights(split_of(tiny_causal[family]), ("bottom", "top"))
     assert {int(name.split(".layers.")[1].split(".")[0]) for name in names} == {0, 3, 4}
     assert not [name for name in names if "embed" in name or "lm_head" in name]
 
@@ -70,7 +70,7 @@ def test_what_may_be_tuned_is_the_ends_blocks(tiny_causal, family):
     [
         (lambda t: {}, "no tuned weights"),
         (lambda t: {**t, next(iter(t)): next(iter(t.values())) * float("nan")}, "NaN"),
-        (lambda t: {k.replace(".layers.0.", ".layers.2."): v for k, v in t.items()}, "don't fit"),
+        (lambda t: {k.replace(".layers.0.", ".layers.7."): v for k, v in t.items()}, "don't fit"),
         (lambda t: {k: v[:, :3] if "lora_A" in k else v for k, v in t.items()}, "don't fit"),
         (lambda t: {k: v[:1] if "lora_A" in k else v for k, v in t.items()}, "two ranks"),
         (lambda t: {k: v for k, v in t.items() if "lora_B" not in k}, "no pair"),
@@ -86,7 +86,7 @@ def test_ends_that_do_not_fit(tiny_causal, tmp_path, damage, says):
 def test_whole_weights_of_the_trunk_are_refused(tiny_causal):
     split = split_of(tiny_causal["llama"])
     name, tensor = next((n, t) for n, t in split.causal.state_dict().items() if ".layers.1." in n)
-    with pytest.raises(InvalidTensor, match="no weight of the model's ends"):
+    with pytest.raises(InvalidTensor, match="no weight that may be tuned"):
         plug_in(split, {name: tensor}, None)
 
 

@@ -151,11 +151,12 @@ def open_session(
         tie(bottom, top)
         emulator, manifest = fetch_emulator(operator, trusted_key) if design.emulated else (None, None)
     rank = tuning.rank or DEFAULT_RANK
+    emulator = None if emulator is None else emulator.float()
     ends = Ends(
         bottom, top, design.parts, cast(Any, tuning.trained), rank=rank, alpha=tuning.alpha or 2 * rank,
-        targets=tuning.targets, seed=seed,
+        targets=tuning.targets, seed=seed, emulator=emulator,
     )  # fmt: skip
-    middle = trunk if emulator is None else emulator.float()
+    middle = emulator or trunk
     assert middle is not None  # noqa: S101 - one of the two
     told = None if manifest is None else json.loads(manifest.model_dump_json())
     return Session(operator, SplitCausalLM(bottom, top, middle), ends, design, told)
@@ -227,7 +228,7 @@ def _summary(session: Session, chosen: dict[str, Any], tuning: Tuning, data: Dat
 def _announce(session: Session, count: int, config: "GuardedConfig") -> None:
     info, design = session.operator.info, session.design
     assert info.split is not None  # noqa: S101 - parts were fetched
-    trained = " and ".join(design.parts)
+    trained = " and ".join("emulator" if part == "trunk" else part for part in design.parts)
     numbers = sum(parameter.numel() for parameter in session.ends.parameters())
     console.print(
         f"{count} examples, {config.steps} steps of {config.batch_size}; {design.name} trains {numbers:,} weights of "

@@ -90,13 +90,12 @@ def _models(operator: "Operator", checkpoint: Path, around: str, provider_key: s
         emulator, _ = fetch_emulator(operator, provider_key)
     except UnknownPart as error:
         raise ConfigError(error.message, remedy="Use --around trunk, if the server may see the texts.") from None
-    emulator = emulator.float()
-    pairs = [(bottom, top), (copy.deepcopy(bottom), copy.deepcopy(top))]
-    for pair in pairs:
-        tie(*pair)
-    merge_checkpoint(Ends(*pairs[1], parts=()), checkpoint)
-    before, tuned = (SplitCausalLM(*pair, emulator) for pair in pairs)
-    return before, tuned
+    before = (bottom, top, emulator.float())
+    tuned = copy.deepcopy(before)
+    for parts in (before, tuned):
+        tie(*parts[:2])
+    merge_checkpoint(Ends(*tuned[:2], parts=(), emulator=tuned[2]), checkpoint)
+    return SplitCausalLM(*before), SplitCausalLM(*tuned)
 
 
 def _score(model: "Scorer", questions: list["TokenizedQuestion"], title: str) -> "Scored":

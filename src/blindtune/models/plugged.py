@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from blindtune.errors import InvalidTensor
 from blindtune.models.adapters import PEFT_PREFIX
-from blindtune.models.split import SplitModel, blocks_name, decoder_of, layers_of
+from blindtune.models.split import PARTS, PartName, SplitModel, blocks_name, decoder_of, layers_of
 
 A, B = ".lora_A.weight", ".lora_B.weight"
 
@@ -47,7 +47,7 @@ def merge(tuned: Mapping[str, Tensor], scaling: float | None, base: Mapping[str,
     for name, tensor in merged.items():
         if name not in base or base[name].shape != tensor.shape:
             raise InvalidTensor(
-                f"{name!r} of shape {tuple(tensor.shape)} is no weight of the model's ends.",
+                f"{name!r} of shape {tuple(tensor.shape)} is no weight that may be tuned here.",
                 remedy="Use a checkpoint of this model, cut as it is here.",
             )
         if not bool(torch.isfinite(tensor).all()):
@@ -91,14 +91,14 @@ def lora_modules(tensors: Iterable[str]) -> list[str]:
     return sorted(name.removeprefix(PEFT_PREFIX).removesuffix(A) for name in tensors if name.endswith(A))
 
 
-def end_weights(split: SplitModel) -> dict[str, Tensor]:
-    """Weights of the blocks of bottom and top, under the whole model's names: what clients may tune."""
+def tunable_weights(split: SplitModel, parts: Sequence[PartName]) -> dict[str, Tensor]:
+    """Weights of these parts' blocks, under the whole model's names."""
     blocks = decoder_of(split.causal).layers
     prefix = blocks_name(split.causal)
-    ends = [index for part in ("bottom", "top") for index in split.parts[part].blocks]
     return {
         f"{prefix}.{index}.{name}": tensor.detach()
-        for index in ends
+        for part in parts
+        for index in split.parts[part].blocks
         for name, tensor in blocks[index].named_parameters()
     }
 
@@ -106,10 +106,13 @@ def end_weights(split: SplitModel) -> dict[str, Tensor]:
 def plug_in(split: SplitModel, tuned: Mapping[str, Tensor], scaling: float | None) -> nn.Module:
     """The whole model with tuned ends. It shares everything else with the hosted one: only tuned blocks need memory.
 
+    LoRA may be of any block: clients who tune an emulator have it for some of the trunk's. Whole weights are of the
+    ends alone, since of the trunk no client has them.
+
     Raises:
         InvalidTensor: see `merge`.
     """
-    own = end_weights(split)
+    own = tunable_weights(split, ("bottom", "top") if scaling is None else PARTS)
     updates = merge(tuned, scaling, own)
     config = copy.deepcopy(split.config)
     with torch.device("meta"):

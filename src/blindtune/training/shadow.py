@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 from blindtune.errors import ConfigError
 from blindtune.methods.guarded import Ends, SplitCausalLM, make_design
 from blindtune.models import Part, SplitModel
+from blindtune.models.split import PartName
 from blindtune.training.guarded import GuardedConfig, GuardedTrainer
 from blindtune.training.questions import TokenizedQuestion
 
@@ -103,9 +104,8 @@ def shadow_bottom(
         if "bottom" not in design.parts:
             continue
         bottom, top = (_merged(part) for part in (bottom, top))
-        ends = Ends(
-            bottom, top, design.parts, stage.trained, stage.rank, stage.alpha, stage.targets, seed=seed + number
-        )
+        tuned: list[PartName] = [part for part in design.parts if part != "trunk"]  # the whole trunk is here
+        ends = Ends(bottom, top, tuned, stage.trained, stage.rank, stage.alpha, stage.targets, seed=seed + number)
         count = stage.training.steps * stage.training.batch_size
         some = random.Random(f"{seed} {number}").sample(texts, min(count, len(texts)))
         config = GuardedConfig(**{**vars(stage.training), "seed": seed + number})

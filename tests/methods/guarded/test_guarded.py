@@ -465,7 +465,7 @@ def test_a_start_that_changes_more_than_blocks_of_the_ends(setup: MakeSetup, tmp
     """Its embeddings would be in no checkpoint of ours."""
     ours = setup()
     save_file({"model.embed_tokens.weight": ours.model.bottom.causal.model.embed_tokens.weight + 1}, tmp_path / WHOLE)
-    with pytest.raises(CheckpointError, match="no weight of the model's ends"):
+    with pytest.raises(CheckpointError, match="no weight that may be tuned"):
         merge_checkpoint(ours.ends, tmp_path)
 
 
@@ -524,6 +524,8 @@ def test_non_finite_smashed_data_are_not_sent(setup: MakeSetup) -> None:
         ("guarded-gradfree", {"zo": "no"}, "zo = 'no' is neither true nor false"),
         ("guarded-online", {"noise": -0.1}, "noise"),
         ("offsite", {"up": "int8"}, "guarded-offline"),
+        ("offsite", {"tune_emulator": True}, "guarded-offline"),
+        ("guarded-offline", {"tune_emulator": "all"}, "tune_emulator = 'all' is neither true nor false"),
     ],
 )
 def test_options_that_cannot_work(name: str, options: dict[str, Any], says: str) -> None:

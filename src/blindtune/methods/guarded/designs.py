@@ -4,7 +4,7 @@
 |---|---|---|
 | Online | bottom and top | s_A up, s_B down, g_B up, g_A down |
 | Gradfree | top (`zo`: the bottom too, by two-point estimates) | s_A up, s_B down, once for each example; no gradient |
-| Offline | bottom and top, around an emulator of the trunk | nothing |
+| Offline | bottom and top (`tune_emulator`: its blocks too), around an emulator of the trunk | nothing |
 | Offsite | as Offline, without regularizer and quantization (Xiao et al. 2023) | nothing |
 """
 
@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -24,15 +24,13 @@ from blindtune.methods.guarded.ends import Ends
 from blindtune.methods.guarded.model import CausalBatch, SplitCausalLM
 from blindtune.methods.guarded.smashed import SmashedStore
 from blindtune.methods.options import check_positive, check_switches, check_weights
-from blindtune.models.split import Part, pack
+from blindtune.models.split import Part, PartName, pack
 from blindtune.privacy.decorrelation import decorrelation
 from blindtune.privacy.randomness import SecureGenerator
 from blindtune.privacy.token_groups import token_groups
 from blindtune.privacy.token_noise import add_token_noise
 from blindtune.wire import Codec
 from blindtune.wire.schema import CODECS
-
-End = Literal["bottom", "top"]
 
 
 class Design(Protocol):
@@ -43,8 +41,8 @@ class Design(Protocol):
     """Whether the middle is an emulator that is here, and not the provider's trunk."""
 
     @property
-    def parts(self) -> tuple[End, ...]:
-        """Which ends are trained."""
+    def parts(self) -> tuple[PartName, ...]:
+        """Which parts are trained; the trunk's stand-in, where it is one of them."""
         ...
 
     def codecs(self) -> tuple[Codec, Codec]:
@@ -97,7 +95,7 @@ class _Guarded:
         check_positive(clip_norm=self.clip_norm)
 
     @property
-    def parts(self) -> tuple[End, ...]:
+    def parts(self) -> tuple[PartName, ...]:
         return ("bottom", "top")
 
     def codecs(self) -> tuple[Codec, Codec]:
@@ -183,7 +181,7 @@ class Gradfree(_Guarded):
         """Where hidden states are kept; needed unless `zo`."""
 
     @property
-    def parts(self) -> tuple[End, ...]:
+    def parts(self) -> tuple[PartName, ...]:
         return ("bottom", "top") if self.zo else ("top",)
 
     def views(self, epochs: int) -> int:
@@ -248,10 +246,25 @@ class Offline(_BothEnds):
     """Both ends are trained around an emulator that is here; nothing travels until the tuned ends do.
 
     Decorrelation is for those who will send texts through the real trunk later.
+
+    Args:
+        tune_emulator: LoRA on the emulator's blocks too; it is handed over with the ends, for the trunk's blocks that
+            those stand for. What was learned on a thinned model goes into the whole one, as in LoRAM (Zhang et al.
+            2025).
     """
+
+    tune_emulator: bool = False
 
     name: ClassVar[str] = "guarded-offline"
     emulated: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_switches(tune_emulator=self.tune_emulator)
+
+    @property
+    def parts(self) -> tuple[PartName, ...]:
+        return ("bottom", "trunk", "top") if self.tune_emulator else ("bottom", "top")
 
 
 @dataclass
@@ -265,9 +278,10 @@ class Offsite(Offline):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.decorrelation_weight or self.noise or (self.up, self.down) != ("fp32", "fp32"):
+        changed = self.decorrelation_weight or self.noise or self.tune_emulator
+        if changed or (self.up, self.down) != ("fp32", "fp32"):
             raise ConfigError(
-                "offsite is Offsite-Tuning as published, without regularizer, noise and quantization.",
+                "offsite is Offsite-Tuning as published: no regularizer, noise or quantization, tuned ends alone.",
                 remedy="Use --method guarded-offline.",
             )
 

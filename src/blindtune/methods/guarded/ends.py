@@ -1,6 +1,7 @@
 """The ends of a split model that the client trains, and their checkpoints, which stock tools load.
 
-`lora`: PEFT adapters on the blocks of bottom and top, saved as one PEFT checkpoint for the whole model.
+`lora`: PEFT adapters on the blocks of bottom and top, saved as one PEFT checkpoint for the whole model. Around an
+emulator its blocks may have adapters too, which are for the trunk's blocks that those stand for.
 `full`: the blocks themselves, saved as a `model.safetensors` under the whole model's names.
 
 Embeddings and LM head stay as they are. A checkpoint holds everything that differs from the pretrained model, so also
@@ -25,7 +26,7 @@ from blindtune.methods.state import SUMMARY, read_tensors, write_tensors
 from blindtune.models.adapters import PEFT_PREFIX
 from blindtune.models.backbone import tensors_sha256
 from blindtune.models.plugged import add_lora, lora_modules, merge
-from blindtune.models.split import Part, blocks_name, decoder_of
+from blindtune.models.split import Part, PartName, blocks_name, decoder_of
 
 Trained = Literal["lora", "full"]
 ADAPTER, WHOLE, CONFIG = "adapter_model.safetensors", "model.safetensors", "adapter_config.json"
@@ -39,24 +40,31 @@ class Ends:
     """Bottom and top with what of them is trained.
 
     Args:
-        parts: which of the two are trained; the others stay frozen.
+        emulator: in the trunk's place, if it is tuned too or a checkpoint may hold adapters of its blocks.
+        parts: which are trained (`trunk`: the emulator's blocks); the others stay frozen.
         trained: `lora` or `full`.
         rank, alpha, targets: of LoRA; all linear layers of the blocks if there are no targets.
         seed: of LoRA's initial weights.
     Raises:
-        ConfigError: targets that no block has.
+        ConfigError: targets that no block has; whole weights of an emulator, which aren't those of the trunk.
     """
 
     bottom: Part
     top: Part
-    parts: Sequence[Literal["bottom", "top"]] = ("bottom", "top")
+    parts: Sequence[PartName] = ("bottom", "top")
     trained: Trained = "lora"
     rank: int = 16
     alpha: int = 32
     targets: Sequence[str] | None = None
     seed: int = 0
+    emulator: Part | None = None
 
     def __post_init__(self) -> None:
+        if "trunk" in self.parts and (self.emulator is None or self.trained == "full"):
+            raise ConfigError(
+                "Of the trunk, only adapters on an emulator's blocks can be tuned here.",
+                remedy="Use --tune lora, with a method that has an emulator.",
+            )
         self.trainable: dict[str, nn.Parameter] = {}
         """Name in the whole model (PEFT's, for LoRA) -> parameter."""
         self.start = ""
@@ -65,16 +73,21 @@ class Ends:
         """LoRA that was merged into frozen weights, with its scaling; None after whole weights."""
         self._started: set[str] = set()
         """Weights that a start has changed."""
-        self.bottom.requires_grad_(False)
-        self.top.requires_grad_(False)
+        here = self._parts()
+        for part in here.values():
+            part.requires_grad_(False)
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             for name in self.parts:
-                part: Part = getattr(self, name)
-                (self._add_lora if self.trained == "lora" else self._unfreeze)(part)
+                (self._add_lora if self.trained == "lora" else self._unfreeze)(here[name])
+
+    def _parts(self) -> dict[PartName, Part]:
+        """What is here, in the model's order."""
+        middle: dict[PartName, Part] = {} if self.emulator is None else {"trunk": self.emulator}
+        return {"bottom": self.bottom, **middle, "top": self.top}
 
     def parameters(self, part: Literal["bottom", "top"] | None = None) -> list[nn.Parameter]:
-        """What is trained, of one end or of both."""
+        """What is trained, of one end or in all."""
         if part is None:
             return list(self.trainable.values())
         owned = {id(parameter) for parameter in getattr(self, part).parameters()}
@@ -145,7 +158,7 @@ class Ends:
     def _blocks(self) -> list[dict[str, nn.Parameter]]:
         """Each block's weights under the whole model's names, without LoRA matrices."""
         found: list[dict[str, nn.Parameter]] = []
-        for part in (self.bottom, self.top):
+        for part in self._parts().values():
             blocks, prefix = decoder_of(part.causal).layers, blocks_name(part.causal)
             for index in part.blocks:
                 named = {name: p for name, p in blocks[index].named_parameters() if f".{_NAME}." not in name}
@@ -156,8 +169,14 @@ class Ends:
         """Merges tuned weights, as `read_tuned` gives them, into the frozen ones beneath what is trained.
 
         Raises:
-            InvalidTensor: see `merge`. Nothing has changed then.
+            InvalidTensor: see `merge`; or whole weights, which adapters on an emulator can't be saved with. Nothing has
+                changed then.
         """
+        if scaling is None and "trunk" in self.parts:
+            raise InvalidTensor(
+                "Whole weights and adapters on an emulator's blocks don't go into one checkpoint.",
+                remedy="Start from a LoRA checkpoint, or don't tune the emulator.",
+            )
         weights = {name: parameter for block in self._blocks() for name, parameter in block.items()}
         updates = merge(tensors, scaling, weights)
         with torch.no_grad():
