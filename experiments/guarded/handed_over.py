@@ -39,7 +39,7 @@ def measure(arm: str, seed: str) -> dict[str, Any]:
     work = WORK / f"{arm}-seed{seed}"
     others, test = write_others(work), work / "some-test.jsonl"
     write_questions(test, read_table(str(path_of("sciq", "test")), "test").to_pylist()[:TESTED])
-    serve = ["--split", f"{CUT.bottom},{CUT.top}", "--emulator", str(emulator(Arm.parse(arm).keep))]
+    serve = ["--split", f"{CUT.bottom},{CUT.top}", "--emulator", str(emulator(Arm.parse(arm)))]
     with local_servers(MODEL, [work / "handed-over"], threads=1, more=serve) as (server,):
         out, at = str(work / "out"), ["--server", server.url]
         used, told = work / "plug-in.json", {name: work / f"membership-{name}.json" for name in ("emulator", "trunk")}

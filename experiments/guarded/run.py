@@ -4,8 +4,9 @@ python -m experiments.guarded.run [--arms guarded-online,guarded-online+decorrel
 
 An arm is a method's name, then what differs from its defaults: `lr`, `epochs`, `rank`, `tune`, `start` (steps of
 Online on public text that come before, with `start_weight` of decorrelation), `bottom` and `top` (blocks that the
-client holds), `keep` (blocks of the emulator), `attacks` (texts; 0: none), `battery` (all), or one of the design's
-options. `zero-shot` and `full` (fine-tuning of all blocks, in this process) are arms too.
+client holds), `keep` and `distill` (blocks of the emulator, steps of its distillation), `attacks` (texts; 0: none),
+`battery` (all), or one of the design's options. `zero-shot` and `full` (fine-tuning of all blocks, in this process) are
+arms too.
 One JSON file for each run; finished runs are kept, and an interrupted one goes on from its checkpoint.
 """
 
@@ -55,8 +56,21 @@ ROOT = Path(__file__).parents[2]
 RESULTS, WORK = ROOT / "experiments" / "results" / "guarded", ROOT / ".cache" / "guarded"
 MODEL, CUT = "smollm2", Cut(2, 2)
 BATCH, EPOCHS = 16, 2.0
-KEEP, DISTILL = 10, ("--steps", "320", "--batch-size", "8", "--max-length", "64", "--lr", "1e-3", "--int8")
-OWN = ("lr", "epochs", "rank", "tune", "start", "start_weight", "attacks", "battery", "bottom", "top", "keep")
+KEEP, DISTILL, DISTILLED = 10, 320, ("--batch-size", "8", "--max-length", "64", "--lr", "1e-3", "--int8")
+OWN = (
+    "lr",
+    "epochs",
+    "rank",
+    "tune",
+    "start",
+    "start_weight",
+    "attacks",
+    "battery",
+    "bottom",
+    "top",
+    "keep",
+    "distill",
+)
 MAIN = (
     "zero-shot,full+lr=0.0001,guarded-online+up=fp32+down=fp32+battery=all,guarded-online,"
     "guarded-online+decorrelation_weight=8.0,guarded-gradfree,guarded-gradfree+start=60+start_weight=8.0,"
@@ -86,6 +100,8 @@ class Arm:
     """Blocks of the client's top."""
     keep: int = KEEP
     """Blocks of the trunk that the emulator keeps."""
+    distill: int = DISTILL
+    """Steps of its distillation."""
     battery: str = "quick"
     """`all` attacks, or those that ever were best."""
 
@@ -165,7 +181,7 @@ def train_over_the_wire(stage: Stage, arm: Arm, work: Path, seed: int) -> dict[s
     count = write_training(work / "train.jsonl", seed)
     serve = ["--split", f"{arm.cut.bottom},{arm.cut.top}"]
     if arm.emulated:
-        serve += ["--emulator", str(emulator(arm.keep))]
+        serve += ["--emulator", str(emulator(arm))]
     common = ["--method", arm.method, "--batch-size", str(BATCH), "--lr", str(arm.lr), "--rank", str(arm.rank)]
     common += ["--tune", arm.tune, "--max-length", "96", "--validation-fraction", "0", "--seed", str(seed)]
     for key, value in arm.options.items():
@@ -226,11 +242,12 @@ def command(*arguments: str, log: Path | None = None) -> None:
     subprocess.run([sys.executable, "-m", "blindtune", *arguments], check=True, **output)
 
 
-def emulator(keep: int = KEEP) -> Path:
+def emulator(arm: Arm) -> Path:
     """Built once, with `blindtune emulator build`."""
-    folder = WORK / f"emulator-{keep}"
+    folder = WORK / (f"emulator-{arm.keep}" + (f"-{arm.distill}-steps" if arm.distill != DISTILL else ""))
     if not (folder / "manifest.json").is_file():
-        arguments = ["--model", MODEL, "--split", f"{CUT.bottom},{CUT.top}", "--keep", str(keep), *DISTILL]
+        arguments = ["--model", MODEL, "--split", f"{CUT.bottom},{CUT.top}", "--keep", str(arm.keep), *DISTILLED]
+        arguments += ["--steps", str(arm.distill)]
         arguments += ["--key", str(WORK / "provider.pem"), "--output", str(folder), "--threads", "1"]
         for name in PUBLIC:
             arguments += ["--public", str(DATA / f"{name}.jsonl.gz")]
@@ -282,7 +299,7 @@ def evaluate_tuned(stage: Stage, arm: Arm, out: Path, questions: dict[str, list[
     design = make_design(arm.method, arm.options)
     if not design.emulated:
         return {"utility": evaluate(whole, arm.cut, questions, wire_of(design, base.parts["bottom"]))}
-    stand_in = load_emulator(emulator(arm.keep)).part()
+    stand_in = load_emulator(emulator(arm)).part()
     untuned = around(base.causal, stand_in)
     bottom, top, tuned = (copy.deepcopy(part) for part in (base.parts["bottom"], base.parts["top"], stand_in))
     merge_checkpoint(Ends(bottom, top, parts=(), emulator=tuned), out)
@@ -366,7 +383,7 @@ def weights_shared(stage: Stage, arm: Arm) -> float:
     if not arm.emulated:
         return ends
     whole = sum(t.numel() for part in split.parts.values() for t in part.weights().values())
-    return ends + load_emulator(emulator(arm.keep)).manifest.parameters / whole
+    return ends + load_emulator(emulator(arm)).manifest.parameters / whole
 
 
 def describe(result: dict[str, Any]) -> str:
