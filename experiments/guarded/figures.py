@@ -23,6 +23,7 @@ UNDEFENDED = "guarded-online+up=fp32+down=fp32+battery=all"
 NAMES = {
     "zero-shot": "zero-shot",
     "full": "full fine-tuning",
+    "lora": "LoRA on all blocks",
     UNDEFENDED: "split learning, undefended (fp32)",
     "guarded-online": "Online, int8",
     "guarded-gradfree": "Gradfree, int8",
@@ -157,7 +158,11 @@ def utility_table(found: dict[str, Arm]) -> str:
 
 
 def ordered(found: dict[str, Arm]) -> list[str]:
-    first = [name for name in ("zero-shot", *(n for n in found if n.startswith("full")), UNDEFENDED) if name in found]
+    first = [
+        name
+        for name in ("zero-shot", *(n for n in found if n.startswith(("full", "lora"))), UNDEFENDED)
+        if name in found
+    ]
     return first + sorted(name for name in found if name not in first)
 
 
@@ -337,7 +342,7 @@ def compared(found: dict[str, Arm]) -> Figure:
     undefended = found[UNDEFENDED]
     for name in ordered(found):
         arm = found[name]
-        if name.startswith(("zero-shot", "full")):
+        if name.startswith(("zero-shot", "full", "lora")):
             continue
         best = arm.best_attack
         if best is None and not arm.silent:

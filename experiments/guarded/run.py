@@ -5,7 +5,7 @@ python -m experiments.guarded.run [--arms guarded-online,guarded-online+decorrel
 An arm is a method's name, then what differs from its defaults: `lr`, `epochs`, `rank`, `tune`, `start` (steps of
 Online on public text that come before, with `start_weight` of decorrelation), `bottom` and `top` (blocks that the
 client holds), `keep` and `distill` (blocks of the emulator, steps of its distillation), `attacks` (texts; 0: none),
-`battery` (all), or one of the design's options. `zero-shot` and `full` (fine-tuning of all blocks, in this process) are
+`battery` (all), or one of the design's options. `zero-shot`, and `full` and `lora` (of all blocks, in this process) are
 arms too.
 One JSON file for each run; finished runs are kept, and an interrupted one goes on from its checkpoint.
 """
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from blindtune.cli.audit_inputs import through_codec
@@ -158,8 +159,8 @@ def run(stage: Stage, arm: Arm, seed: int, *, selection: bool = False, attacked:
     work.mkdir(parents=True, exist_ok=True)
     if arm.method == "zero-shot":
         result["utility"] = evaluate(stage.causal, CUT, questions)
-    elif arm.method == "full":
-        result["utility"] = evaluate(train_full(stage, arm, work, seed), CUT, questions)
+    elif arm.method in ("full", "lora"):
+        result["utility"] = evaluate(train_here(stage, arm, work, seed), CUT, questions)
     else:
         result |= train_over_the_wire(stage, arm, work, seed)
         result |= evaluate_tuned(stage, arm, work / "out", questions)
@@ -255,12 +256,21 @@ def emulator(arm: Arm) -> Path:
     return folder
 
 
-def train_full(stage: Stage, arm: Arm, work: Path, seed: int) -> nn.Module:
-    """All blocks, in this process: what nobody who hosts a model would hand out, as the upper reference."""
+def train_here(stage: Stage, arm: Arm, work: Path, seed: int) -> nn.Module:
+    """All blocks, or LoRA on them, in this process: what nobody who hosts a model would hand out, as the reference."""
     count = write_training(work / "train.jsonl", seed)
     questions = questions_of(work / "train.jsonl", stage.tokenizer)
     causal = copy.deepcopy(stage.causal)
-    blocks = [p.requires_grad_() for p in decoder_of(causal).layers.parameters()]
+    layers = decoder_of(causal).layers
+    if arm.method == "lora":
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            config = LoraConfig(r=arm.rank, lora_alpha=2 * arm.rank, target_modules="all-linear")
+            inject_adapter_in_model(config, layers)
+    blocks = [p for name, p in layers.named_parameters() if arm.method == "full" or ".lora_" in name]
+    causal.requires_grad_(False)
+    for parameter in blocks:
+        parameter.requires_grad_()
     whole = _whole(causal)
     config = GuardedConfig(steps=round(arm.epochs * -(-count // BATCH)), batch_size=BATCH, seed=seed)
     plan = BatchPlan([len(q.row) for q in questions], BATCH, seed)
