@@ -270,19 +270,21 @@ def tradeoff(found: dict[str, Arm]) -> Figure:
     """Utility lost against what the best attack reads."""
     figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
     zero = found["zero-shot"]
-    below = -np.inf
+    below = {True: -np.inf, False: -np.inf}  # of labels at the left, and at the right
     for arm in sorted((found[name] for name in ordered(found)), key=average):
         best = arm.best_attack
         if best is None and not arm.silent:
             continue
         read, height = best["accuracy"][0] if best else 0.0, average(arm)
         axes.plot(read, height, "o", markersize=6, color="#2b6cb0" if best else "#2f855a")
-        below = max(height, below + 0.007)  # so that no label covers another
-        axes.annotate(arm.label, (read, below), xytext=(6, -2), textcoords="offset points", fontsize=7)
+        left = read < 0.5
+        below[left] = max(height, below[left] + 0.007)  # so that no label covers another
+        axes.annotate(arm.label, (read, below[left]), xytext=(6, -2), textcoords="offset points", fontsize=7)
     axes.axhline(average(zero), color="#718096", linestyle=":", linewidth=1)
     axes.annotate("zero-shot", (0.0, average(zero)), xytext=(0, 3), textcoords="offset points", fontsize=7)
     axes.axvline(0.5, color="#c53030", linestyle=":", linewidth=1)
     axes.set(xlabel="tokens that the best attack reads", ylabel="accuracy, mean of four tasks", xlim=(-0.03, 1.6))
+    axes.set_xticks(np.linspace(0, 1, 6))
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
