@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from experiments.figures import ROOT, fill, header
 from experiments.guarded.attacks import DEFENCES
+from experiments.guarded.handed_over import TESTED
 from experiments.guarded.run import RESULTS, TASKS
 from experiments.labels.figures import PICTURES, load, plt, runs_by_arm
 
@@ -226,9 +227,25 @@ def bytes_of(arm: Arm) -> float:
     return moved / arm.runs[0]["epochs"]
 
 
+def handed_over() -> list[dict[str, Any]]:
+    """What `experiments.guarded.handed_over` wrote."""
+    return [json.loads(path.read_text()) for path in sorted((RESULTS / "handed-over").glob("*.json"))]
+
+
+def plugged_sentence() -> str:
+    """The same runs, used as users would."""
+    runs = handed_over()
+    before = runs[0]["plug_in"]["zero_shot"]["accuracy"]
+    after = [f"{Arm(r['arm'], []).label} (seed {r['seed']}) {r['plug_in']['plug_in']['accuracy']:.2f}" for r in runs]
+    return (
+        f"The same runs through `blindtune plug-in`, on {TESTED} SciQ test questions that the provider then sees: "
+        f"accuracy {before:.2f} as the model is; with tuned weights: {', '.join(after)}. The same code as for users."
+    )
+
+
 def membership_table() -> str:
     """What the tuned ends of Offline runs tell."""
-    runs = [json.loads(path.read_text()) for path in sorted((RESULTS / "handed-over").glob("*.json"))]
+    runs = handed_over()
     lines = header(
         "", "seed", "around", "AUC by loss", "AUC by calibrated loss", "members found at 1% false alarms",
         "answers known by heart, members / others",
@@ -238,7 +255,7 @@ def membership_table() -> str:
             cells = [f"{f['auc']:.2f} [{f['low']:.2f}, {f['high']:.2f}]" for f in told["findings"]]
             cells += [f"{max(f['found'] for f in told['findings']):.1%}"]
             cells += [" / ".join(f"{part:.1%}" for part in told["heart"])]
-            lines.append(f"| {NAMES[run['arm']]} | {run['seed']} | {around} | {' | '.join(cells)} |")
+            lines.append(f"| {Arm(run['arm'], []).label} | {run['seed']} | {around} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -399,6 +416,7 @@ def main() -> None:
     if "guarded-online" in found:
         fill(PAGE, "bytes", bytes_sentence(found))
     fill(PAGE, "membership", membership_table())
+    fill(PAGE, "plugged", plugged_sentence())
 
 
 if __name__ == "__main__":
