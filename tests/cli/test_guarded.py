@@ -172,6 +172,27 @@ def test_adapters_of_the_emulator_go_into_the_trunks_blocks(emulated, tiny_causa
     assert float(found) == pytest.approx(expected, abs=1e-3)
 
 
+def test_adapters_of_an_emulator_that_have_no_place(emulated, questions, tmp_path):
+    server, _, _ = emulated
+    tuned = ["--set", "tune_emulator=true"]
+    whole = train(server, questions, "guarded-offline", tmp_path / "none", *tuned, "--tune", "full", check=False)
+    assert (whole.exit_code, "Use --tune lora" in whole.stderr) == (1, True)
+    train(server, questions, "guarded-offline", tmp_path / "ends", "--tune", "full", "--validation-fraction", 0)
+    start = ["--start", tmp_path / "ends"]
+    onto = train(server, questions, "guarded-offline", tmp_path / "none", *tuned, *start, check=False)
+    assert (onto.exit_code, "Start from a LoRA checkpoint" in onto.stderr.replace("\n", " ")) == (1, True)
+    assert not (tmp_path / "none").exists()
+
+    out = tmp_path / "out"
+    train(server, questions, "guarded-offline", out, *tuned, "--validation-fraction", 0)
+    start = ["--start", out, "--validation-fraction", 0]
+    train(server, questions, "guarded-offline", tmp_path / "longer", *tuned, *start)  # of the same blocks
+    kept = {int(name.split(".layers.")[1][0]) for name in read_tuned(tmp_path / "longer")[0]}
+    assert kept == {0, *json.loads((out / "blindtune.json").read_text())["emulator"]["blocks"], 4}
+    without = train(server, questions, "guarded-online", tmp_path / "none", *start, check=False)
+    assert (without.exit_code, "doesn't fit" in without.stderr) == (1, True)  # the trunk isn't here
+
+
 def test_an_emulator_that_somebody_else_signed(emulated, questions, tmp_path):
     server, _, _ = emulated
     done = train(server, questions, "offsite", tmp_path / "out", "--provider-key", "0" * 64, check=False)
