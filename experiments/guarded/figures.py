@@ -117,11 +117,18 @@ def average(arm: Arm, key: str = "utility", metric: str = "accuracy") -> float:
 
 
 def difference(a: Arm, b: Arm, key: str = "utility", other: str = "utility") -> tuple[float, float, float]:
-    """Accuracy of a minus that of b over tasks, with a 95% interval over questions, whose seeds stay together."""
+    """Accuracy of a minus that of b over tasks, with a 95% interval over questions, whose seeds stay together.
+
+    Each run is compared with b's of the same seed, or with the mean of b's where there is none or nothing is drawn.
+    """
+    drawn = a.name != "zero-shot"
+    partners = [[i for i, run in enumerate(b.runs) if drawn and run["seed"] == mine["seed"]] for mine in a.runs]
     rng = np.random.default_rng(0)
     means, samples = [], np.zeros(RESAMPLES)
     for task in TASKS:
-        apart = a.hits(task, key).mean(0) - b.hits(task, other).mean(0)
+        theirs = b.hits(task, other)
+        against = np.stack([theirs[some or slice(None)].mean(0) for some in partners])
+        apart = (a.hits(task, key) - against).mean(0)
         means.append(apart.mean())
         samples += apart[rng.integers(0, len(apart), (RESAMPLES, len(apart)))].mean(1) / len(TASKS)
     low, high = np.quantile(samples, [0.025, 0.975])
