@@ -36,7 +36,7 @@ SETTINGS = {
     "decorrelation_weight": "decorrelation {}", "noise": "noise {}", "anonymity": "groups of {} tokens",
     "start": "decorrelated bottom, {} steps", "start_weight": "weight {}", "clip_norm": "clipped to {}",
     "epochs": "{} epochs", "lr": "lr {}", "bottom": "bottom of {} blocks", "top": "top of {} blocks",
-    "keep": "emulator of {} blocks", "distill": "{} steps of distillation",
+    "keep": "emulator of {} blocks",
     "tune_emulator": "adapters in the emulator too", "up": "{} up", "down": "{} down",
 }  # fmt: skip
 RESAMPLES = 2000
