@@ -76,7 +76,7 @@ MAIN = (
     "zero-shot,full+lr=0.0001,guarded-online+up=fp32+down=fp32+battery=all,guarded-online,"
     "guarded-online+decorrelation_weight=8.0,guarded-gradfree,guarded-gradfree+start=60+start_weight=8.0,"
     "guarded-gradfree+noise=0.02+clip_norm=60.0,guarded-gradfree+anonymity=4,guarded-gradfree+zo=true,"
-    "guarded-offline,offsite"
+    "guarded-offline,offsite,guarded-offline+tune_emulator=true,guarded-offline+tune_emulator=true+keep=18+distill=160"
 )
 
 
