@@ -189,6 +189,9 @@ def test_adapters_of_an_emulator_that_have_no_place(emulated, questions, tmp_pat
     train(server, questions, "guarded-offline", tmp_path / "longer", *tuned, *start)  # of the same blocks
     kept = {int(name.split(".layers.")[1][0]) for name in read_tuned(tmp_path / "longer")[0]}
     assert kept == {0, *json.loads((out / "blindtune.json").read_text())["emulator"]["blocks"], 4}
+    whole = train(server, questions, "guarded-offline", tmp_path / "none", *start, "--tune", "full", check=False)
+    assert (whole.exit_code, "Start from a LoRA checkpoint" in whole.stderr.replace("\n", " ")) == (1, True)
+    assert not (tmp_path / "none").exists()
     without = train(server, questions, "guarded-online", tmp_path / "none", *start, check=False)
     assert (without.exit_code, "doesn't fit" in without.stderr) == (1, True)  # the trunk isn't here
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -147,7 +147,7 @@ class Ends:
 
     def _whole(self) -> dict[str, Tensor]:
         """Weights of all blocks that were trained or started from, with LoRA merged."""
-        blocks = self._blocks()
+        blocks = self._blocks([self.bottom, self.top])  # an emulator's are no weights of the model
         weights = {name: parameter.detach() for block in blocks for name, parameter in block.items()}
         merged: dict[str, Tensor] = {}
         if self.trained == "lora" and self.trainable:
@@ -155,15 +155,19 @@ class Ends:
         changed = self._started | set(merged if self.trained == "lora" else self.trainable)
         return {n: merged.get(n, weights[n]) for block in blocks if not changed.isdisjoint(block) for n in block}
 
-    def _blocks(self) -> list[dict[str, nn.Parameter]]:
+    def _blocks(self, parts: Iterable[Part]) -> list[dict[str, nn.Parameter]]:
         """Each block's weights under the whole model's names, without LoRA matrices."""
         found: list[dict[str, nn.Parameter]] = []
-        for part in self._parts().values():
+        for part in parts:
             blocks, prefix = decoder_of(part.causal).layers, blocks_name(part.causal)
             for index in part.blocks:
                 named = {name: p for name, p in blocks[index].named_parameters() if f".{_NAME}." not in name}
                 found.append({f"{prefix}.{index}.{n.replace('.base_layer.', '.')}": p for n, p in named.items()})
         return found
+
+    def _changes_emulator(self, names: set[str]) -> bool:
+        """Whether any of these weights is of an emulator's block: of those only changes mean something elsewhere."""
+        return self.emulator is not None and any(not names.isdisjoint(block) for block in self._blocks([self.emulator]))
 
     def start_from(self, tensors: Mapping[str, Tensor], scaling: float | None) -> None:
         """Merges tuned weights, as `read_tuned` gives them, into the frozen ones beneath what is trained.
@@ -172,13 +176,15 @@ class Ends:
             InvalidTensor: see `merge`; or whole weights, which adapters on an emulator can't be saved with. Nothing has
                 changed then.
         """
-        if scaling is None and "trunk" in self.parts:
+        blocks = self._blocks(self._parts().values())
+        weights = {name: parameter for block in blocks for name, parameter in block.items()}
+        updates = merge(tensors, scaling, weights)
+        whole = scaling is None or self._beneath is None or self.trained == "full"
+        if whole and ("trunk" in self.parts or self._changes_emulator(self._started | set(updates))):
             raise InvalidTensor(
                 "Whole weights and adapters on an emulator's blocks don't go into one checkpoint.",
-                remedy="Start from a LoRA checkpoint, or don't tune the emulator.",
+                remedy="Start from a LoRA checkpoint, and tune it with --tune lora.",
             )
-        weights = {name: parameter for block in self._blocks() for name, parameter in block.items()}
-        updates = merge(tensors, scaling, weights)
         with torch.no_grad():
             for name, tensor in updates.items():
                 weights[name].copy_(tensor)
