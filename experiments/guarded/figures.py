@@ -211,14 +211,12 @@ def cost_table(found: dict[str, Arm]) -> str:
         texts = run["train_examples"] * run["epochs"]
         flops, memory = arm.trained(lambda t: t["client_flops"]), arm.trained(lambda t: t.get("peak_memory_bytes"))
         seconds = arm.trained(lambda t: t["seconds"])
+        once = (arm.trained(lambda t: t["bytes_received"]) or 0.0) - down
         numbers = [
             f"{run['weights_shared']:.0%}",
             f"{up / 1e6:.1f}",
             f"{down / 1e6:.1f}",
             f"{(up + down) / texts:,.0f}",
-        ]
-        once = (arm.trained(lambda t: t["bytes_received"]) or 0.0) - down
-        numbers += [
             f"{once / 1e6:.1f}",
             f"{(flops or 0) / 1e12:.1f}",
             f"{memory / 1e6:,.0f}" if memory else "–",

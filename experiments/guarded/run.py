@@ -18,7 +18,7 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -58,20 +58,6 @@ RESULTS, WORK = ROOT / "experiments" / "results" / "guarded", ROOT / ".cache" / 
 MODEL, CUT = "smollm2", Cut(2, 2)
 BATCH, EPOCHS = 16, 2.0
 KEEP, DISTILL, DISTILLED = 10, 320, ("--batch-size", "8", "--max-length", "64", "--lr", "1e-3", "--int8")
-OWN = (
-    "lr",
-    "epochs",
-    "rank",
-    "tune",
-    "start",
-    "start_weight",
-    "attacks",
-    "battery",
-    "bottom",
-    "top",
-    "keep",
-    "distill",
-)
 MAIN = (
     "zero-shot,full+lr=0.0001,guarded-online+up=fp32+down=fp32+battery=all,guarded-online,"
     "guarded-online+decorrelation_weight=8.0,guarded-gradfree,guarded-gradfree+start=60+start_weight=8.0,"
@@ -118,7 +104,7 @@ class Arm:
     def parse(name: str) -> Arm:
         """`method+key=value+…`."""
         method, given = read_settings(name)
-        own = {key: given.pop(key) for key in OWN if key in given}
+        own = {field.name: given.pop(field.name) for field in fields(Arm) if field.name in given}
         return Arm(name, method, given, **own)
 
 
