@@ -228,7 +228,8 @@ def _summary(session: Session, chosen: dict[str, Any], tuning: Tuning, data: Dat
 def _announce(session: Session, count: int, config: "GuardedConfig") -> None:
     info, design = session.operator.info, session.design
     assert info.split is not None  # noqa: S101 - parts were fetched
-    trained = " and ".join("emulator" if part == "trunk" else part for part in design.parts)
+    *others, last = ("emulator" if part == "trunk" else part for part in design.parts)
+    trained = f"{', '.join(others)} and {last}" if others else last
     numbers = sum(parameter.numel() for parameter in session.ends.parameters())
     console.print(
         f"{count} examples, {config.steps} steps of {config.batch_size}; {design.name} trains {numbers:,} weights of "
