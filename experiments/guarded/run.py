@@ -272,7 +272,7 @@ def train_here(stage: Stage, arm: Arm, work: Path, seed: int) -> nn.Module:
             group["lr"] = arm.lr * config.rate(step)
         optimizer.step()
         if step % 25 == 0:
-            print(f"  full seed {seed}: step {step} of {config.steps}, loss {float(loss.detach()):.3f}", flush=True)
+            print(f"  {arm.method} seed {seed}: step {step} of {config.steps}, loss {float(loss.detach()):.3f}", flush=True)
     return causal
 
 

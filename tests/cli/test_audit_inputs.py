@@ -99,12 +99,13 @@ def test_who_trains_a_shadow_client_follows_a_bottom_that_has_moved(trained, pub
 
 
 @pytest.mark.parametrize("content", [None, "{ cut off", "[]", "{}"])
-def test_a_run_that_tells_nothing(trained, public, tmp_path, content):
+def test_a_run_that_tells_nothing_is_refused_before_any_attack(trained, public, tmp_path, content):
     if content is not None:
         (tmp_path / "blindtune.json").write_text(content)
     done = call("audit", trained["plain"][0], "--truth", trained["plain"][1], "--public", public, "--run", tmp_path)
     assert done.exit_code == 1
     assert "blindtune.json" in done.output
+    assert "to learn from" not in done.output
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,7 @@ def run_input_audit(
         raise ConfigError(
             "Attackers learn from public text.", remedy="Give some with --public: lines of text, or JSON lines."
         )
+    recipe = None if run is None else Recipe.of(read_run(run))
     transcript = Transcript(folder)
     split = {name: m for name, m in transcript.recording.models.items() if m.bottom is not None and m.top is not None}
     called = [name for name in split if any(e.kind == "trunk-forward" and e.model == name for e in transcript.events)]
@@ -140,9 +141,8 @@ def run_input_audit(
     say(f"{len(exchanges)} messages of {called[0]}; {len(rows)} public texts to learn from")
     results = attack_inputs(exchanges, truth, attacker, sequences=sequences, progress=say)
     adaptive = None
-    if run is not None:
+    if recipe is not None:
         say("Adaptive attacker: knows the design and its options")
-        recipe = Recipe.of(read_run(run))
         linked = link_noisy(exchanges, recipe)
         say(f"{linked.copies:g} messages of a text are linked")
         knowing = adaptive_attacker(backbone.split, rows, recipe, up, copies=linked.copies, seed=seed, progress=say)
