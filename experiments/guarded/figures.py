@@ -28,6 +28,7 @@ NAMES = {
     UNDEFENDED: "split learning, undefended (fp32)",
     "guarded-online": "Online, int8",
     "guarded-gradfree": "Gradfree, int8",
+    "guarded-gradfree+up=int4+down=int4": "Gradfree, int4",
     "guarded-gradfree+zo=true": "Gradfree zo, int8",
     "guarded-offline": "Offline",
     "offsite": "Offsite-Tuning",

@@ -62,7 +62,8 @@ MAIN = (
     "zero-shot,full+lr=0.0001,guarded-online+up=fp32+down=fp32+battery=all,guarded-online,"
     "guarded-online+decorrelation_weight=8.0,guarded-gradfree,guarded-gradfree+start=60+start_weight=8.0,"
     "guarded-gradfree+noise=0.02+clip_norm=60.0,guarded-gradfree+anonymity=4,guarded-gradfree+zo=true,"
-    "guarded-offline,offsite,guarded-offline+tune_emulator=true,guarded-offline+tune_emulator=true+keep=18+distill=160"
+    "guarded-offline,offsite,guarded-offline+tune_emulator=true,guarded-offline+tune_emulator=true+keep=18+distill=160,"
+    "guarded-offline+keep=18+distill=160,guarded-gradfree+up=int4+down=int4,guarded-gradfree+top=10,lora"
 )
 
 
@@ -272,7 +273,8 @@ def train_here(stage: Stage, arm: Arm, work: Path, seed: int) -> nn.Module:
             group["lr"] = arm.lr * config.rate(step)
         optimizer.step()
         if step % 25 == 0:
-            print(f"  {arm.method} seed {seed}: step {step} of {config.steps}, loss {float(loss.detach()):.3f}", flush=True)
+            at = f"step {step} of {config.steps}"
+            print(f"  {arm.method} seed {seed}: {at}, loss {float(loss.detach()):.3f}", flush=True)
     return causal
 
 

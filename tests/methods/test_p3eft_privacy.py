@@ -20,7 +20,7 @@ from blindtune.training import Examples, TrainConfig, Trainer
 from blindtune.wire import Transcript
 from tests.conftest import several
 
-STEPS, ROWS = 15, 300
+STEPS, ROWS = 12, 256
 LOOKS = range(2, STEPS, 2)
 """Of the adapters that an operator received."""
 
