@@ -36,10 +36,6 @@ from blindtune.training import Examples, TrainConfig, Trainer
 from blindtune.wire import Transcript
 
 BATCH = 32
-UPDATES = 2
-"""As many as attacks invert, with a defence and without."""
-CHANCE = 0.8
-"""What the best of a dozen attacks on so few texts doesn't reach by luck: four standard deviations."""
 ADAPTER = LoraConfig(r=4, lora_alpha=8, target_modules=["query", "value"], layers_to_transform=[4, 5])
 Labels = dict[Row, int]
 Record = Callable[..., tuple[list[View], Labels]]
@@ -269,10 +265,10 @@ def test_independent_noise_recombines_to_nothing():
 def test_plain_sgd_is_inverted_from_adapters_alone(sgd, minilm):
     views, labels = sgd
     assert strongest(gathered(views[0], labels), labels, "gradient") < 0.7
-    found = inverted_channels(views[0], labels, Recomputation(minilm), UPDATES)
-    assert len(found["update inverted"][1]) == UPDATES * BATCH
+    found = inverted_channels(views[0], labels, Recomputation(minilm), 4)
+    assert len(found["update inverted"][1]) == 4 * BATCH
     assert strongest(found, labels) > 0.95
-    assert strongest(found, shuffled(labels)) < CHANCE
+    assert strongest(found, shuffled(labels)) < 0.65
 
 
 def test_adam_is_undone_up_to_one_factor_for_each_coordinate():
@@ -296,30 +292,30 @@ def test_adam_is_undone_up_to_one_factor_for_each_coordinate():
 
 
 def test_adam_is_inverted_from_adapters_alone(record, minilm):
-    [view, _], labels = record(2, UPDATES * BATCH, train_lora)
-    assert strongest(gathered(view, labels), labels, "gradient") < CHANCE
-    found = inverted_channels(view, labels, Recomputation(minilm), UPDATES)
-    assert len(found["update inverted, Adam"][1]) == UPDATES * BATCH
+    [view, _], labels = record(2, 4 * BATCH, train_lora)
+    assert strongest(gathered(view, labels), labels, "gradient") < 0.7
+    found = inverted_channels(view, labels, Recomputation(minilm), 4)
+    assert len(found["update inverted, Adam"][1]) == 4 * BATCH
     assert strongest(found, labels, "update inverted, Adam") > 0.95
-    assert strongest(found, shuffled(labels)) < CHANCE
+    assert strongest(found, shuffled(labels)) < 0.65
 
 
 @pytest.mark.parametrize("defence", [{"random_moments": 0.1}, {"adapter_noise": 0.01}], ids=["moments", "noise"])
 def test_what_adams_first_steps_change_can_be_hidden(record, minilm, defence):
     """The same training as above, but for where Adam starts, or for what travels."""
-    [view, _], labels = record(2, UPDATES * BATCH, partial(train_lora, **defence))
-    found = inverted_channels(view, labels, Recomputation(minilm), UPDATES)
-    assert len(found["update inverted, Adam"][1]) == UPDATES * BATCH
-    assert strongest(found, labels) < CHANCE
+    [view, _], labels = record(2, 4 * BATCH, partial(train_lora, **defence))
+    found = inverted_channels(view, labels, Recomputation(minilm), 4)
+    assert len(found["update inverted, Adam"][1]) == 4 * BATCH
+    assert strongest(found, labels) < 0.75
 
 
 def test_noise_on_adapters_hides_what_a_step_changed(record, minilm):
     """The same training as above, but for the noise."""
     noisy = SharedGradients(2, 10.0, 100.0, SecureGenerator(), adapter_noise=0.01)
-    [view, _], labels = record(2, UPDATES * BATCH, train_sgd, channel=noisy)
-    found = inverted_channels(view, labels, Recomputation(minilm), UPDATES)
-    assert len(found["update inverted"][1]) == UPDATES * BATCH
-    assert strongest(found, labels) < CHANCE
+    [view, _], labels = record(2, 4 * BATCH, train_sgd, channel=noisy)
+    found = inverted_channels(view, labels, Recomputation(minilm), 4)
+    assert len(found["update inverted"][1]) == 4 * BATCH
+    assert strongest(found, labels) < 0.75
 
 
 def test_inverting_random_steps_finds_nothing(sgd, minilm):

@@ -99,8 +99,7 @@ def test_plain_lora_gives_its_labels_away(view, lora_run, minilm):
     verdict = Verdict([attacked], attacked.findings)
     assert verdict.valid
     assert verdict.best_on("gradient").auc > 0.95
-    # The control is the best of a dozen attacks on 200 texts: it reads .60 to .69 on different processors.
-    assert verdict.best_on("shift").auc > max(0.7, verdict.frozen.auc + 0.05)
+    assert verdict.best_on("shift").auc > verdict.frozen.auc + 0.1
     looks = {f.step for f in attacked.findings if f.channel == "shift 0"}
     assert {f.step for f in attacked.findings if f.channel == "frozen model, shuffled adapter: shift 0"} == looks
     assert verdict.frozen.channel.startswith("frozen model")

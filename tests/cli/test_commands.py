@@ -30,7 +30,7 @@ def run(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[s
         [sys.executable, "-m", "blindtune", *map(str, arguments)],
         capture_output=True,
         text=True,
-        env={**os.environ, "COLUMNS": "160", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "COLUMNS": "160"},
         check=False,
     )
     assert not check or result.returncode == 0, result.stdout + result.stderr

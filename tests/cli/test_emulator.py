@@ -50,7 +50,7 @@ def built(model, public, tmp_path_factory) -> tuple[Path, Path, str]:
     options |= {"steps": 40, "batch-size": 4, "lr": 0.003, "max-length": 24, "threads": 1, "json": folder / "out.json"}
     command = [*COMMAND, "--int8", *(f"--public={path}" for path in public)]
     command += [f"--{name}={value}" for name, value in options.items()]
-    environment = {**os.environ, "COLUMNS": "140", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "COLUMNS": "140"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     return folder / "emulator", folder / "provider.pem", result.stdout
