@@ -27,7 +27,7 @@ demo: $(VENV)/base  ## Fine-tune on private labels over two local operators, and
 	$(BIN)/blindtune demo --cache $(CACHE) --json out/demo.json
 
 test: $(VENV)/dev  ## All tests, on two cores.
-	$(BIN)/pytest --numprocesses 2 --dist loadfile
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/dev  ## Style, layering.
 	$(BIN)/ruff check .
