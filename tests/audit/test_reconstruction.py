@@ -24,6 +24,7 @@ from blindtune.audit.channels import (
 )
 from blindtune.audit.labels import ATTACKS, Channel, invert_updates, recombine, summed
 from blindtune.audit.labels.adam import Adam
+from blindtune.audit.recompute import pad_rows
 from blindtune.audit.statistics import best_auc
 from blindtune.client import Backbone
 from blindtune.errors import TranscriptError
@@ -260,6 +261,26 @@ def test_independent_noise_recombines_to_nothing():
     rows = [(i,) for i in range(600)]
     labels = {row: int(label) for row, label in zip(rows, truth, strict=True)}
     assert strongest({name: (np.concatenate(v), rows) for name, v in found.items()}, labels) < 0.6
+
+
+def test_products_with_the_jacobian(sgd, minilm):
+    """Against differences of hidden states, and against each other."""
+    [view, _], _ = sgd
+    recompute, random = Recomputation(minilm), torch.Generator().manual_seed(0)
+    update = view.updates()[1]
+    jacobian = recompute.jacobian(view, update.at, update.rows)
+    step = torch.randn(jacobian.pull(torch.zeros(1, BATCH, 384)).shape, generator=random)
+    weights = torch.stack([view.adapter(name) for name in update.at])
+    tokens, layout = pad_rows(view, update.rows, minilm), recompute.layout(view)
+    with torch.no_grad():
+        ahead, behind = (minilm.forward(tokens, view.pooling, layout, weights + e * step) for e in (1e-3, -1e-3))
+    pushed = jacobian.push(step)
+    assert (pushed - (ahead - behind) / 2e-3).norm() < 0.01 * pushed.norm()
+    r, u = torch.randn(BATCH, generator=random), torch.randn(1, 384, generator=random)
+    cotangents = r[None, :, None] * u.unsqueeze(1)
+    pulled = jacobian.pull(cotangents)
+    torch.testing.assert_close((pulled * step).sum(), (cotangents * pushed).sum(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close((r @ jacobian.per_example(u))[None], pulled, rtol=1e-3, atol=1e-4)
 
 
 def test_plain_sgd_is_inverted_from_adapters_alone(sgd, minilm):

@@ -157,6 +157,28 @@ def test_an_adapter_neither_sees_nor_changes_the_others(name: str, tiny_backbone
     assert error(after[1], hidden[1]) > 1e-2
 
 
+@pytest.mark.parametrize("place", ["all layers", "upper layer"])
+@pytest.mark.parametrize("name", NAMES)
+def test_texts_with_adapters_of_their_own(name: str, place: str, tiny_backbone: LoadTiny):
+    """Weights `(n, B, P)`: what each text gives alone, hidden states and gradients."""
+    backbone = tiny_backbone(name, "float64")
+    targets = [module for module in backbone.lora.shapes if re.fullmatch(PLACES[place], module)]
+    _, adapters = random_adapters(backbone, LoraConfig(r=2, target_modules=targets), 6)
+    layout = adapters[0].layout
+    weights = torch.stack([a.vector().detach().double() for a in adapters]).reshape(2, 3, -1)
+    tokens, leaf = batch(3, 7), weights.clone().requires_grad_()
+    hidden = backbone.forward(tokens, "none", layout, leaf)
+    torch.manual_seed(0)
+    cotangents = torch.randn_like(hidden)
+    (gradients,) = torch.autograd.grad(hidden, leaf, cotangents)
+    for b in range(3):
+        alone = Tokens(tokens.input_ids[b : b + 1], tokens.lengths[b : b + 1])
+        own = weights[:, b].clone().requires_grad_()
+        expected = backbone.forward(alone, "none", layout, own)
+        assert error(hidden[:, b : b + 1], expected) <= EXACT
+        assert error(gradients[:, b], torch.autograd.grad(expected, own, cotangents[:, b : b + 1])[0]) <= EXACT
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_adapted_layer_matters(name: str, tiny_backbone: LoadTiny):
     """Otherwise the comparisons here would prove little."""

@@ -134,8 +134,7 @@ class Jacobian:
     def __init__(
         self, backbone: FrozenBackbone, view: View, layout: LoraLayout, weights: Tensor, rows: Sequence[Row]
     ) -> None:
-        self._backbone, self._view, self._layout, self._rows = backbone, view, layout, rows
-        self._weights = weights.clone().requires_grad_()  # (n, P)
+        self._weights = weights.unsqueeze(1).repeat(1, len(rows), 1).requires_grad_()  # (n, B, P): each text its own
         with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivatives
             self._hidden = backbone.forward(pad_rows(view, rows, backbone), view.pooling, layout, self._weights)
             self._probe = torch.zeros_like(self._hidden, requires_grad=True)
@@ -143,18 +142,17 @@ class Jacobian:
 
     def pull(self, cotangents: Tensor) -> Tensor:
         """Σ_b J_bᵀ c_b for cotangents `(n, B, d)`: `(n, P)`."""
-        return torch.autograd.grad(self._hidden, self._weights, cotangents, retain_graph=True)[0]
+        return self._each(cotangents).sum(1)
 
     def push(self, direction: Tensor) -> Tensor:
         """J_b v for a direction `(n, P)` of the adapters: `(n, B, d)`. The derivative of Jᵀc, linear in c, by c."""
-        return torch.autograd.grad(self._pulled, self._probe, direction, retain_graph=True)[0]
+        along = direction.unsqueeze(1).expand_as(self._pulled)
+        return torch.autograd.grad(self._pulled, self._probe, along, retain_graph=True)[0]
 
     def per_example(self, cotangent: Tensor) -> Tensor:
         """J_bᵀ c for each text alone, for a cotangent `(n, d)` that all share: `(B, n P)`."""
-        rows: list[Tensor] = []
-        for row in self._rows:
-            weights = self._weights.detach().clone().requires_grad_()
-            tokens = pad_rows(self._view, [row], self._backbone)
-            hidden = self._backbone.forward(tokens, self._view.pooling, self._layout, weights)  # (n, 1, d)
-            rows.append(torch.autograd.grad(hidden, weights, cotangent.unsqueeze(1))[0].flatten())
-        return torch.stack(rows)
+        return self._each(cotangent.unsqueeze(1).expand_as(self._hidden)).transpose(0, 1).flatten(1)
+
+    def _each(self, cotangents: Tensor) -> Tensor:
+        """J_bᵀ c_b for cotangents `(n, B, d)`: `(n, B, P)`."""
+        return torch.autograd.grad(self._hidden, self._weights, cotangents, retain_graph=True)[0]

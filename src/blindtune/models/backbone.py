@@ -129,6 +129,7 @@ class FrozenBackbone:
     ) -> Tensor:
         """h(x, θ_i) for weight vectors `(n, P)`: `(n, B, d)`, `(n, B, L, d)` for pooling `none`.
 
+        With `(n, B, P)` each text has vectors of its own, so that one backward pass gives each text's gradients.
         float32, or float64 from a model in float64.
 
         Without adapters the frozen model's output, n = 1. Dropout is on if and only if there is a seed; all

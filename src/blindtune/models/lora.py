@@ -84,16 +84,15 @@ class LoraLayout:
             )
         matrices: dict[str, tuple[Tensor, Tensor]] = {}
         fixed = self.fixed_a()
-        position, rank, lead = 0, self.spec.rank, weights.shape[:-1]
+        rank, lead = self.spec.rank, weights.shape[:-1]
+        sides = [side for _, out, inside in self.shapes for side in ([out] if fixed else [inside, out])]
+        parts = iter(weights.split([rank * side for side in sides], dim=-1))  # one operation for autograd
         for index, (name, out_features, in_features) in enumerate(self.shapes):
             if fixed:
                 a = fixed[index].to(weights).expand(*lead, rank, in_features)
             else:
-                a = weights[..., position : position + rank * in_features].reshape(*lead, rank, in_features)
-                position += rank * in_features
-            b = weights[..., position : position + rank * out_features].reshape(*lead, out_features, rank)
-            position += rank * out_features
-            matrices[name] = (a, b)
+                a = next(parts).reshape(*lead, rank, in_features)
+            matrices[name] = (a, next(parts).reshape(*lead, out_features, rank))
         return matrices
 
     def join(self, matrices: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
@@ -121,6 +120,8 @@ class _Running:
 
     n: int
     batch: int
+    copies: int
+    """How many pairs of matrices there are: n, or `n * batch` if each row has its own."""
     matrices: dict[str, tuple[Tensor, Tensor]]
     scaling: float
     dropout: float
@@ -152,17 +153,18 @@ class LoraPass:
 
     @contextmanager
     def adapters(self, layout: LoraLayout, weights: Tensor, batch: int, *, train: bool) -> Generator[int]:
-        """Active adapters with weight vectors `(n, P)` for a batch of B rows.
+        """Active adapters with weight vectors `(n, P)` for a batch of B rows, or `(n, B, P)`: one for each row.
 
         Yields by how much to repeat the model's *inputs*: n where the first block is adapted, else 1 (then the
         hidden states are repeated at the first adapted block).
         """
-        n = len(weights)
+        n, vectors = len(weights), weights.flatten(0, -2)
         first = min(self._block_of[name] for name, _, _ in layout.shapes)
         self._running = _Running(
             n=n,
             batch=batch,
-            matrices=layout.split(weights),
+            copies=len(vectors),
+            matrices=layout.split(vectors),
             scaling=layout.spec.scaling,
             dropout=layout.spec.dropout if train else 0.0,
             repeat_from=first,
@@ -177,7 +179,7 @@ class LoraPass:
             running = self._running
             if running is None or name not in running.matrices:
                 return None
-            a, b = running.matrices[name]  # (n, r, in), (n, out, r)
+            a, b = running.matrices[name]  # (n, r, in), (n, out, r); n B of them if each row has its own
             x = inputs[0].to(a.dtype)
             if running.only is not None:
                 a, b = a[running.only].unsqueeze(0), b[running.only].unsqueeze(0)
@@ -219,7 +221,7 @@ class LoraPass:
             running = self._running
             if running is None or index < running.repeat_from:
                 return together(query, key, *shared)
-            rows = zip(query.chunk(running.n), key.chunk(running.n), strict=True)
+            rows = zip(query.chunk(running.copies), key.chunk(running.copies), strict=True)
             parts: list[Tensor] = []
             try:
                 for running.only, (of_query, of_key) in enumerate(rows):

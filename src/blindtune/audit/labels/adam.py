@@ -50,7 +50,7 @@ def invert_adam(updates: Sequence[Update], observed: Observed) -> Reconstructed:
         signs = adam.undo(step).sign().float()
         found = explain(jacobian, signs, u)
         for _ in range(TURNS):
-            found = found.improved(jacobian, signs * found.gradient(jacobian).abs())
+            found = found.improved(jacobian, signs * found.gradient.abs())
         return found
 
     return read_residuals(updates, observed, read)

@@ -60,20 +60,16 @@ def read_residuals(updates: Sequence[Update], observed: Observed, read: Read) ->
 
 @dataclass(frozen=True)
 class Explanation:
-    """Residuals `(B,)` and a direction `(n, d)`."""
+    """Residuals `(B,)`, a direction `(n, d)`, and the gradient that they give, Σ_b r_b J_bᵀ u, `(n, P)`."""
 
     r: Tensor
     u: Tensor
-
-    def gradient(self, jacobian: Jacobian) -> Tensor:
-        """Σ_b r_b J_bᵀ u, `(n, P)`."""
-        return jacobian.pull(self.r[None, :, None] * self.u.unsqueeze(1))
+    gradient: Tensor
 
     def improved(self, jacobian: Jacobian, gradient: Tensor) -> Explanation:
         """One round nearer to a gradient of the adapters `(n, P)`."""
         gradient = gradient / gradient.norm().clamp_min(1e-30)
-        u = _direction(jacobian, gradient, self.r, self.u)
-        return Explanation(_residuals(jacobian, gradient, u), u)
+        return _along(jacobian, gradient, _direction(jacobian, gradient, self))
 
 
 def explain(jacobian: Jacobian, gradient: Tensor, u: Tensor | None) -> Explanation:
@@ -82,7 +78,7 @@ def explain(jacobian: Jacobian, gradient: Tensor, u: Tensor | None) -> Explanati
     rounds = FIRST_ROUNDS if u is None else ROUNDS
     if u is None:
         u = _moved_direction(jacobian, gradient)
-    found = Explanation(_residuals(jacobian, gradient, u), u)
+    found = _along(jacobian, gradient, u)
     for _ in range(rounds):
         found = found.improved(jacobian, gradient)
     return found
@@ -96,33 +92,26 @@ def _moved_direction(jacobian: Jacobian, change: Tensor) -> Tensor:
     return right[0].reshape(n, d)
 
 
-def _residuals(jacobian: Jacobian, change: Tensor, u: Tensor) -> Tensor:
+def _along(jacobian: Jacobian, change: Tensor, u: Tensor) -> Explanation:
     """Least squares for r in Σ_b r_b J_bᵀ u = change."""
     gradients = jacobian.per_example(u).double()  # (B, n P)
     gram = gradients @ gradients.T
     ridge = 1e-6 * gram.diagonal().mean().clamp_min(1e-30)
     right = gradients @ change.flatten().double()
-    return torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=gram.dtype), right).float()
+    r = torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=gram.dtype), right)
+    return Explanation(r.float(), u, (r @ gradients).float().reshape(change.shape))
 
 
-def _direction(jacobian: Jacobian, change: Tensor, r: Tensor, u: Tensor) -> Tensor:
+def _direction(jacobian: Jacobian, change: Tensor, found: Explanation) -> Tensor:
     """A few conjugate-gradient steps from u towards the least-squares solution for known r; of length one."""
-    weights = r[None, :, None]
-
-    def forward(v: Tensor) -> Tensor:
-        return jacobian.pull(weights * v.unsqueeze(1))
-
-    def adjoint(w: Tensor) -> Tensor:
-        return (weights * jacobian.push(w)).sum(1)
-
-    rest = change - forward(u)
-    gradient = adjoint(rest)
-    search, size = gradient, gradient.pow(2).sum()
+    weights, u = found.r[None, :, None], found.u
+    rest = change - found.gradient
+    search, size = torch.zeros_like(u), torch.tensor(torch.inf)
     for _ in range(CONJUGATE_STEPS):
-        image = forward(search)
+        steepest = (weights * jacobian.push(rest)).sum(1)
+        new = steepest.pow(2).sum()
+        search, size = steepest + new / size.clamp_min(1e-30) * search, new
+        image = jacobian.pull(weights * search.unsqueeze(1))
         length = size / image.pow(2).sum().clamp_min(1e-30)
         u, rest = u + length * search, rest - length * image
-        gradient = adjoint(rest)
-        new = gradient.pow(2).sum()
-        search, size = gradient + new / size.clamp_min(1e-30) * search, new
     return u / u.norm().clamp_min(1e-30)
