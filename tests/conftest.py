@@ -23,8 +23,6 @@ import os
 import re
 import signal
 import ssl
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -46,6 +44,7 @@ from blindtune.client import Backbone, Patience, Transport
 from blindtune.models import FrozenBackbone, load_backbone
 from blindtune.server import add_token
 from blindtune.training import Examples
+from tests.processes import Command, start
 from tests.tiny import build_tiny_models
 from tests.tiny_causal import FAMILIES, save_tiny_causal
 
@@ -108,22 +107,21 @@ def minilm() -> FrozenBackbone:
 class Server:
     """A `blindtune serve` process of ours."""
 
-    process: subprocess.Popen[str]
-    log: Path
+    process: Command
     url: str = ""
 
     @property
     def port(self) -> int:
         return int(self.url.rsplit(":", 1)[1])
 
+    @property
+    def log(self) -> Path:
+        return self.process.errors
+
     def wait(self) -> Server:
         """Until it listens."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("Serving") and " on " in line:
-                self.url = line.split(" on ")[1].split()[0]
-                return self
-        raise AssertionError(f"The server ended before it listened:\n{self.log.read_text()}")
+        self.url = self.process.first_line("Serving").split(" on ")[1].split()[0]
+        return self
 
     def metrics(self, verify: ssl.SSLContext | bool = True) -> dict[str, float]:
         """Prometheus samples: name with labels -> value."""
@@ -138,12 +136,7 @@ class Server:
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Ends it and returns its exit status; may be called again."""
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-        status = self.process.wait(timeout=60)
-        if self.process.stdout is not None:
-            self.process.stdout.close()
-        return status
+        return self.process.stop(number)
 
     def kill(self) -> None:
         """As a crash would."""
@@ -156,17 +149,13 @@ def launch(folder: Path, model: str | Path | Sequence[str], **options: Any) -> S
     options = {"port": 0, "threads": 1, **options}
     if "token_file" not in options:
         options.setdefault("no_auth", True)
-    command = [sys.executable, "-m", "blindtune", "serve"]
+    command = ["serve"]
     for entry in models:
         command += ["--model", entry]
     for name, value in options.items():
         flag = "--" + name.replace("_", "-")
         command += [flag] if value is True else [] if value is False else [flag, str(value)]
-    log = folder / "server.log"
-    environment = {**os.environ, "COLUMNS": "200", "PYTHONUNBUFFERED": "1"}
-    with log.open("w") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
-    return Server(process, log)
+    return Server(start(command, folder))
 
 
 StartServer = Callable[..., AbstractContextManager[Server]]
@@ -180,14 +169,14 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> StartServer:
     """
 
     @contextmanager
-    def start(model: str | Path | Sequence[str], **options: Any) -> Generator[Server]:
+    def started(model: str | Path | Sequence[str], **options: Any) -> Generator[Server]:
         server = launch(tmp_path_factory.mktemp("server"), model, **options)
         try:
             yield server.wait()
         finally:
             server.stop()
 
-    return start
+    return started
 
 
 @contextmanager

@@ -135,7 +135,7 @@ def test_the_client_waits_for_a_killed_operator_and_the_run_ends_the_same(
 
     def on_wait(url: str, attempt: int) -> None:
         waits.append((url, attempt))
-        if mortal.server.process.poll() is not None:
+        if not mortal.server.process.alive:
             mortal.raise_again()
 
     with ExitStack() as stack:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 import signal
 import subprocess
@@ -21,20 +20,9 @@ from transformers import AutoModel
 
 import blindtune
 from tests.conftest import Server
+from tests.processes import run
 
 SMALL = ["--steps", "6", "--batch-size", "12", "--max-length", "32"]
-
-
-def run(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-    result = subprocess.run(
-        [sys.executable, "-m", "blindtune", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "COLUMNS": "160"},
-        check=False,
-    )
-    assert not check or result.returncode == 0, result.stdout + result.stderr
-    return result
 
 
 @pytest.fixture(scope="module")

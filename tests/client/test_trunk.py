@@ -131,18 +131,18 @@ def test_equal_requests_get_equal_answers(operator: Operator) -> None:
     assert len(answers) == 1
 
 
-def test_what_the_server_records(operator: Operator, split_server: SplitServer) -> None:
-    bottom, top = ends(operator)
-    trunk = RemoteTrunk(operator, up="int8", down="fp16")
-    gradient(top, trunk, bottom(IDS, LENGTHS))
-    for _ in range(60):  # a shard is written when it is full
-        with torch.no_grad():
-            trunk(bottom(IDS.repeat(200, 1), LENGTHS.repeat(200)), LENGTHS.repeat(200))
-    transcript = Transcript(split_server.record)
-    kinds = [event.kind for event in transcript.events]
-    assert set(kinds) == {"trunk-forward", "trunk-backward"}
-    backward = next(e for e in reversed(transcript.events) if e.kind == "trunk-backward" and e.down == "fp16")
-    forward = next(e for e in transcript.events if e.kind == "trunk-forward" and e.forward == backward.forward)
+def test_what_the_server_records(start_server: StartServer, tiny_causal: dict[str, Path], tmp_path: Path) -> None:
+    with start_server(tiny_causal["llama"], split=2, record=tmp_path / "record") as server:
+        transport = Transport(server.url)
+        operator = Operator(transport, None)
+        bottom, top = ends(operator)
+        gradient(top, RemoteTrunk(operator, up="int8", down="fp16"), bottom(IDS, LENGTHS))
+        transport.close()
+    transcript = Transcript(tmp_path / "record")
+    assert [event.kind for event in transcript.events] == ["trunk-forward", "trunk-backward"]
+    forward, backward = transcript.events
+    assert forward.forward == backward.forward
+    assert (backward.up, backward.down) == ("int8", "fp16")
     tensors = transcript.tensors(forward)
     assert {name.split(".")[0] for name in tensors} == {"hidden", "answer", "lengths"}
     assert tensors["hidden.values"].shape == (14, 32)
