@@ -85,7 +85,7 @@ def benchmark_table() -> str:
                     f"{numbers['largest_loss_difference']:.1e}",
                 )
             )
-    for case, numbers in steps.items():
+    for case, numbers in {**steps, **read("benchmarks/results/inversion.json")}.items():
         if isinstance(numbers, dict) and "median" in numbers:
             rows.append(
                 (f"time: {case}", f"{numbers['median']:.2f} (quartiles {numbers['q25']:.2f}–{numbers['q75']:.2f})")
