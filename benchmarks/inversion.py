@@ -30,7 +30,7 @@ def main() -> None:
 
     def one_by_one() -> None:
         for row in rows:
-            gradients(tokenizer.pad([row]), weights.repeat(1, 1))
+            gradients(tokenizer.pad([row]), weights.clone())
 
     seconds = interleaved({"together": together, "one by one": one_by_one}, 15)
     write(

@@ -72,7 +72,7 @@ def run(*arguments: object, check: bool = True) -> CompletedProcess[str]:
 
 def start(arguments: list[str], folder: Path, columns: int = 200) -> Command:
     """Starts `blindtune` with these arguments; what it prints goes to files in the folder."""
-    output, errors = folder / "output.log", folder / "server.log"
+    output, errors = folder / "output.log", folder / "errors.log"
     for path in (output, errors):
         path.touch()
     environment = {**os.environ, "COLUMNS": str(columns)}

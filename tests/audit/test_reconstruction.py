@@ -24,7 +24,7 @@ from blindtune.audit.channels import (
 )
 from blindtune.audit.labels import ATTACKS, Channel, invert_updates, recombine, summed
 from blindtune.audit.labels.adam import Adam
-from blindtune.audit.recompute import pad_rows
+from blindtune.audit.recompute import adapter_weights, pad_rows
 from blindtune.audit.statistics import best_auc
 from blindtune.client import Backbone
 from blindtune.errors import TranscriptError
@@ -269,9 +269,9 @@ def test_products_with_the_jacobian(sgd, minilm):
     recompute, random = Recomputation(minilm), torch.Generator().manual_seed(0)
     update = view.updates()[1]
     jacobian = recompute.jacobian(view, update.at, update.rows)
-    step = torch.randn(jacobian.pull(torch.zeros(1, BATCH, 384)).shape, generator=random)
-    weights = torch.stack([view.adapter(name) for name in update.at])
-    tokens, layout = pad_rows(view, update.rows, minilm), recompute.layout(view)
+    layout, tokens = recompute.layout(view), pad_rows(view, update.rows, minilm)
+    weights = adapter_weights(view, layout, update.at)
+    step = torch.randn(weights.shape, generator=random)
     with torch.no_grad():
         ahead, behind = (minilm.forward(tokens, view.pooling, layout, weights + e * step) for e in (1e-3, -1e-3))
     pushed = jacobian.push(step)

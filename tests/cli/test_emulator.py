@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import re
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,10 +18,9 @@ from blindtune.errors import BadEncoding, DataError
 from blindtune.models import Tokenizer
 from blindtune.models.emulator import load_emulator
 from blindtune.models.manifest import public_key, signing_key
+from tests.processes import run
 from tests.tiny import PAD, build_tokenizer
 from tests.tiny_causal import save_tiny_causal
-
-COMMAND = [sys.executable, "-m", "blindtune", "emulator", "build"]
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +44,9 @@ def built(model, public, tmp_path_factory) -> tuple[Path, Path, str]:
     folder = tmp_path_factory.mktemp("built")
     options = {"model": model, "split": 2, "keep": 2, "key": folder / "provider.pem", "output": folder / "emulator"}
     options |= {"steps": 40, "batch-size": 4, "lr": 0.003, "max-length": 24, "threads": 1, "json": folder / "out.json"}
-    command = [*COMMAND, "--int8", *(f"--public={path}" for path in public)]
-    command += [f"--{name}={value}" for name, value in options.items()]
-    environment = {**os.environ, "COLUMNS": "140"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return folder / "emulator", folder / "provider.pem", result.stdout
+    switches = ["--int8", *(f"--public={path}" for path in public)]
+    done = run("emulator", "build", *switches, *(f"--{name}={value}" for name, value in options.items()))
+    return folder / "emulator", folder / "provider.pem", done.stdout
 
 
 def test_build_prints_what_it_kept_and_what_it_cost(built):
