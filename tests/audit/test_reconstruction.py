@@ -285,7 +285,7 @@ def test_products_with_the_jacobian(sgd, minilm):
 
 def test_plain_sgd_is_inverted_from_adapters_alone(sgd, minilm):
     views, labels = sgd
-    assert strongest(gathered(views[0], labels), labels, "gradient") < 0.7
+    assert np.mean([strongest(gathered(view, labels), labels, "gradient") for view in views]) < 0.7
     found = inverted_channels(views[0], labels, Recomputation(minilm), 4)
     assert len(found["update inverted"][1]) == 4 * BATCH
     assert strongest(found, labels) > 0.95
@@ -313,9 +313,9 @@ def test_adam_is_undone_up_to_one_factor_for_each_coordinate():
 
 
 def test_adam_is_inverted_from_adapters_alone(record, minilm):
-    [view, _], labels = record(2, 4 * BATCH, train_lora)
-    assert strongest(gathered(view, labels), labels, "gradient") < 0.7
-    found = inverted_channels(view, labels, Recomputation(minilm), 4)
+    views, labels = record(2, 4 * BATCH, train_lora)
+    assert np.mean([strongest(gathered(view, labels), labels, "gradient") for view in views]) < 0.7
+    found = inverted_channels(views[0], labels, Recomputation(minilm), 4)
     assert len(found["update inverted, Adam"][1]) == 4 * BATCH
     assert strongest(found, labels, "update inverted, Adam") > 0.95
     assert strongest(found, shuffled(labels)) < 0.65
@@ -342,10 +342,12 @@ def test_noise_on_adapters_hides_what_a_step_changed(record, minilm):
 def test_inverting_random_steps_finds_nothing(sgd, minilm):
     [view, _], labels = sgd
     recompute, rng = Recomputation(minilm), np.random.default_rng(0)
+    updates = view.updates()[:4]  # of 64 texts, chance alone would find .75 once in 400 times
 
     def observed(update):
         jacobian = recompute.jacobian(view, update.before, update.rows)
         return jacobian, rng.normal(0, 1, (1, len(view.adapter(update.before[0]))))
 
-    vectors, rows = invert_updates(view.updates()[:2], observed)
+    vectors, rows = invert_updates(updates, observed)
+    assert len(rows) == 4 * BATCH
     assert strongest({"update inverted": (vectors, rows)}, labels) < 0.75

@@ -21,7 +21,7 @@ from blindtune.training.shadow import Recipe
 from blindtune.wire import Transcript
 from tests.cli.commands import run
 
-BLOCK = 300 * 2**20
+BLOCK = 2**30  # much more than what a process takes for the libraries that its first training imports
 SMALL = ["--steps", "6", "--batch-size", "4", "--max-length", "24"]
 
 
