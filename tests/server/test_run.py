@@ -82,7 +82,7 @@ class TestSigterm:
     def test_a_request_under_way_gets_its_answer(self, ended: Ended):
         message, tensors = decode(ended.last_answer.content, ForwardResponse, Limits())
         assert message.fingerprint == ended.info.fingerprint
-        assert tensors["hidden"].shape == (1, 256, ended.info.hidden_size)
+        assert tensors["hidden"].shape == (1, len(ended.last_tokens.lengths), ended.info.hidden_size)
 
     def test_the_process_ends_by_it_and_leaves_no_trace_of_trouble(self, ended: Ended):
         assert ended.status in (0, -signal.SIGTERM)
