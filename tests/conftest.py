@@ -49,6 +49,8 @@ from tests.tiny import build_tiny_models
 from tests.tiny_causal import FAMILIES, save_tiny_causal
 
 CACHE = Path(__file__).parent.parent / ".cache"
+DEVICE = os.environ.get("BLINDTUNE_TEST_DEVICE", "cpu")
+"""Where servers of tests run; `cuda` on a machine that has it."""
 
 settings.register_profile("any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any-machine")
@@ -146,7 +148,7 @@ class Server:
 def launch(folder: Path, model: str | Path | Sequence[str], **options: Any) -> Server:
     """Starts a server process without waiting for it. Options are those of `blindtune serve`; see `start_server`."""
     models = [str(model)] if isinstance(model, (str, Path)) else list(model)
-    options = {"port": 0, "threads": 1, **options}
+    options = {"port": 0, "threads": 1, "device": DEVICE, **options}
     if "token_file" not in options:
         options.setdefault("no_auth", True)
     command = ["serve"]

@@ -20,6 +20,7 @@ BlindtuneError
 │   ├── EmptyBatch              422  a batch without examples or an example without tokens
 │   ├── SequenceTooLong         422  more tokens than the model or the server takes
 │   ├── TooBusy                 503  the queue is full; the client waits and tries again
+│   ├── OutOfMemory             507  the server has not enough memory for a request, even without its caches
 │   └── ServerFault             500  a bug or a lost resource on the server
 ├── OperatorError               the set of operators can't be used
 │   ├── OperatorUnreachable     no answer within the client's patience
@@ -153,6 +154,10 @@ class SequenceTooLong(RequestError):
 
 class TooBusy(RequestError):
     slug, status, title = "too-busy", 503, "The server's queue is full"
+
+
+class OutOfMemory(RequestError):
+    slug, status, title = "out-of-memory", 507, "Not enough memory on the server"
 
 
 class ServerFault(RequestError):

@@ -61,6 +61,25 @@ def audit(run: tuple[Path, Path], public: Path, tmp_path: Path, *options: object
     return done.output, json.loads(results.read_text())
 
 
+def test_what_was_sent_for_validation_is_known_and_left_out(start_server, tmp_path, film_sentences, public):
+    model = save("llama", tmp_path / "llama", film_sentences[:600])
+    short = [s for s in film_sentences[:200] if 4 <= len(s.split()) <= 14]
+    rows = [{"question": s, "choices": ["good", "bad"], "answer": i % 2} for i, s in enumerate(short)]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    seen, truth = tmp_path / "seen", tmp_path / "truth.jsonl"
+    with start_server(model, split=2, record=seen) as server:
+        done = call(
+            "train", "--server", server.url, "--data", tmp_path / "questions.jsonl", "--method", "guarded-online",
+            "--steps", 2, "--batch-size", 8, "--max-length", 24, "--output", tmp_path / "out", "--truth", truth,
+        )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    parts = [json.loads(line)["part"] for line in truth.read_text().splitlines()]
+    assert parts.count("train") == 2
+    assert parts.count("validation") > 2
+    _, found = audit((seen, truth), public, tmp_path)
+    assert {row["stage"] for row in found["attacks"]} == {"start", "end"}  # two messages hold 16 texts
+
+
 def best(rows: list[dict[str, Any]], *, floor: bool = False) -> float:
     return max(row["metrics"]["accuracy"][0] for row in rows if row["floor"] is floor)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -91,13 +93,14 @@ class TestRetainedGraph:
         bench.engine.backward(asked, random_cotangents(hidden, 1))
         assert (len(bench.graphs), bench.graphs.nbytes) == (0, 0)
 
-    def test_is_not_kept_unless_asked_for(self, tiny_backbone: LoadTiny):
-        bench = Bench(tiny_backbone("bert"))
-        hashes = bench.store(1)
-        kept = bench.engine.forward(call(hashes), retain=True)
-        bench.graphs.pop((bench.name, call(hashes).key()))
-        assert torch.equal(bench.engine.forward(call(hashes), retain=False), kept)
-        bench.engine.forward(call([]), retain=False)
+    @pytest.mark.parametrize(("name", "dtype"), [("bert", "float32"), ("t5", "float64"), ("llama", "bfloat16")])
+    def test_is_not_kept_unless_asked_for(self, name: str, dtype: str, tiny_backbone: LoadTiny):
+        bench = Bench(tiny_backbone(name, dtype))
+        asked = call(bench.store(1), name=name)
+        kept = bench.engine.forward(asked, retain=True)
+        bench.graphs.pop((bench.name, asked.key()))
+        assert torch.equal(bench.engine.forward(asked, retain=False), kept)
+        bench.engine.forward(call([], name=name), retain=False)
         assert len(bench.graphs) == 0
 
     def test_weighs_what_it_holds_and_not_the_models_weights(self, tiny_backbone: LoadTiny):
@@ -145,6 +148,24 @@ class TestEviction:
         gradients, retained = none.engine.backward(asked, cotangents)
         assert not retained
         assert torch.equal(gradients, bench.engine.backward(asked, cotangents)[0])
+
+    @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux to tell a process's memory")
+    def test_gives_memory_back(self, tiny_backbone: LoadTiny):
+        bench = Bench(tiny_backbone("bert"))
+        hashes = bench.store(1)
+        bench.engine.forward(call(hashes, batch(4_000, 16)), retain=True)
+        size, before = bench.graphs.nbytes, resident()
+        for seed in range(6):
+            bench.engine.forward(call(hashes, batch(4_000, 16, seed=seed)), retain=True)
+            bench.graphs.clear()
+        assert len(bench.graphs) == bench.graphs.nbytes == 0
+        assert size > 50 * 2**20
+        assert resident() - before < 1.5 * size
+
+
+def resident() -> int:
+    """Bytes of memory that this process has."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 class TestCotangents:

@@ -129,7 +129,7 @@ def pad_rows(view: View, rows: Sequence[Row], backbone: FrozenBackbone) -> Token
 
 
 class Jacobian:
-    """J_b = ∂h(x_b, θ_i)/∂θ_i for a batch of texts and n adapters, as products with vectors."""
+    """J_b = ∂h(x_b, θ_i)/∂θ_i for a batch of texts and n adapters, as products with vectors, which are on the CPU."""
 
     def __init__(
         self, backbone: FrozenBackbone, view: View, layout: LoraLayout, weights: Tensor, rows: Sequence[Row]
@@ -147,7 +147,7 @@ class Jacobian:
     def push(self, direction: Tensor) -> Tensor:
         """J_b v for a direction `(n, P)` of the adapters: `(n, B, d)`. The derivative of Jᵀc, linear in c, by c."""
         along = direction.unsqueeze(1).expand_as(self._pulled)
-        return torch.autograd.grad(self._pulled, self._probe, along, retain_graph=True)[0]
+        return torch.autograd.grad(self._pulled, self._probe, along, retain_graph=True)[0].cpu()
 
     def per_example(self, cotangent: Tensor) -> Tensor:
         """J_bᵀ c for each text alone, for a cotangent `(n, d)` that all share: `(B, n P)`."""
@@ -155,4 +155,5 @@ class Jacobian:
 
     def _each(self, cotangents: Tensor) -> Tensor:
         """J_bᵀ c_b for cotangents `(n, B, d)`: `(n, B, P)`."""
-        return torch.autograd.grad(self._hidden, self._weights, cotangents, retain_graph=True)[0]
+        given = cotangents.to(self._hidden.device)
+        return torch.autograd.grad(self._hidden, self._weights, given, retain_graph=True)[0]

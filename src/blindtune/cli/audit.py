@@ -11,6 +11,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from blindtune.cli import options
 from blindtune.cli.console import console, reporting_errors, write_json
 from blindtune.errors import ConfigError
 
@@ -42,6 +43,7 @@ def audit(
         ),
     ] = None,
     sequences: Annotated[int, typer.Option(help="Split decoders: texts to attack at each of three moments.")] = 32,
+    device: options.Device = "cpu",
     text: Annotated[str, typer.Option(help="Its column of texts.")] = "text",
     text_pair: Annotated[str | None, typer.Option(help="Its column of second texts.")] = None,
     label: Annotated[str, typer.Option(help="Its column of labels.")] = "label",
@@ -75,7 +77,7 @@ def audit(
     """
     with reporting_errors():
         if truth is not None:
-            _audit_texts(transcripts, truth, public or [], model, run, sequences, json)
+            _audit_texts(transcripts, truth, public or [], model, run, sequences, device, json)
             return
         if labels is None:
             raise ConfigError(
@@ -86,8 +88,9 @@ def audit(
 
         examples = load_examples(labels, Columns(text, label, text_pair))
         settings = AuditSettings(
-            points=points, max_texts=max_texts, model=model, tenant=tenant, collude=collude, updates=updates
-        )
+            points=points, max_texts=max_texts, model=model, tenant=tenant, collude=collude, updates=updates,
+            device=device,
+        )  # fmt: skip
         named = [(str(folder), folder) for folder in transcripts]
         verdict = run_audit(named, examples, settings, control=control or [])
         print_verdict(verdict)
@@ -105,6 +108,7 @@ def _audit_texts(
     model: str | None,
     run: Path | None,
     sequences: int,
+    device: str,
     json: Path | None,
 ) -> None:
     from blindtune.cli.audit_inputs import print_input_audit, run_input_audit
@@ -114,7 +118,9 @@ def _audit_texts(
             f"{len(transcripts)} transcripts of a split decoder.",
             remedy="Name the one of the server that has the trunk.",
         )
-    found = run_input_audit(transcripts[0], truth, public, model=model, run=run, sequences=sequences, seed=0)
+    found = run_input_audit(
+        transcripts[0], truth, public, model=model, run=run, sequences=sequences, device=device, seed=0
+    )
     print_input_audit(found)
     write_json(json, found.to_json())
 
@@ -130,6 +136,8 @@ class AuditSettings:
     tenant: str | None = None
     collude: bool = False
     updates: int = 0
+    device: str = "cpu"
+    """Where texts run under the recorded adapters; attacks on what comes out of that run on the CPU."""
 
 
 MOST_COLLUDING = 4
@@ -186,7 +194,7 @@ def run_audit(
     control_views = [read_view(Transcript(folder), f"control {folder}") for folder in control]
     recorded = views[0].transcript.recording.models[views[0].model]
     if backbone is None:
-        backbone = load_backbone(settings.model or recorded.source, dtype=recorded.dtype)
+        backbone = load_backbone(settings.model or recorded.source, device=settings.device, dtype=recorded.dtype)
     for view in [*views, *control_views]:
         if view.transcript.recording.models[view.model].fingerprint != backbone.fingerprint:
             raise TranscriptError(

@@ -93,15 +93,17 @@ def run_input_audit(
     model: str | None,
     run: Path | None,
     sequences: int,
+    device: str,
     seed: int,
 ) -> InputAudit:
     """Attacks a split model's transcript, with progress, and a control that is made here.
 
     Args:
         run: the checkpoint's folder, of which the adaptive attacker reads `blindtune.json` alone; none without it.
+        device: where the attacks run.
     Raises:
         TranscriptError: a transcript without a split model's messages, or a truth of another run.
-        ConfigError: no public text.
+        ConfigError: no public text, or no such device.
     """
     from blindtune.audit.inputs import Attacker, Truth, attack_inputs, read_exchanges
     from blindtune.audit.inputs.evaluate import first_calls
@@ -122,7 +124,7 @@ def run_input_audit(
         raise TranscriptError(f"{folder} has no message of a split model.", remedy="Record `blindtune serve --split`.")
     recorded = split[called[0]]
     cut = Cut(recorded.bottom or 0, recorded.top or 0)
-    backbone = load_backbone(model or recorded.source, dtype=recorded.dtype, cut=cut)
+    backbone = load_backbone(model or recorded.source, device=device, dtype=recorded.dtype, cut=cut)
     if backbone.fingerprint != recorded.fingerprint:
         raise TranscriptError(
             f"{folder} was recorded on other weights than {backbone.source.requested!r}.",
@@ -261,7 +263,8 @@ def _undefended(exchange: "Exchange", truth: "Truth", attacker: "Attacker") -> "
     ids, lengths = pad_rows(truth.of(exchange).ids)
 
     def read() -> Observed:
-        hidden = attacker.run_bottom(ids, lengths)
-        return Observed(lengths, hidden, attacker.run_trunk(hidden, lengths))
+        here = lengths.to(attacker.device)
+        hidden = attacker.run_bottom(ids.to(attacker.device), here)
+        return Observed(lengths, hidden, attacker.run_trunk(hidden, here))
 
     return Exchange(exchange.step, exchange.forward, read)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from blindtune.cli import options
 from blindtune.cli.console import console, reporting_errors, write_json
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def build(
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
     max_length: Annotated[int, typer.Option(min=2, help="Longest passage, tokens.")] = 128,
     int8: Annotated[bool, typer.Option("--int8", help="Store weights in int8, a quarter of float32's bytes.")] = False,
-    device: Annotated[str, typer.Option(help="Torch device: cpu, cuda, cuda:1, mps.")] = "cpu",
+    device: options.Device = "cpu",
     dtype: Annotated[str, typer.Option(help="As for `serve`; distillation itself is in float32.")] = "float32",
     seed: Annotated[int, typer.Option(help="Seed of the batches, and of what is held out.")] = 0,
     threads: Annotated[int | None, typer.Option(help="Torch threads; all cores if left out.")] = None,

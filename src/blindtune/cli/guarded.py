@@ -85,6 +85,7 @@ def train_guarded(
     cache_mb: int,
     truth: Path | None,
     trusted_key: str | None,
+    device: str,
     steps: int | None,
     epochs: float,
 ) -> dict[str, Any]:
@@ -99,7 +100,9 @@ def train_guarded(
         raise CheckpointError(f"{output} holds a checkpoint.", remedy="Use another --output, or go on with --resume.")
     questions, held_out = _load(data, config.seed)
     design = make_design(method, chosen)
-    session = open_session(servers, design, tuning, connection, seed=config.seed, trusted_key=trusted_key)
+    session = open_session(
+        servers, design, tuning, connection, seed=config.seed, trusted_key=trusted_key, device=device
+    )
     if tuning.start is not None:
         take_over(session.ends, tuning.start)
     length = min(data.max_length or DEFAULT_LENGTH, session.operator.info.limits.max_length)
@@ -119,9 +122,10 @@ def train_guarded(
         trainer.resume()
         console.print(f"Resumed after step {trainer.done}.")
     if truth is not None:
-        session.model.on_sent = _truth_writer(truth)
+        session.model.on_sent = _truth_writer(truth, "train")
     result = _run(trainer, session, output)
-    session.model.on_sent = None
+    if truth is not None:
+        session.model.on_sent = _truth_writer(truth, "validation")
     if validation:
         result["validation"] = evaluate(session.model, validation, "validation")
     return {**result, "output": str(output)}
@@ -135,12 +139,19 @@ def open_session(
     *,
     seed: int,
     trusted_key: str | None,
+    device: str = "cpu",
 ) -> Session:
-    """Ends and middle of the hosted model. One server: hidden states are not shared between operators."""
+    """Ends and middle of the hosted model. One server: hidden states are not shared between operators.
+
+    Raises:
+        ConfigError: several servers, or no such device.
+    """
     from blindtune.client import RemoteTrunk, fetch_emulator, fetch_part
     from blindtune.methods.guarded import Ends, SplitCausalLM
+    from blindtune.models.devices import find_device
     from blindtune.models.split import tie
 
+    place = find_device(device)
     if len(servers) != 1:
         raise ConfigError(f"{len(servers)} servers for a split model.", remedy="Give the one that hosts its trunk.")
     operator = options.connect_operator(servers[0], **connection)
@@ -156,6 +167,8 @@ def open_session(
         bottom, top, design.parts, cast(Any, tuning.trained), rank=rank, alpha=tuning.alpha or 2 * rank,
         targets=tuning.targets, seed=seed, emulator=emulator,
     )  # fmt: skip
+    for part in filter(None, (bottom, top, emulator)):  # after LoRA was drawn, which is alike for every device
+        part.to(place)
     middle = emulator or trunk
     assert middle is not None  # noqa: S101 - one of the two
     told = None if manifest is None else json.loads(manifest.model_dump_json())
@@ -271,14 +284,14 @@ def _sees(design: "Design", epochs: int) -> str:
     return f"{hidden}, and gradients, in every step{guarded}"
 
 
-def _truth_writer(path: Path) -> Callable[[str, list[list[int]]], None]:
+def _truth_writer(path: Path, part: str) -> Callable[[str, list[list[int]]], None]:
     """Appends what was in each message to a file that stays here, for `blindtune audit --truth`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch(mode=0o600)
 
     def write(forward: str, rows: list[list[int]]) -> None:
         with path.open("a") as file:
-            file.write(json.dumps({"forward": forward, "ids": rows, "part": "train"}) + "\n")
+            file.write(json.dumps({"forward": forward, "ids": rows, "part": part}) + "\n")
 
     return write
 
@@ -323,12 +336,13 @@ def _run(trainer: "GuardedTrainer", session: Session, output: Path) -> dict[str,
 
 
 def _metered(session: Session) -> "Costs":
-    """All messages of this process, and its memory."""
-    from blindtune.cli.progress import peak_memory
+    """All messages of this process, and its memory, here and on a GPU."""
+    from blindtune.cli.progress import peak_device_memory, peak_memory
     from blindtune.training.guarded import Costs
 
     traffic = session.operator.transport.traffic
-    return Costs(sent=traffic.sent, received=traffic.received, memory=peak_memory())
+    memory = peak_memory() + peak_device_memory(session.model.device)
+    return Costs(sent=traffic.sent, received=traffic.received, memory=memory)
 
 
 def evaluate(model: "Scorer", questions: list["TokenizedQuestion"], title: str) -> dict[str, float]:

@@ -14,6 +14,8 @@ from blindtune.cli.plugin import chosen_fields, read_test
 from blindtune.errors import ConfigError, UnknownPart
 
 if TYPE_CHECKING:
+    import torch
+
     from blindtune.audit.membership import Membership, Scored
     from blindtune.client import Operator
     from blindtune.training.guarded import Scorer
@@ -36,6 +38,9 @@ def membership(
     ] = "emulator",
     limit: Annotated[int, typer.Option(help="Most questions of each file, the first ones.")] = 500,
     provider_key: Annotated[str | None, typer.Option(help="Public key that must have signed the emulator.")] = None,
+    device: Annotated[
+        str, typer.Option(help="Torch device for --around emulator, which runs here: cpu, cuda, cuda:1, mps.")
+    ] = "cpu",
     model: options.Model = None,
     token: options.Token = None,
     tls_ca: options.TlsCa = None,
@@ -53,16 +58,18 @@ def membership(
     with reporting_errors():
         from blindtune.audit.membership import attack_membership
         from blindtune.methods.guarded import read_run
+        from blindtune.models.devices import find_device
 
         if around not in AROUND:
             raise ConfigError(f"There is no {around!r} to put ends around.", remedy=f"Use {' or '.join(AROUND)}.")
+        place = find_device(device)
         operator = options.connect_operator(
             server, token=token, tls_ca=tls_ca, wait=wait, insecure=insecure, model=model
         )
         trained = read_run(checkpoint)
         fields, length = chosen_fields(trained, {}), int(trained.get("max_length", 128))
         files = [read_test(operator, path, fields, None, "train", length)[:limit] for path in (members, others)]
-        before, tuned = _models(operator, checkpoint, around, provider_key)
+        before, tuned = _models(operator, checkpoint, around, provider_key, place)
         scored = [
             tuple(_score(model, questions, f"{which}, {title}") for questions, title in zip(files, TITLES, strict=True))
             for model, which in ((tuned, "tuned"), (before, "before"))
@@ -75,7 +82,9 @@ def membership(
 TITLES = ("members", "others")
 
 
-def _models(operator: "Operator", checkpoint: Path, around: str, provider_key: str | None) -> tuple["Scorer", "Scorer"]:
+def _models(
+    operator: "Operator", checkpoint: Path, around: str, provider_key: str | None, device: "torch.device"
+) -> tuple["Scorer", "Scorer"]:
     """The model as it was, and with tuned ends."""
     from blindtune.client import RemotePlugin, fetch_emulator, fetch_part
     from blindtune.methods.guarded import Ends, SplitCausalLM, read_tuned
@@ -95,6 +104,8 @@ def _models(operator: "Operator", checkpoint: Path, around: str, provider_key: s
     for parts in (before, tuned):
         tie(*parts[:2])
     merge_checkpoint(Ends(*tuned[:2], parts=(), emulator=tuned[2]), checkpoint)
+    for part in (*before, *tuned):
+        part.to(device)
     return SplitCausalLM(*before), SplitCausalLM(*tuned)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
+import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -169,6 +170,11 @@ def peak_memory() -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def peak_device_memory(device: torch.device) -> int:
+    """Most bytes that tensors had on a GPU since this process began; 0 for the CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from blindtune.cli import options
 from blindtune.cli.console import console, reporting_errors
 from blindtune.errors import ConfigError
 
@@ -32,7 +33,7 @@ def serve(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Listen without TLS on other addresses than loopback.")
     ] = False,
-    device: Annotated[str, typer.Option(help="Torch device: cpu, cuda, cuda:1, mps.")] = "cpu",
+    device: options.Device = "cpu",
     dtype: Annotated[
         str,
         typer.Option(

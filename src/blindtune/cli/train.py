@@ -12,7 +12,7 @@ from rich.table import Table
 
 from blindtune.cli import options
 from blindtune.cli.console import console, errors, reporting_errors, write_json
-from blindtune.errors import BlindtuneError, BudgetSpent, CheckpointError
+from blindtune.errors import BlindtuneError, BudgetSpent, CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from blindtune.methods import PrivateModel
@@ -75,6 +75,13 @@ def train(
     start: Annotated[
         Path | None, typer.Option(help="Checkpoint whose tuned ends training starts from.", rich_help_panel=SPLIT)
     ] = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            help="Split decoders: torch device that the ends (and an emulator) run on here: cpu, cuda, cuda:1, mps.",
+            rich_help_panel=SPLIT,
+        ),
+    ] = "cpu",
     cache_mb: Annotated[
         int, typer.Option(help="guarded-gradfree: most MiB of hidden states to keep.", rich_help_panel=SPLIT)
     ] = 2048,
@@ -174,12 +181,18 @@ def train(
                 cache_mb=cache_mb,
                 truth=truth,
                 trusted_key=provider_key,
+                device=device,
                 steps=steps,
                 epochs=epochs,
             )
             guarded.print_result(result)
             write_json(json, result)
             return
+        if device != "cpu":
+            raise ConfigError(
+                f"--device {device} is for split decoders: with this method the model runs at the servers.",
+                remedy="Leave it out; the provider chooses (`blindtune serve --device`).",
+            )
         columns = Columns(text, label, text_pair)
         examples = load_examples(data, columns, classes=names, split=split)
         held_out: Examples | None = None

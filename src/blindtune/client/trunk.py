@@ -89,12 +89,12 @@ class RemoteTrunk:
         Args:
             retain: whether a backward call will follow.
         """
-        tensors = {**quantize("hidden", packed, self.up), "lengths": lengths.to(torch.int32)}
+        tensors = {**quantize("hidden", packed.cpu(), self.up), "lengths": lengths.to("cpu", torch.int32)}
         body = encode(TrunkRequest(up=self.up, down=self.down, retain=retain), tensors)
         answer = self._post("forward", body, "s_A up", "s_B down")
         sent = Sent(tensors, hashlib.sha256(body).hexdigest())
         self.last_forward = sent.sha256
-        return self._answer("hidden", answer, len(packed), packed.shape[1]), sent
+        return self._answer("hidden", answer, packed), sent
 
     def backward(self, sent: Sent, cotangents: Tensor) -> Tensor:
         """g_A `[N, d]` for the cotangents g_B `[N, d]` of s_B.
@@ -102,14 +102,14 @@ class RemoteTrunk:
         s_A is not sent again, unless the server has forgotten it.
         """
         generator = torch.Generator().manual_seed(int(sent.sha256[:14], 16))  # a repeated step rounds alike
-        rounded = quantize("cotangents", cotangents, self.up, generator=generator)
+        rounded = quantize("cotangents", cotangents.cpu(), self.up, generator=generator)
         request = TrunkRequest(up=self.up, down=self.down, forward=sent.sha256)
         try:
             body = encode(request, {"lengths": sent.tensors["lengths"], **rounded})
             answer = self._post("backward", body, "g_B up", "g_A down")
         except GraphLost:
             answer = self._post("backward", encode(request, {**sent.tensors, **rounded}), "g_B up", "g_A down")
-        return self._answer("gradients", answer, len(cotangents), cotangents.shape[1])
+        return self._answer("gradients", answer, cotangents)
 
     def _post(self, direction: str, body: bytes, up: str, down: str) -> bytes:
         traffic = self.operator.transport.traffic
@@ -120,11 +120,12 @@ class RemoteTrunk:
             self.traffic[up] += traffic.sent - sent
             self.traffic[down] += traffic.received - received
 
-    def _answer(self, name: str, body: bytes, tokens: int, dim: int) -> Tensor:
+    def _answer(self, name: str, body: bytes, asked: Tensor) -> Tensor:
+        """The tensor that came back, of the shape and on the device of what was sent."""
         message, tensors = decode(body, TrunkResponse, ANSWER_LIMITS)
         self.operator.check_fingerprint(message.fingerprint)
-        result = dequantize(name, tensors, self.down, dim)
-        return check_tensor({name: result}, name, (tokens, dim), torch.float32)
+        result = dequantize(name, tensors, self.down, asked.shape[1])
+        return check_tensor({name: result}, name, tuple(asked.shape), torch.float32).to(asked.device)
 
 
 class _RemoteBlocks(torch.autograd.Function):

@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from blindtune.errors import ConfigError, EmptyBatch, InvalidTensor, SequenceTooLong, UnknownModel, UnknownPooling
+from blindtune.models.devices import find_device
 from blindtune.models.lora import LoraLayout, LoraPass
 from blindtune.models.pooling import POOLINGS, default_pooling, pool
 from blindtune.models.sources import ModelSource, find_source
@@ -133,7 +134,8 @@ class FrozenBackbone:
         float32, or float64 from a model in float64.
 
         Without adapters the frozen model's output, n = 1. Dropout is on if and only if there is a seed; all
-        adapters share one random stream, so the same call gives the same answer. Differentiable in `weights`.
+        adapters share one random stream, so the same call gives the same answer. Differentiable in `weights`, which
+        may be on another device than the model.
 
         Raises:
             UnknownPooling: a pooling that this architecture doesn't offer.
@@ -149,7 +151,8 @@ class FrozenBackbone:
             if layout is None or weights is None:
                 with torch.no_grad():
                     return self._run(tokens, pooling, 1).unsqueeze(0)
-            with self.lora.adapters(layout, weights, len(tokens), train=seed is not None) as repeat:
+            here = weights.to(self.device)
+            with self.lora.adapters(layout, here, len(tokens), train=seed is not None) as repeat:
                 hidden = self._run(tokens, pooling, repeat)  # (n B, ...)
         return hidden.reshape(len(weights), len(tokens), *hidden.shape[1:])
 
@@ -217,8 +220,10 @@ def load_backbone(
         cut: where to split a decoder into bottom, trunk and top; then its LM head is loaded too.
     Raises:
         UnknownModel: nothing is there, or it can't be loaded as a transformer.
-        ConfigError: a dtype that isn't float64, float32, bfloat16 or float16; a cut that the model doesn't allow.
+        ConfigError: a dtype that isn't float64, float32, bfloat16 or float16; a device that isn't here; a cut that the
+            model doesn't allow.
     """
+    place = find_device(device)  # before anything is read
     if dtype not in TORCH_DTYPES:
         raise ConfigError(f"There is no dtype {dtype!r} here.", remedy=f"Use one of: {', '.join(TORCH_DTYPES)}.")
     source = find_source(name_or_path)
@@ -251,7 +256,7 @@ def load_backbone(
             f"The checkpoint of {name_or_path!r} lacks {len(missing)} weights, e.g. {missing[0]}.",
             remedy="Host a complete pretrained model.",
         )
-    whole = whole.to(device)
+    whole = whole.to(place)
     model = whole if cut is None else whole.base_model
     if hasattr(model, "pooler"):
         model.pooler = None  # not part of the hidden states, and often not part of the checkpoint

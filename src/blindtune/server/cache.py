@@ -55,6 +55,13 @@ class ByteLRU(Generic[K, V]):
             self._report()
             return item[0] if item else None
 
+    def clear(self) -> None:
+        """Forgets everything."""
+        with self._lock:
+            self._items.clear()
+            self._bytes = 0
+            self._report()
+
     def _remove(self, key: K) -> tuple[V, int] | None:
         item = self._items.pop(key, None)
         if item is not None:

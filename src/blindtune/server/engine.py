@@ -87,9 +87,8 @@ class Engine:
 
     def answer_bytes(self, call: Call, cotangents: int) -> int:
         """Size of the gradients for so many cotangents. Raises `UnknownAdapter` or `AdapterMismatch`."""
-        layout, weights = self._stack(call)
-        item = 8 if self.backbone.dtype == torch.float64 else 4
-        return cotangents * len(weights) * layout.size * item
+        layout, _ = self._stored(call)
+        return cotangents * len(call.adapters) * layout.size * self._precision.itemsize
 
     def backward(self, call: Call, cotangents: Tensor) -> tuple[Tensor, bool]:
         """Vector-Jacobian products (P3EFT, eq. 1) for cotangents `(m, n, B, d)`.
@@ -121,8 +120,18 @@ class Engine:
             gradients.append(gradient.cpu())
         return torch.stack(gradients), retained
 
+    @property
+    def _precision(self) -> torch.dtype:
+        """Of adapters and their gradients."""
+        return torch.float64 if self.backbone.dtype == torch.float64 else torch.float32
+
     def _stack(self, call: Call) -> tuple[LoraLayout, Tensor]:
-        """The adapters' common layout and their weights `(n, P)`."""
+        """The adapters' common layout and their weights `(n, P)`, where the model is."""
+        layout, weights = self._stored(call)
+        return layout, torch.stack(weights).to(self.backbone.device, self._precision)
+
+    def _stored(self, call: Call) -> tuple[LoraLayout, list[Tensor]]:
+        """The adapters' common layout and their weights as they came, `(P,)` each."""
         stored: list[StoredAdapter] = []
         for sha256 in call.adapters:
             adapter = self._adapters.get((call.tenant, sha256))
@@ -138,12 +147,11 @@ class Engine:
                     "The adapters of one request differ in rank, scaling, dropout or target modules, or in fixed A.",
                     remedy="Send adapters of different shape in requests of their own.",
                 )
-        return first, torch.stack([adapter.weights for adapter in stored])
+        return first, [adapter.weights for adapter in stored]
 
     def _graph(self, call: Call, layout: LoraLayout, weights: Tensor) -> tuple[RetainedGraph, int]:
         """The forward pass with its graph, and the bytes that the graph holds beyond the model's own weights."""
-        precision = torch.float64 if self.backbone.dtype == torch.float64 else torch.float32
-        leaf = weights.to(self.backbone.device, precision).requires_grad_()
+        leaf = weights.detach().requires_grad_()
         return keep_graph(
             self.backbone.model,
             leaf,
@@ -160,7 +168,7 @@ def keep_graph(model: nn.Module, leaf: Tensor, run: Callable[[], Tensor]) -> tup
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in owned:
             held[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # the tensor itself would keep its graph alive, and that the tensor, for ever
 
     with torch.autograd.graph.saved_tensors_hooks(pack, _same):
         hidden = run()

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 from uuid import uuid4
 
 import torch
@@ -35,6 +36,7 @@ from blindtune.server.auth import TokenStore
 from blindtune.server.cache import ByteLRU
 from blindtune.server.emulators import load_emulators, with_emulator
 from blindtune.server.engine import Call, Engine, RetainedGraph, StoredAdapter
+from blindtune.server.memory import with_room
 from blindtune.server.metrics import Metrics
 from blindtune.server.plugins import Plugins
 from blindtune.server.recorder import Recorder
@@ -57,6 +59,8 @@ from blindtune.wire import (
     decode,
     encode,
 )
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,10 @@ class Host:
         """Runs `work` on the model's thread."""
         return await asyncio.get_running_loop().run_in_executor(self._threads[model], work)
 
+    def _with_room(self, work: Callable[[], T]) -> T:
+        """Retained graphs make room if memory runs out: they can be had again. Raises `OutOfMemory`."""
+        return with_room(work, self.graphs.clear)
+
     def close(self) -> None:
         for thread in self._threads.values():
             thread.shutdown(wait=True)
@@ -167,7 +175,7 @@ class Host:
         call = Call(
             tenant, request.adapters, request.pooling, request.seed, self._tokens(model, request.adapters, tensors)
         )
-        hidden = engine.forward(call, retain=request.retain)
+        hidden = self._with_room(lambda: engine.forward(call, retain=request.retain))
         check_finite("hidden", hidden)
         self.metrics.tokens.labels("forward").inc(call.tokens.input_ids.numel() * max(1, len(call.adapters)))
         sent = hidden if request.return_hidden else None
@@ -201,7 +209,7 @@ class Host:
         self._check_answer(engine.answer_bytes(call, len(cotangents)))
         if self.recorder is not None:
             self.recorder.backward(model, call, cotangents)
-        gradients, retained = engine.backward(call, cotangents)
+        gradients, retained = self._with_room(lambda: engine.backward(call, cotangents))
         check_finite("gradients", gradients)
         self.metrics.graphs.labels("retained" if retained else "recomputed").inc()
         self.metrics.tokens.labels("backward").inc(tokens.input_ids.numel() * len(request.adapters) * len(cotangents))
@@ -233,7 +241,8 @@ class Host:
         lengths = check_tensor(received, "lengths", (None,), torch.int32)
         trunk.check_lengths(lengths, self.infos[model].limits)
         sha256 = hashlib.sha256(body).hexdigest()
-        response, sent = (trunk.backward if backward else trunk.forward)(tenant, sha256, request, received)
+        run = trunk.backward if backward else trunk.forward
+        response, sent = self._with_room(lambda: run(tenant, sha256, request, received))
         direction = "backward" if backward else "forward"
         self.metrics.tokens.labels(direction).inc(int(lengths.sum()))
         if self.recorder is not None:
@@ -245,7 +254,7 @@ class Host:
         upload, tensors = self.plugins.decode(body)
         _check_name(body, sha256)
         backbone = self.split_backbone(upload.model)
-        receipt = self.plugins.put(tenant, sha256, backbone, upload, tensors)
+        receipt = self._with_room(lambda: self.plugins.put(tenant, sha256, backbone, upload, tensors))
         if self.recorder is not None:
             self.recorder.tuned(tenant, upload.model, "plugin", sha256, tensors)
         return receipt
@@ -256,7 +265,7 @@ class Host:
         tokens = self._tokens(model, [], tensors)
         backbone = self.split_backbone(model)
         causal = self.plugins.causal(tenant, model, backbone, request.plugin)
-        answer = self.plugins.score(causal, backbone, tokens, starts)
+        answer = self._with_room(lambda: self.plugins.score(causal, backbone, tokens, starts))
         self._note(tenant, model, "score", request.plugin, tokens, {"starts": starts})
         return answer
 
@@ -265,7 +274,7 @@ class Host:
         tokens = self._tokens(model, [], tensors)
         backbone = self.split_backbone(model)
         causal = self.plugins.causal(tenant, model, backbone, request.plugin)
-        answer = self.plugins.generate(causal, backbone, tokens, request)
+        answer = self._with_room(lambda: self.plugins.generate(causal, backbone, tokens, request))
         self._note(tenant, model, "generate", request.plugin, tokens, {})
         return answer
 

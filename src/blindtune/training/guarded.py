@@ -146,7 +146,8 @@ class GuardedTrainer:
     def batch(self, step: int) -> CausalBatch:
         """What step 0, 1, … is trained on."""
         chosen = [self.train[index] for index in self.plan.batch(step)]
-        return CausalBatch.of([question.row for question in chosen], [question.start for question in chosen])
+        batch = CausalBatch.of([question.row for question in chosen], [question.start for question in chosen])
+        return batch.to(self.model.device)
 
     def _step(self) -> GuardedStep:
         start, before = time.perf_counter(), traffic_of(self.model)
@@ -208,7 +209,7 @@ class GuardedTrainer:
         state = {f"weights.{name}": tensor for name, tensor in self.ends.tensors().items()}
         for name, parameter in self.ends.trainable.items():
             moments = self.optimizer.state.get(parameter, {})
-            state |= {f"{key}.{name}": moments[key] for key in ("exp_avg", "exp_avg_sq") if key in moments}
+            state |= {f"{key}.{name}": moments[key].cpu() for key in ("exp_avg", "exp_avg_sq") if key in moments}
         told = {
             **self._identity(),
             "done": str(self.done),
@@ -250,8 +251,8 @@ class GuardedTrainer:
             if f"exp_avg.{name}" in state:
                 self.optimizer.state[parameter] = {
                     "step": torch.tensor(float(self.done)),
-                    "exp_avg": state[f"exp_avg.{name}"].clone(),
-                    "exp_avg_sq": state[f"exp_avg_sq.{name}"].clone(),
+                    "exp_avg": state[f"exp_avg.{name}"].clone().to(parameter.device),
+                    "exp_avg_sq": state[f"exp_avg_sq.{name}"].clone().to(parameter.device),
                 }
 
     def _identity(self) -> dict[str, str]:

@@ -32,7 +32,8 @@ def quantize(name: str, values: Tensor, codec: Codec, *, generator: torch.Genera
     """Tensors `name.values` (and `name.scales`, `name.exponent`) that travel for `values [N, d]`.
 
     Args:
-        generator: rounds at random, up as often as it takes for the mean to be right. To the nearest step without.
+        generator: of the CPU; rounds at random, up as often as it takes for the mean to be right. To the nearest step
+            without.
     Raises:
         NonFiniteTensor: NaN or infinity.
         ConfigError: no such codec.
@@ -46,7 +47,7 @@ def quantize(name: str, values: Tensor, codec: Codec, *, generator: torch.Genera
     largest = float(values.abs().max()) if values.numel() else 0.0
     exponent = math.frexp(largest)[1] - 15 if largest > 0 else 0
     scaled = torch.ldexp(values.double(), torch.tensor(-float(exponent), dtype=torch.float64))
-    travelling = {f"{name}.exponent": torch.tensor([exponent], dtype=torch.int32)}
+    travelling = {f"{name}.exponent": torch.tensor([exponent], dtype=torch.int32, device=values.device)}
     if codec == "fp16":
         return {**travelling, f"{name}.values": scaled.half()}
     levels = _LEVELS[codec]
@@ -57,7 +58,8 @@ def quantize(name: str, values: Tensor, codec: Codec, *, generator: torch.Genera
     if generator is None:
         whole = whole.round()
     else:
-        whole = (whole + torch.rand(whole.shape, generator=generator, dtype=torch.float64)).floor()
+        drawn = torch.rand(whole.shape, generator=generator, dtype=torch.float64)
+        whole = (whole + drawn.to(whole.device)).floor()
     whole = whole.clamp(-levels, levels).to(torch.int8)
     packed = whole.flatten(1) if codec == "int8" else _pack(whole.flatten(1))
     return {**travelling, f"{name}.values": packed, f"{name}.scales": scales}

@@ -160,6 +160,7 @@ class _Whole(torch.nn.Module):
         super().__init__()
         self.causal = causal
         self.bottom = self.middle = self.disturb = self.encode = None
+        self.device = torch.device("cpu")
 
 
 class _WholeEnds:

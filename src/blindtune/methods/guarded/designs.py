@@ -193,8 +193,9 @@ class Gradfree(_Guarded):
         config = cast(Any, bottom.causal).config
         special = [getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")]
         fixed = {token for token in special if isinstance(token, int)}
-        sent = token_groups(bottom.embed(torch.arange(config.vocab_size)), self.anonymity, fixed=fixed)
-        return lambda ids: sent[ids]
+        table = bottom.embed(torch.arange(config.vocab_size, device=next(bottom.parameters()).device))
+        sent = token_groups(table.cpu(), self.anonymity, fixed=fixed)  # equal groups, wherever the model runs
+        return lambda ids: sent.to(ids.device)[ids]
 
     def step(
         self, model: SplitCausalLM, ends: Ends, batch: CausalBatch, generator: torch.Generator
@@ -215,11 +216,11 @@ class Gradfree(_Guarded):
         if missing:
             self.store.check_room(sum(len(row) for row in missing))
             with torch.no_grad():
-                asked = CausalBatch.of(missing, [1] * len(missing))
+                asked = CausalBatch.of(missing, [1] * len(missing)).to(model.device)
                 came = model.through(model.smash(asked), asked)
             for row, hidden in zip(missing, came, strict=True):
-                self.store.put(row, hidden[: len(row)])
-        return self.store.get(rows)
+                self.store.put(row, hidden[: len(row)].cpu())
+        return self.store.get(rows).to(model.device)
 
     def _two_points(
         self, model: SplitCausalLM, ends: Ends, batch: CausalBatch, generator: torch.Generator

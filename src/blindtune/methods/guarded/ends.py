@@ -122,7 +122,8 @@ class Ends:
                 self.trainable[name] = parameter
 
     def tensors(self) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in self.trainable.items()}
+        """What is trained, by name, on the CPU."""
+        return {name: parameter.detach().cpu() for name, parameter in self.trainable.items()}
 
     def save(self, folder: Path, base_model: str) -> None:
         """Writes a PEFT checkpoint, or the weights of all blocks that are tuned; for the owner's eyes alone.

@@ -38,8 +38,12 @@ class CausalBatch:
     @property
     def learned(self) -> Tensor:
         """`(B, L)`: positions whose *next* token is learned."""
-        place = torch.arange(self.ids.shape[1])
+        place = torch.arange(self.ids.shape[1], device=self.ids.device)
         return (place >= self.starts.unsqueeze(1) - 1) & (place < self.lengths.unsqueeze(1) - 1)
+
+    def to(self, device: torch.device) -> CausalBatch:
+        """On another device."""
+        return CausalBatch(self.ids.to(device), self.lengths.to(device), self.starts.to(device))
 
     def rows(self) -> list[list[int]]:
         """Token rows without padding."""
@@ -65,6 +69,11 @@ class SplitCausalLM(nn.Module):
         s_B(sent) + s_A(tokens) − s_A(sent): it would have passed the trunk's residual stream unchanged."""
         self.on_sent: Callable[[str, list[list[int]]], None] | None = None
         """Told the hash of each message that left, and the token rows in it: the truth that an audit scores against."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the ends are, and where batches have to be."""
+        return next(self.bottom.parameters()).device
 
     @property
     def middle(self) -> Middle:
@@ -110,7 +119,11 @@ class SplitCausalLM(nn.Module):
         return self.losses(self.through(self.smash(batch), batch), batch).mean()
 
     def score(self, batch: CausalBatch) -> tuple[Tensor, Tensor]:
-        """log p of each text's learned tokens together `(B,)`, and whether greedy decoding would write them `(B,)`."""
+        """log p of each text's learned tokens together `(B,)`, and whether greedy decoding would write them `(B,)`.
+
+        The batch may be on any device.
+        """
+        batch = batch.to(self.device)
         logits, targets = self._learned(self.through(self.smash(batch), batch), batch)
         return answer_scores(logits, targets, batch.learned.sum(1))
 
