@@ -1,6 +1,6 @@
 """What the tuned ends of a finished Offline run tell about their questions, and how they do at the provider's.
 
-python -m experiments.guarded.handed_over [--arms guarded-offline,offsite] [--seeds 1,2]
+python -m experiments.guarded.handed_over [--arms guarded-offline,offsite] [--seeds 1,2] [--device cuda]
 
 `blindtune membership` and `blindtune plug-in` as a user runs them, on a server of their own.
 """
@@ -34,16 +34,17 @@ def write_others(work: Path) -> Path:
     return path
 
 
-def measure(arm: str, seed: str) -> dict[str, Any]:
+def measure(arm: str, seed: str, device: str) -> dict[str, Any]:
     """Membership around the emulator and around the real trunk, then that on a few test questions."""
     work = WORK / f"{arm}-seed{seed}"
     others, test = write_others(work), work / "some-test.jsonl"
     write_questions(test, read_table(str(path_of("sciq", "test")), "test").to_pylist()[:TESTED])
-    serve = ["--split", f"{CUT.bottom},{CUT.top}", "--emulator", str(emulator(Arm.parse(arm)))]
+    serve = ["--split", f"{CUT.bottom},{CUT.top}", "--emulator", str(emulator(Arm.parse(arm))), "--device", device]
     with local_servers(MODEL, [work / "handed-over"], threads=1, more=serve) as (server,):
         out, at = str(work / "out"), ["--server", server.url]
         used, told = work / "plug-in.json", {name: work / f"membership-{name}.json" for name in ("emulator", "trunk")}
         files = ["--members", str(work / "train.jsonl"), "--others", str(others), "--limit", str(MOST)]
+        files += ["--device", device]
         for around, path in told.items():
             command("membership", out, *at, *files, "--around", around, "--json", str(path))
         prompt = "Question: What gas do plants take in from the air?\nAnswer:"
@@ -57,6 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arms", default="guarded-offline,offsite")
     parser.add_argument("--seeds", default="1,2")
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     folder = RESULTS / "handed-over"
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,7 +66,7 @@ def main() -> None:
         for seed in options.seeds.split(","):
             path = folder / f"{arm}-seed{seed}.json"
             if not path.exists():
-                path.write_text(json.dumps(measure(arm, seed), indent=1) + "\n")
+                path.write_text(json.dumps(measure(arm, seed, options.device), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Trains a design on four tasks together, over a real server on loopback; evaluates it and attacks what was recorded.
 
 python -m experiments.guarded.run [--arms guarded-online,guarded-online+decorrelation_weight=8] [--seeds 1,2]
+                                  [--device cuda] [--whole-test]
 
 An arm is a method's name, then what differs from its defaults: `lr`, `epochs`, `rank`, `tune`, `start` (steps of
 Online on public text that come before, with `start_weight` of decorrelation), `bottom` and `top` (blocks that the
@@ -34,7 +35,7 @@ from blindtune.methods.guarded.ends import merge_checkpoint
 from blindtune.models import Cut, FrozenBackbone, Tokenizer, load_backbone
 from blindtune.models.emulator import load_emulator
 from blindtune.models.plugged import plug_in
-from blindtune.models.split import Part, SplitModel, decoder_of
+from blindtune.models.split import Part, SplitModel, decoder_of, padding_mask
 from blindtune.privacy.randomness import SecureGenerator
 from blindtune.training.batches import BatchPlan
 from blindtune.training.guarded import GuardedConfig
@@ -56,6 +57,8 @@ from experiments.labels.tasks import DATA
 ROOT = Path(__file__).parents[2]
 RESULTS, WORK = ROOT / "experiments" / "results" / "guarded", ROOT / ".cache" / "guarded"
 MODEL, CUT = "smollm2", Cut(2, 2)
+WHOLE_TEST = "whole-test"
+"""Folder of runs that are evaluated on all test questions."""
 BATCH, EPOCHS = 16, 2.0
 KEEP, DISTILL, DISTILLED = 10, 320, ("--batch-size", "8", "--max-length", "64", "--lr", "1e-3", "--int8")
 MAIN = (
@@ -117,14 +120,16 @@ class Stage:
     tokenizer: Tokenizer
     test: dict[str, list[TokenizedQuestion]]
     validation: dict[str, list[TokenizedQuestion]]
+    device: str = "cpu"
+    """Where server, client and attacker run."""
 
     @staticmethod
-    def set() -> Stage:
-        backbone = load_backbone(MODEL, cut=CUT)
+    def set(device: str = "cpu", test_each: int | None = TEST_EACH) -> Stage:
+        backbone = load_backbone(MODEL, device=device, cut=CUT)
         tokenizer = Tokenizer(backbone.tokenizer, pad_token_id=backbone.pad_token_id, with_types=False)
-        test = {task: questions_of(path_of(task, "test"), tokenizer, TEST_EACH) for task in TASKS}
+        test = {task: questions_of(path_of(task, "test"), tokenizer, test_each) for task in TASKS}
         validation = {task: questions_of(path_of(task, "validation"), tokenizer, VALIDATION_EACH) for task in TASKS}
-        return Stage(backbone, tokenizer, test, validation)
+        return Stage(backbone, tokenizer, test, validation, device)
 
     @property
     def causal(self) -> nn.Module:
@@ -142,6 +147,8 @@ def run(stage: Stage, arm: Arm, seed: int, *, selection: bool = False, attacked:
     questions = stage.validation if selection else stage.test
     result: dict[str, Any] = {"arm": arm.name, "method": arm.method, "options": arm.options, "seed": seed}
     result |= {"lr": arm.lr, "epochs": arm.epochs, "batch_size": BATCH, "cut": [arm.cut.bottom, arm.cut.top]}
+    if stage.backbone.device.type == "cuda":
+        result["device"] = torch.cuda.get_device_name(stage.backbone.device)
     work = WORK / f"{arm.name.replace('/', '_')}-seed{seed}"
     work.mkdir(parents=True, exist_ok=True)
     if arm.method == "zero-shot":
@@ -167,16 +174,17 @@ def train_over_the_wire(stage: Stage, arm: Arm, work: Path, seed: int) -> dict[s
     if done.is_file():
         return json.loads(done.read_text())
     count = write_training(work / "train.jsonl", seed)
-    serve = ["--split", f"{arm.cut.bottom},{arm.cut.top}"]
+    serve = ["--split", f"{arm.cut.bottom},{arm.cut.top}", "--device", stage.device]
     if arm.emulated:
-        serve += ["--emulator", str(emulator(arm))]
+        serve += ["--emulator", str(emulator(arm, stage.device))]
     common = ["--method", arm.method, "--batch-size", str(BATCH), "--lr", str(arm.lr), "--rank", str(arm.rank)]
     common += ["--tune", arm.tune, "--max-length", "96", "--validation-fraction", "0", "--seed", str(seed)]
+    common += ["--device", stage.device]
     for key, value in arm.options.items():
         common += ["--set", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]
     told: dict[str, Any] = {}
     if arm.start:
-        told["start"] = pretrain(arm, seed, serve)
+        told["start"] = pretrain(stage, arm, seed, serve)
         common += ["--start", str(started(arm, seed) / "out")]
     with local_servers(MODEL, [work / "seen"], threads=1, more=serve) as (server,):
         steps = str(round(arm.epochs * -(-count // BATCH)))
@@ -192,7 +200,7 @@ def started(arm: Arm, seed: int) -> Path:
     return WORK / f"start-{arm.start}-weight-{arm.start_weight}-{arm.tune}-seed{seed}"
 
 
-def pretrain(arm: Arm, seed: int, serve: list[str]) -> dict[str, Any]:
+def pretrain(stage: Stage, arm: Arm, seed: int, serve: list[str]) -> dict[str, Any]:
     """Decorrelates a bottom on public text, through the provider's trunk."""
     work = started(arm, seed)
     if not (work / "train.json").is_file():
@@ -202,7 +210,7 @@ def pretrain(arm: Arm, seed: int, serve: list[str]) -> dict[str, Any]:
         public.write_text("".join(json.dumps({"text": text}) + "\n" for text in lines[seed::10][:4000]))
         options = ["--method", "guarded-online", "--task", "text", "--batch-size", str(BATCH)]
         options += ["--steps", str(arm.start), "--lr", "1e-3", "--rank", str(arm.rank), "--tune", arm.tune]
-        options += ["--max-length", "48", "--seed", str(seed), "--validation-fraction", "0"]
+        options += ["--max-length", "48", "--seed", str(seed), "--validation-fraction", "0", "--device", stage.device]
         options += ["--set", f"decorrelation_weight={arm.start_weight}"]
         with local_servers(MODEL, [work / "seen"], threads=1, more=serve) as (server,):
             train(server.url, public, work / "out", work / "train.json", options)
@@ -230,12 +238,12 @@ def command(*arguments: str, log: Path | None = None) -> None:
     subprocess.run([sys.executable, "-m", "blindtune", *arguments], check=True, **output)
 
 
-def emulator(arm: Arm) -> Path:
+def emulator(arm: Arm, device: str = "cpu") -> Path:
     """Built once, with `blindtune emulator build`."""
     folder = WORK / (f"emulator-{arm.keep}" + (f"-{arm.distill}-steps" if arm.distill != DISTILL else ""))
     if not (folder / "manifest.json").is_file():
         arguments = ["--model", MODEL, "--split", f"{CUT.bottom},{CUT.top}", "--keep", str(arm.keep), *DISTILLED]
-        arguments += ["--steps", str(arm.distill)]
+        arguments += ["--steps", str(arm.distill), "--device", device]
         arguments += ["--key", str(WORK / "provider.pem"), "--output", str(folder), "--threads", "1"]
         for name in PUBLIC:
             arguments += ["--public", str(DATA / f"{name}.jsonl.gz")]
@@ -266,7 +274,7 @@ def train_here(stage: Stage, arm: Arm, work: Path, seed: int) -> nn.Module:
         chosen = [questions[i] for i in plan.batch(step)]
         batch = CausalBatch.of([q.row for q in chosen], [q.start for q in chosen])
         optimizer.zero_grad()
-        loss = whole(batch)
+        loss = whole(batch.to(stage.backbone.device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(blocks, config.clip_gradients)
         for group in optimizer.param_groups:
@@ -280,7 +288,7 @@ def train_here(stage: Stage, arm: Arm, work: Path, seed: int) -> nn.Module:
 
 def _whole(causal: nn.Module) -> Any:
     def loss(batch: CausalBatch) -> torch.Tensor:
-        mask = (torch.arange(batch.ids.shape[1]) < batch.lengths.unsqueeze(1)).long()
+        mask = padding_mask(batch.lengths, batch.ids.shape[1])
         logits = causal(input_ids=batch.ids, attention_mask=mask).logits[batch.learned]
         return nn.functional.cross_entropy(logits, batch.ids[:, 1:][batch.learned[:, :-1]])
 
@@ -297,7 +305,7 @@ def evaluate_tuned(stage: Stage, arm: Arm, out: Path, questions: dict[str, list[
     design = make_design(arm.method, arm.options)
     if not design.emulated:
         return {"utility": evaluate(whole, arm.cut, questions, wire_of(design, base.parts["bottom"]))}
-    stand_in = load_emulator(emulator(arm)).part()
+    stand_in = load_emulator(emulator(arm)).part().to(stage.backbone.device)
     untuned = around(base.causal, stand_in)
     bottom, top, tuned = (copy.deepcopy(part) for part in (base.parts["bottom"], base.parts["top"], stand_in))
     merge_checkpoint(Ends(bottom, top, parts=(), emulator=tuned), out)
@@ -359,14 +367,16 @@ def main() -> None:
     parser.add_argument("--seeds", default="1,2")
     parser.add_argument("--attack-seeds", help="of --seeds, those to attack; the others tell utility only")
     parser.add_argument("--selection", action="store_true", help="on validation questions, not attacked")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--whole-test", action="store_true", help="on all test questions, not 250 of each task")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    folder = RESULTS / ("selection" if options.selection else "")
+    folder = RESULTS / ("selection" if options.selection else WHOLE_TEST if options.whole_test else "")
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [(Arm.parse(arm), int(seed)) for seed in options.seeds.split(",") for arm in options.arms.split(",")]
     jobs = [(arm, seed) for arm, seed in jobs if not (folder / f"{arm.name}-seed{seed}.json").exists()]
     attacked = (options.attack_seeds or options.seeds).split(",")
-    stage = Stage.set() if jobs else None
+    stage = Stage.set(options.device, None if options.whole_test else TEST_EACH) if jobs else None
     for arm, seed in jobs:
         assert stage is not None
         result = run(stage, arm, seed, selection=options.selection, attacked=str(seed) in attacked)

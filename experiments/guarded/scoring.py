@@ -154,14 +154,15 @@ def score_questions(
     questions: Sequence[TokenizedQuestion],
     *,
     wire: Wire | None = None,
-    tokens: int = 1024,
+    tokens: int | None = None,
 ) -> list[list[float]]:
     """log p of every continuation of every question.
 
     Args:
         causal: the whole model with its ends as tuned, and the trunk or an emulator between them.
-        tokens: in one pass.
+        tokens: in one pass; what suits the device if None.
     """
+    tokens = tokens or (16_384 if next(causal.parameters()).is_cuda else 1024)
     trees = [Tree.of(question) for question in questions]
     order = sorted(range(len(trees)), key=lambda i: len(trees[i].ids))
     scores: list[list[float]] = [[] for _ in trees]
@@ -180,13 +181,14 @@ def score_questions(
 
 
 def _score(causal: nn.Module, trees: Sequence[Tree], wire: Wire) -> list[list[list[float]]]:
-    ids, places, sees, real = pad_trees(trees)
+    device = next(causal.parameters()).device
+    ids, places, sees, real = (tensor.to(device) for tensor in pad_trees(trees))
     wire.real = real
     mask = torch.where(sees, 0.0, torch.finfo(torch.float32).min)
     hidden = wire.run(decoder_of(causal), ids, position_ids=places, attention_mask=mask, use_cache=False)
     rows = torch.tensor([b for b, tree in enumerate(trees) for _ in tree.reads])
     reads = torch.tensor([read for tree in trees for read in tree.reads])
-    targets = torch.tensor([token for tree in trees for token in tree.tokens])
+    targets = torch.tensor([token for tree in trees for token in tree.tokens], device=device)
     logits = cast(Any, causal).lm_head(hidden[rows, reads]).float()
     found = iter((-nn.functional.cross_entropy(logits, targets, reduction="none")).tolist())
     result: list[list[list[float]]] = []

@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from blindtune.client import RemotePlugin
 from blindtune.errors import CheckpointError, ConfigError
@@ -27,6 +27,24 @@ from blindtune.training.questions import TokenizedQuestion
 
 COUNT_EVERY = 25
 STATE = "resume.safetensors"
+Shape = tuple[int, ...]
+
+
+def _attention(query: Shape, key: Shape, value: Shape, *_args: object, **_kwargs: object) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(
+    gradient: Shape, query: Shape, key: Shape, value: Shape, *_args: object, **_kwargs: object
+) -> int:
+    return sdpa_backward_flop_count(gradient, query, key, value)
+
+
+ATTENTION_ON_CPU = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+"""What torch's counter leaves out: it knows the kernels of GPUs."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +199,7 @@ class GuardedTrainer:
         if self.done % COUNT_EVERY:
             yield
             return
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter:
             yield
         self._flops_per_token = counter.get_total_flops() / batch.ids.numel()
 

@@ -15,6 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM
 
 from blindtune.client import Operator, RemoteTrunk, Transport, fetch_part
@@ -183,6 +184,13 @@ class _WholeDesign:
         loss = F.cross_entropy(output[learned], batch.ids[:, 1:][learned[:, :-1]])
         loss.backward()
         return {"task": float(loss.detach())}
+
+
+def test_operations_of_attention_are_counted_whichever_kernel_computes_it(setup: MakeSetup) -> None:
+    (fused,) = [step.flops for step in setup().trainer(GuardedConfig(steps=1, batch_size=4)).steps()]
+    with sdpa_kernel(SDPBackend.MATH):  # plain products of matrices
+        (plain,) = [step.flops for step in setup().trainer(GuardedConfig(steps=1, batch_size=4)).steps()]
+    assert plain <= fused < 1.05 * plain  # a fused backward pass computes one of seven products again
 
 
 def test_gradfree_sends_each_example_once_and_no_gradient(setup: MakeSetup) -> None:
