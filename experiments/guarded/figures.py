@@ -6,26 +6,30 @@ python -m experiments.guarded.figures
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from blindtune.audit.inputs.evaluate import STAGES
 from experiments.figures import ROOT, fill, header
 from experiments.guarded.attacks import DEFENCES
 from experiments.guarded.handed_over import TESTED
-from experiments.guarded.run import RESULTS, TASKS
+from experiments.guarded.run import RESULTS, TASKS, WHOLE_TEST
 from experiments.labels.figures import PICTURES, load, plt, runs_by_arm
 
 PAGE, CHOOSING = ROOT / "docs" / "input-privacy.md", ROOT / "docs" / "choosing.md"
 UNDEFENDED = "guarded-online+up=fp32+down=fp32+battery=all"
+DEFENDED = "guarded-online+decorrelation_weight=8.0+battery=all"
+UNATTACKED = UNDEFENDED.removesuffix("+battery=all")
 NAMES = {
     "zero-shot": "zero-shot",
     "full": "full fine-tuning",
     "lora": "LoRA on all blocks",
     UNDEFENDED: "split learning, undefended (fp32)",
+    UNATTACKED: "split learning, undefended (fp32)",
     "guarded-online": "Online, int8",
     "guarded-gradfree": "Gradfree, int8",
     "guarded-gradfree+up=int4+down=int4": "Gradfree, int4",
@@ -37,7 +41,7 @@ SETTINGS = {
     "decorrelation_weight": "decorrelation {}", "noise": "noise {}", "anonymity": "groups of {} tokens",
     "start": "decorrelated bottom, {} steps", "start_weight": "weight {}", "clip_norm": "clipped to {}",
     "epochs": "{} epochs", "lr": "lr {}", "bottom": "bottom of {} blocks", "top": "top of {} blocks",
-    "keep": "emulator of {} blocks",
+    "keep": "emulator of {} blocks", "battery": "{} attacks",
     "tune_emulator": "adapters in the emulator too", "up": "{} up", "down": "{} down",
 }  # fmt: skip
 RESAMPLES = 2000
@@ -100,9 +104,17 @@ class Arm:
         floors = [a["accuracy"][0] for r in self.runs for a in r.get("attacks", {}).get("static", []) if a["floor"]]
         return max(floors, default=None)
 
-    def trained(self, read: Callable[[dict[str, Any]], float | None]) -> float | None:
-        """The mean over seeds of a number that `blindtune train` reported; of those that did."""
-        values = [read(run["train"]) for run in self.runs if "train" in run]
+    def of(self, seeds: Collection[int]) -> Arm:
+        """Its runs of these seeds."""
+        return Arm(self.name, [run for run in self.runs if run["seed"] in seeds])
+
+    def trained(self, read: Callable[[dict[str, Any]], float | None], *, cpu: bool = False) -> float | None:
+        """The mean over seeds of a number that `blindtune train` reported; of those that did.
+
+        Args:
+            cpu: leaves out runs on a GPU.
+        """
+        values = [read(run["train"]) for run in self.runs if "train" in run and not (cpu and "device" in run)]
         known = [value for value in values if value is not None]
         return float(np.mean(known)) if known else None
 
@@ -166,6 +178,23 @@ def utility_table(found: dict[str, Arm]) -> str:
     return "\n".join(lines)
 
 
+def whole_test_table() -> str:
+    """Runs that were evaluated on all test questions; compared where seeds are the same."""
+    found = {name: Arm(name, runs) for name, runs in runs_by_arm(RESULTS / WHOLE_TEST).items()}
+    lines = header("", "seeds", "SciQ", "OpenBookQA", "ARC-Easy", "ARC-Challenge", "mean", "against undefended, points")
+    undefended = found[UNATTACKED]
+    for name in sorted(found, key=lambda name: average(found[name])):
+        arm = found[name]
+        common = {run["seed"] for run in arm.runs} & {run["seed"] for run in undefended.runs}
+        against = points(difference(arm.of(common), undefended)) if common and arm is not undefended else "–"
+        if name == "zero-shot":
+            against = points(difference(arm, undefended))
+        cells = [f"{arm.hits(task).mean():.3f}" for task in TASKS]
+        seeds = "–" if name == "zero-shot" else ", ".join(str(run["seed"]) for run in arm.runs)
+        lines.append(f"| {arm.label} | {seeds} | {' | '.join(cells)} | **{average(arm):.3f}** | {against} |")
+    return "\n".join(lines)
+
+
 def ordered(found: dict[str, Arm]) -> list[str]:
     first = [
         name
@@ -203,6 +232,8 @@ def cost_table(found: dict[str, Arm]) -> str:
     wire = ("MB up", "MB down", "bytes for a text and epoch", "MB fetched once")
     lines = header("", "weights here", *wire, "TFLOP here", "peak memory here, MB", "seconds")
     for name in ordered(found):
+        if name == DEFENDED:  # the same training is there with fewer attacks
+            continue
         arm = found[name]
         up = arm.trained(lambda t: sum(n for kind, n in t["traffic"].items() if kind.endswith("up")))
         if up is None:
@@ -210,8 +241,10 @@ def cost_table(found: dict[str, Arm]) -> str:
         down = arm.trained(lambda t: sum(n for kind, n in t["traffic"].items() if kind.endswith("down"))) or 0.0
         run = arm.runs[0]
         texts = run["train_examples"] * run["epochs"]
-        flops, memory = arm.trained(lambda t: t["client_flops"]), arm.trained(lambda t: t.get("peak_memory_bytes"))
-        seconds = arm.trained(lambda t: t["seconds"])
+        flops, memory, seconds = (
+            arm.trained(lambda t, key=key: t.get(key), cpu=True)
+            for key in ("client_flops", "peak_memory_bytes", "seconds")
+        )
         once = (arm.trained(lambda t: t["bytes_received"]) or 0.0) - down
         numbers = [
             f"{run['weights_shared']:.0%}",
@@ -219,9 +252,9 @@ def cost_table(found: dict[str, Arm]) -> str:
             f"{down / 1e6:.1f}",
             f"{(up + down) / texts:,.0f}",
             f"{once / 1e6:.1f}",
-            f"{(flops or 0) / 1e12:.1f}",
+            f"{flops / 1e12:.1f}" if flops else "–",
             f"{memory / 1e6:,.0f}" if memory else "–",
-            f"{seconds or 0:.0f}",
+            f"{seconds:.0f}" if seconds else "–",
         ]
         lines.append(f"| {arm.label} | {' | '.join(numbers)} |")
     return "\n".join(lines)
@@ -289,6 +322,18 @@ def undefended_attacks(found: dict[str, Arm]) -> str:
     return "\n".join(lines)
 
 
+def defended_attacks(found: dict[str, Arm]) -> str:
+    """Every attack of both attackers, on decorrelation: what it reads at the start, in the middle and at the end."""
+    lines = header("attack", *(f"{attacker}, {stage}" for attacker in ("static", "adaptive") for stage in STAGES))
+    read: dict[str, dict[tuple[str, str], float]] = {}
+    for attacker in ("static", "adaptive"):
+        for a in found[DEFENDED].attacks(attacker):
+            read.setdefault(a["attack"], {})[attacker, a["stage"]] = a["accuracy"][0]
+    for name, cells in sorted(read.items(), key=lambda row: -max(row[1].values())):
+        lines.append(f"| {name} | " + " | ".join(f"{cells[key]:.2f}" for key in cells) + " |")
+    return "\n".join(lines)
+
+
 def tradeoff(found: dict[str, Arm]) -> Figure:
     """Utility lost against what the best attack reads."""
     figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
@@ -296,7 +341,7 @@ def tradeoff(found: dict[str, Arm]) -> Figure:
     below = {True: -np.inf, False: -np.inf}  # of labels at the left, and at the right
     for arm in sorted((found[name] for name in ordered(found)), key=average):
         best = arm.best_attack
-        if best is None and not arm.silent:
+        if (best is None and not arm.silent) or arm.name == DEFENDED:  # the latter is there with fewer attacks
             continue
         read, height = best["accuracy"][0] if best else 0.0, average(arm)
         axes.plot(read, height, "o", markersize=6, color="#2b6cb0" if best else "#2f855a")
@@ -307,6 +352,7 @@ def tradeoff(found: dict[str, Arm]) -> Figure:
     axes.annotate("zero-shot", (0.0, average(zero)), xytext=(0, 3), textcoords="offset points", fontsize=7)
     axes.axvline(0.5, color="#c53030", linestyle=":", linewidth=1)
     axes.set(xlabel="tokens that the best attack reads", ylabel="accuracy, mean of four tasks", xlim=(-0.03, 1.6))
+    axes.set_ylim(top=max(below.values()) + 0.005)  # labels above the axes wouldn't be drawn
     axes.set_xticks(np.linspace(0, 1, 6))
     axes.spines[["top", "right"]].set_visible(False)
     return figure
@@ -367,7 +413,7 @@ def compared(found: dict[str, Arm]) -> Figure:
     undefended = found[UNDEFENDED]
     for name in ordered(found):
         arm = found[name]
-        if name.startswith(("zero-shot", "full", "lora")):
+        if name.startswith(("zero-shot", "full", "lora")) or name == DEFENDED:  # the latter is there with fewer attacks
             continue
         best = arm.best_attack
         if best is None and not arm.silent:
@@ -414,7 +460,8 @@ def main() -> None:
     found = arms()
     for name, table in (
         ("utility", utility_table(found)), ("privacy", privacy_table(found)), ("costs", cost_table(found)),
-        ("undefended", undefended_attacks(found)),
+        ("undefended", undefended_attacks(found)), ("decorrelated", defended_attacks(found)),
+        ("whole-test", whole_test_table()),
     ):  # fmt: skip
         fill(PAGE, name, table)
     save(tradeoff(found), "read-and-utility")
