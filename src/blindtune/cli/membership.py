@@ -39,7 +39,7 @@ def membership(
     limit: Annotated[int, typer.Option(help="Most questions of each file, the first ones.")] = 500,
     provider_key: Annotated[str | None, typer.Option(help="Public key that must have signed the emulator.")] = None,
     device: Annotated[
-        str, typer.Option(help="Torch device for --around emulator, which runs here: cpu, cuda, cuda:1, mps.")
+        str, typer.Option(help="Torch device for --around emulator, which runs here: cpu, cuda, cuda:1.")
     ] = "cpu",
     model: options.Model = None,
     token: options.Token = None,

@@ -30,7 +30,7 @@ Insecure = Annotated[
 Wait = Annotated[float, typer.Option(help="Seconds to wait for a server that is away before giving up.")]
 
 
-Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda, cuda:1, mps.")]
+Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda, cuda:1.")]
 SplitServer = Annotated[str, typer.Option(help="Address of the server that hosts the model with --split.")]
 TunedEnds = Annotated[Path, typer.Argument(help="Folder that `blindtune train --method guarded-…` wrote.")]
 Results = Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")]

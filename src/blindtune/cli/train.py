@@ -78,7 +78,7 @@ def train(
     device: Annotated[
         str,
         typer.Option(
-            help="Split decoders: torch device that the ends (and an emulator) run on here: cpu, cuda, cuda:1, mps.",
+            help="Split decoders: torch device that the ends (and an emulator) run on here: cpu, cuda, cuda:1.",
             rich_help_panel=SPLIT,
         ),
     ] = "cpu",

@@ -10,8 +10,8 @@ import torch
 from blindtune.errors import OutOfMemory
 
 T = TypeVar("T")
-OF_THE_CPU = "can't allocate memory"
-"""How torch says it of its CPU allocator, whose error has no class of its own."""
+WORDS = ("can't allocate memory", "out of memory", "_ALLOC_FAILED")
+"""How torch's CPU allocator, CUDA and its libraries say it, whose errors have no class of their own."""
 
 
 def with_room(work: Callable[[], T], make_room: Callable[[], None]) -> T:
@@ -39,4 +39,4 @@ def with_room(work: Callable[[], T], make_room: Callable[[], None]) -> T:
 
 def ran_out(error: BaseException) -> bool:
     """Whether an error means that memory has run out."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or OF_THE_CPU in str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in WORDS)
