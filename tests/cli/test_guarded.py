@@ -53,7 +53,9 @@ def test_gradfree_from_a_file_to_a_peft_checkpoint(split_server, questions, tmp_
     assert numbers["peak_memory_bytes"] > 10**8  # torch alone needs more
     assert numbers["peak_memory_bytes"] < loading - BLOCK / 2 or not reset_peak_memory()
     told = [json.loads(line) for line in truth.read_text().splitlines()]
-    assert len({entry["forward"] for entry in told}) == len(told) == 6
+    assert len({entry["forward"] for entry in told}) == len(told)
+    assert [entry["part"] for entry in told] == ["train"] * 6 + ["validation"] * (len(told) - 6)
+    assert len(told) > 6  # what was held out is sent to be scored
     assert stat.S_IMODE(truth.stat().st_mode) == 0o600
     stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(split_server.model), out)
     changed = [n for n, p in stock.named_parameters() if "lora_B" in n and p.abs().sum() > 0]
