@@ -1,4 +1,4 @@
-"""Where models run: a device that isn't here is refused before anything is read or sent."""
+"""Where models run: a device that isn't here is refused before a model is loaded or anything is sent."""
 
 from __future__ import annotations
 
