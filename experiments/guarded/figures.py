@@ -232,8 +232,6 @@ def cost_table(found: dict[str, Arm]) -> str:
     wire = ("MB up", "MB down", "bytes for a text and epoch", "MB fetched once")
     lines = header("", "weights here", *wire, "TFLOP here", "peak memory here, MB", "seconds")
     for name in ordered(found):
-        if name == DEFENDED:  # the same training is there with fewer attacks
-            continue
         arm = found[name]
         up = arm.trained(lambda t: sum(n for kind, n in t["traffic"].items() if kind.endswith("up")))
         if up is None:
@@ -341,7 +339,7 @@ def tradeoff(found: dict[str, Arm]) -> Figure:
     below = {True: -np.inf, False: -np.inf}  # of labels at the left, and at the right
     for arm in sorted((found[name] for name in ordered(found)), key=average):
         best = arm.best_attack
-        if (best is None and not arm.silent) or arm.name == DEFENDED:  # the latter is there with fewer attacks
+        if best is None and not arm.silent:
             continue
         read, height = best["accuracy"][0] if best else 0.0, average(arm)
         axes.plot(read, height, "o", markersize=6, color="#2b6cb0" if best else "#2f855a")
@@ -413,7 +411,7 @@ def compared(found: dict[str, Arm]) -> Figure:
     undefended = found[UNDEFENDED]
     for name in ordered(found):
         arm = found[name]
-        if name.startswith(("zero-shot", "full", "lora")) or name == DEFENDED:  # the latter is there with fewer attacks
+        if name.startswith(("zero-shot", "full", "lora")):
             continue
         best = arm.best_attack
         if best is None and not arm.silent:
@@ -458,14 +456,15 @@ def save(figure: Figure, name: str) -> None:
 
 def main() -> None:
     found = arms()
+    once = {name: arm for name, arm in found.items() if name != DEFENDED}  # which is there with fewer attacks too
     for name, table in (
-        ("utility", utility_table(found)), ("privacy", privacy_table(found)), ("costs", cost_table(found)),
+        ("utility", utility_table(found)), ("privacy", privacy_table(found)), ("costs", cost_table(once)),
         ("undefended", undefended_attacks(found)), ("decorrelated", defended_attacks(found)),
         ("whole-test", whole_test_table()),
     ):  # fmt: skip
         fill(PAGE, name, table)
-    save(tradeoff(found), "read-and-utility")
-    save(compared(found), "all-designs")
+    save(tradeoff(once), "read-and-utility")
+    save(compared(once), "all-designs")
     if "guarded-online" in found:
         fill(PAGE, "bytes", bytes_sentence(found))
     fill(PAGE, "membership", membership_table())

@@ -120,8 +120,6 @@ class Stage:
     tokenizer: Tokenizer
     test: dict[str, list[TokenizedQuestion]]
     validation: dict[str, list[TokenizedQuestion]]
-    device: str = "cpu"
-    """Where server, client and attacker run."""
 
     @staticmethod
     def set(device: str = "cpu", test_each: int | None = TEST_EACH) -> Stage:
@@ -129,7 +127,12 @@ class Stage:
         tokenizer = Tokenizer(backbone.tokenizer, pad_token_id=backbone.pad_token_id, with_types=False)
         test = {task: questions_of(path_of(task, "test"), tokenizer, test_each) for task in TASKS}
         validation = {task: questions_of(path_of(task, "validation"), tokenizer, VALIDATION_EACH) for task in TASKS}
-        return Stage(backbone, tokenizer, test, validation, device)
+        return Stage(backbone, tokenizer, test, validation)
+
+    @property
+    def device(self) -> str:
+        """Where server, client and attacker run, as commands call it."""
+        return str(self.backbone.device)
 
     @property
     def causal(self) -> nn.Module:

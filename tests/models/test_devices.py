@@ -12,7 +12,7 @@ from blindtune.models import load_backbone
 from blindtune.models.devices import find_device
 from tests.cli.commands import run
 
-ABSENT = ("cuda:99", "meta", "nonsense", "")
+ABSENT = ("cuda:99", "meta", "hpu", "nonsense", "")
 
 
 @pytest.mark.parametrize("name", ABSENT)

@@ -16,7 +16,7 @@ def find_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # a build without CUDA knows the name, and meta holds no numbers
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:  # the last for devices of other packages
         reason = str(error).splitlines()[0]
         raise ConfigError(
             f"There is no device {name!r} here: {reason}",

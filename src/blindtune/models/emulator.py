@@ -104,7 +104,7 @@ def as_stored(emulator: Part, split: SplitModel, *, dtype: torch.dtype, int8: bo
     """The emulator that clients will get: through `stored_tensors` and back, rounding included."""
     tensors = stored_tensors(emulator, dtype=dtype, int8=int8)
     restored = restore_emulator(_config(split), split.cut, list(emulator.blocks), tensors, dtype)
-    return restored.to(next(emulator.parameters()).device)
+    return restored.to(emulator.device)
 
 
 @dataclass(frozen=True)

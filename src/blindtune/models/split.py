@@ -82,6 +82,16 @@ class Part(nn.Module):
         """`(…, V)` for the top's hidden states `(…, d)`."""
         return cast(Tensor, cast(Any, self.causal).lm_head(hidden))
 
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return next(self.parameters()).device
+
+    def embeddings(self) -> Tensor:
+        """The bottom's frozen embeddings of all tokens, `(V, d)`."""
+        vocabulary = int(cast(Any, self.causal).config.vocab_size)
+        return self.embed(torch.arange(vocabulary, device=self.device))
+
     def embed(self, ids: Tensor) -> Tensor:
         """The bottom's frozen token embeddings, `(…, d)`."""
         return cast(Tensor, decoder_of(self.causal).embed_tokens(ids))

@@ -101,10 +101,8 @@ class Attacker:
     @cached_property
     def embeddings(self) -> Tensor:
         """Of all tokens, `(V, e)`, float32."""
-        bottom = self.model.parts["bottom"]
-        device = next(bottom.parameters()).device
         with torch.no_grad():
-            return bottom.embed(torch.arange(int(self.model.config.vocab_size), device=device)).float()
+            return self.model.parts["bottom"].embeddings().float()
 
     @cached_property
     def head(self) -> Tensor:

@@ -193,8 +193,8 @@ class Gradfree(_Guarded):
         config = cast(Any, bottom.causal).config
         special = [getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")]
         fixed = {token for token in special if isinstance(token, int)}
-        table = bottom.embed(torch.arange(config.vocab_size, device=next(bottom.parameters()).device))
-        sent = token_groups(table.cpu(), self.anonymity, fixed=fixed)  # equal groups, wherever the model runs
+        # on the CPU: equal groups, wherever the model runs
+        sent = token_groups(bottom.embeddings().cpu(), self.anonymity, fixed=fixed)
         return lambda ids: sent.to(ids.device)[ids]
 
     def step(

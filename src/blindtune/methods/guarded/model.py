@@ -73,7 +73,7 @@ class SplitCausalLM(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the ends are, and where batches have to be."""
-        return next(self.bottom.parameters()).device
+        return self.bottom.device
 
     @property
     def middle(self) -> Middle:
