@@ -80,6 +80,25 @@ def test_what_was_sent_for_validation_is_known_and_left_out(start_server, tmp_pa
     assert {row["stage"] for row in found["attacks"]} == {"start", "end"}  # two messages hold 16 texts
 
 
+def test_texts_of_validation_are_not_taken_for_ones_that_were_sent_once(start_server, tmp_path, film_sentences, public):
+    model = save("llama", tmp_path / "llama", film_sentences[:600])
+    short = [s for s in film_sentences[:200] if 4 <= len(s.split()) <= 14]
+    rows = [{"question": s, "choices": ["good", "bad"], "answer": i % 2} for i, s in enumerate(short[:40])]
+    data, others = tmp_path / "questions.jsonl", tmp_path / "others.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows[:8])))
+    others.write_text("\n".join(map(json.dumps, rows[8:])))
+    seen, truth, out = tmp_path / "seen", tmp_path / "truth.jsonl", tmp_path / "out"
+    with start_server(model, split=2, record=seen) as server:
+        done = call(
+            "train", "--server", server.url, "--data", data, "--validation", others, "--method", "guarded-online",
+            "--steps", 3, "--batch-size", 8, "--max-length", 24, "--lr", 1e-6, "--output", out, "--truth", truth,
+            "--set", "noise=0.05", "--set", "clip_norm=4",
+        )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    printed, _ = audit((seen, truth), public, tmp_path, "--run", out)
+    assert "3 messages of a text are linked" in printed
+
+
 def best(rows: list[dict[str, Any]], *, floor: bool = False) -> float:
     return max(row["metrics"]["accuracy"][0] for row in rows if row["floor"] is floor)
 

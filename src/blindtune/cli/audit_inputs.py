@@ -131,9 +131,15 @@ def run_input_audit(
             remedy="Give the same pretrained model with --model.",
         )
     tokenizer = Tokenizer(backbone.tokenizer, pad_token_id=backbone.pad_token_id, with_types=False)
-    exchanges = read_exchanges(transcript, called[0], dim=int(backbone.config.hidden_size))
     truth = Truth.read(truth_file)
-    calls = [(exchange, truth.of(exchange)) for exchange in exchanges]
+    recorded_calls = read_exchanges(transcript, called[0], dim=int(backbone.config.hidden_size))
+    calls = [(exchange, truth.of(exchange)) for exchange in recorded_calls]
+    calls = [
+        (exchange, call) for exchange, call in calls if call.part == "train"
+    ]  # others were sent as often as scored
+    if not calls:
+        raise TranscriptError(f"{folder} has no message of training.", remedy="Record a run, and keep its --truth.")
+    exchanges = [exchange for exchange, _ in calls]
     longest = max(len(ids) for _, call in calls for ids in call.ids)
     rows = _public_rows(public, tokenizer, longest, seed)
     up = codec_of(transcript, called[0])
