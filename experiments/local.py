@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from blindtune.client import OperatorPool, Traffic, Upload
-from blindtune.keystream import expand_noise
+from blindtune.lattice import Lattice, expand_noise
 from blindtune.models import FrozenBackbone, Tokenizer, Tokens
 from blindtune.server.cache import ByteLRU
 from blindtune.server.engine import Call, Engine, StoredAdapter
@@ -137,7 +137,8 @@ class LocalOperator:
             call = self._call(tokens, uploads, pooling, seed)
             if isinstance(cotangents, NoiseShare):
                 shape = (1, len(uploads), len(tokens), self.info.hidden_size)
-                cotangents = expand_noise(bytes.fromhex(cotangents.seed), shape, cotangents.sigma)
+                lattice = Lattice(cotangents.exponent, cotangents.steps)
+                cotangents = expand_noise(bytes.fromhex(cotangents.seed), shape, lattice)
             self._recorder.backward(NAME, call, cotangents)
             return self._engine.backward(call, cotangents)[0]
 

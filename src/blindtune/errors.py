@@ -27,6 +27,7 @@ BlindtuneError
 │   ├── DuplicateOperator       one operator was listed twice
 │   └── OperatorsDiffer         the operators don't host the same weights
 ├── PrivacyError                a request that would break the promised privacy
+│   ├── OperatorsDisagree       two operators answered the same question differently
 │   ├── SingleOperator          two shares, or both halves of a pad, would meet at one operator
 │   └── BudgetSpent             the next step would reveal more than the run's budget allows
 ├── ConfigError                 an option has a value that can't work
@@ -182,6 +183,10 @@ class OperatorsDiffer(OperatorError):
 
 class PrivacyError(BlindtuneError):
     """What was asked for would break the privacy that the method promises."""
+
+
+class OperatorsDisagree(PrivacyError):
+    """Two operators answered the same question differently: one of them is faulty, or cheats."""
 
 
 class SingleOperator(PrivacyError):

@@ -1,4 +1,4 @@
-"""A ChaCha20 keystream and the random numbers that are made of it; both ends of the wire expand noise with it.
+"""A ChaCha20 keystream and the random numbers that are made of it. `blindtune.lattice` makes noise of it.
 
 Torch's generators are for statistics: their state can be reconstructed from output, so no secret may depend on them.
 """
@@ -6,7 +6,6 @@ Torch's generators are for statistics: their state can be reconstructed from out
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -15,8 +14,6 @@ from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from torch import Tensor
 
 KEY_BYTES = 32
-NOISE_VERSION = 1
-"""Of `expand_noise`: another way to make noise of a seed gets another number."""
 
 
 class Keystream:
@@ -48,15 +45,3 @@ class Keystream:
         angle = 2.0 * math.pi * self.uniform(half)
         both = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)])
         return both[:count].reshape(shape)
-
-
-def expand_noise(seed: bytes, shape: Sequence[int], sigma: float) -> Tensor:
-    """N(0, sigma²) of this shape, float32: what a share that is noise alone stands for.
-
-    Logarithm and cosine come from the platform, so two machines may round a value's last bit differently; a share
-    recombined with the other machine's rounding is wrong by that bit and no more.
-
-    Args:
-        seed: 32 bytes, used for nothing else.
-    """
-    return (sigma * Keystream(seed).normal(*shape)).float()

@@ -29,10 +29,12 @@ from blindtune.methods import (
     make_method,
     read_resume,
     save_model,
-    save_secret,
 )
 from blindtune.models import FrozenBackbone, LoraLayout, Tokens
-from blindtune.privacy.accountant import InformationLedger
+from blindtune.methods.integrity import IntegrityCheck
+from blindtune.methods.pads import PadPlan
+from blindtune.privacy.accountant import allowance, mu_of
+from blindtune.privacy.ledger import Entry, Ledger
 from blindtune.privacy.randomness import SecureGenerator
 from blindtune.training import Examples, TrainConfig, Trainer, evaluate, predict, scores
 from blindtune.wire import AdapterUpload, Transcript, decode
@@ -44,8 +46,12 @@ LAYERS = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
 SCALING = 2.0
 STEPS = 6
 RATE = 5e-3
-SMALL_PADS = {"steps": 4, "pad_spread": 0.005, "max_bits": 1e4}
+SMALL_PADS = {"steps": 4, "pad_spread": 0.005, "max_mu": 200.0}
 """Whatever the pads are, the tangent is nearly that at the pretrained model."""
+
+
+LOOSE = {"max_mu": 20.0}
+"""Little amplification: what is asked isn't how operators round."""
 
 
 def start(backbone: Backbone, method: P3EFT, *, key: bytes = KEY, **options: Any) -> PrivateModel:
@@ -152,9 +158,11 @@ def runs(film_examples, tiny_models, tmp_path_factory) -> dict[str, Run]:
             for name in "ab"
         ]
         urls = [server.url for server in servers]
-        found["true"] = train(urls, texts, labels, P3EFT(steps=STEPS), b"1" * 32)
-        found["opposite"] = train(urls, texts, [1 - label for label in labels], P3EFT(steps=STEPS), b"2" * 32)
-        bare = P3EFT(steps=STEPS, pad_spread=1e-6, max_bits=1e14)
+        found["true"] = train(urls, texts, labels, P3EFT(steps=STEPS, check_every=0), b"1" * 32)
+        found["opposite"] = train(
+            urls, texts, [1 - label for label in labels], P3EFT(steps=STEPS, check_every=0), b"2" * 32
+        )
+        bare = P3EFT(steps=STEPS, pad_spread=1e-6, max_mu=5000.0, check_every=0)
         found["bare"] = train(urls, texts, labels, bare, b"3" * 32)
     for run in found.values():
         run.seen = [seen(Transcript(folder / name), run.begin, run.end) for name in "ab"]
@@ -182,14 +190,14 @@ class TestWhatOperatorsSee:
         one, other = (operator.padded for operator in run.seen)
         for truth, plus, minus in zip(run.deltas, one, other, strict=True):
             found = (plus - minus) * run.scale.amplification
-            assert float((found - truth.double()).norm()) < 1e-3 * max(1.0, float(truth.norm()))
+            assert float((found - truth.double()).norm()) < 5e-3 * max(1.0, float(truth.norm()))
         for mine in (one, other):
             for left, right in combinations(mine, 2):
-                assert float((left - right).std()) == pytest.approx(2**0.5 * run.scale.sigma, rel=0.1)
+                assert float((left - right).std()) == pytest.approx(2**0.5 * run.scale.lattice.sigma, rel=0.1)
         for t, plus in enumerate(one):
             for s, minus in enumerate(other):
                 if s != t:
-                    assert float((plus - minus).std()) == pytest.approx(2**0.5 * run.scale.sigma, rel=0.1)
+                    assert float((plus - minus).std()) == pytest.approx(2**0.5 * run.scale.lattice.sigma, rel=0.1)
 
     @pytest.mark.parametrize("labels", ["true", "opposite"])
     def test_looks_like_a_pad_alone_whatever_the_labels(self, runs, labels):
@@ -198,10 +206,10 @@ class TestWhatOperatorsSee:
         for operator in run.seen:
             for padded, truth in zip(operator.padded, run.deltas, strict=True):
                 freedom = len(padded)
-                chi = float(padded.square().sum()) / run.scale.sigma**2
+                chi = float(padded.square().sum()) / run.scale.lattice.sigma**2
                 assert abs(chi - freedom) < 5 * (2 * freedom) ** 0.5
                 if float(truth.norm()):
-                    along = float(padded @ truth.double()) / float(truth.norm()) / run.scale.sigma  # N(tiny, 1)
+                    along = float(padded @ truth.double()) / float(truth.norm()) / run.scale.lattice.sigma  # N(tiny, 1)
                     assert abs(along) < 5
             for (before, after), (start, end) in zip(pairwise(operator.padded), pairwise(run.deltas), strict=True):
                 step, change = (end - start).double(), after - before
@@ -215,10 +223,10 @@ class TestWhatOperatorsSee:
         for sign, operator in zip((1, -1), run.seen, strict=True):
             for (before, after), (start, end) in zip(pairwise(operator.padded), pairwise(run.deltas), strict=True):
                 step, change = (end - start).double(), after - before
-                assert sign * float(step @ change / step.norm() / change.norm()) > 0.95
+                assert sign * float(step @ change / step.norm() / change.norm()) > 0.2
             last = operator.padded[-1]
-            along = float(last @ run.deltas[-1].double()) / float(run.deltas[-1].norm()) / run.scale.sigma
-            assert sign * along > 1000
+            along = float(last @ run.deltas[-1].double()) / float(run.deltas[-1].norm()) / run.scale.lattice.sigma
+            assert sign * along > 100
 
     def test_runs_with_opposite_labels_learn_opposite_things_and_look_alike(self, runs):
         ends = [runs[name].deltas[-1] for name in ("true", "opposite")]
@@ -284,7 +292,7 @@ class TestHiddenStates:
     def test_are_the_frozen_models_and_a_jacobian_vector_product(self, connect, film_sentences, tiny_backbone, length):
         """In float64, by central differences, at the pad (which the two operators' adapters give away together)."""
         backbone = connect(adapter=LAYERS)
-        start(backbone, P3EFT(steps=50))
+        start(backbone, P3EFT(steps=50, **LOOSE))
         direction = move(backbone, length).double()
         texts = film_sentences[:16]
         plus, minus = padded_weights(backbone, texts)
@@ -305,7 +313,7 @@ class TestHiddenStates:
             apart: list[float] = []
             for key in (b"1", b"2", b"3", b"4"):
                 backbone = connect(adapter=LAYERS)
-                start(backbone, P3EFT(steps=10, max_bits=10.0, pad_spread=spread), key=key * 32)
+                start(backbone, P3EFT(steps=10, max_mu=7.0, pad_spread=spread), key=key * 32)
                 direction = move(backbone, 1.0).double()
                 with torch.no_grad():
                     found = backbone(texts).double()
@@ -317,23 +325,24 @@ class TestHiddenStates:
         assert errors[1] < 0.4
         assert errors[2] < 0.1
 
-    def test_of_an_update_of_zero_are_the_frozen_models_but_for_rounding_that_s_amplifies(
+    def test_of_next_to_no_update_are_the_frozen_models_but_for_rounding_that_s_amplifies(
         self, connect, film_sentences
     ):
-        """Of a run of 1000 steps under 1 bit: s = 3800, and float32 has 24 bits."""
+        """Of a run of 1000 steps with μ = 0.25; float32 has 24 bits."""
         backbone = connect(adapter=LAYERS)
         model = start(backbone, P3EFT(steps=1000))
+        move(backbone, 1e-6)
         texts = film_sentences[:16]
         frozen = backbone.frozen(texts)
         with torch.no_grad():
             noise = backbone(texts) - frozen
         amplification = model.method.channel.scale(backbone.batch(backbone.rows(texts), (0, 1), None)).amplification
-        assert 3500 < amplification < 4000
+        assert 50_000 < amplification < 80_000
         assert 0 < float(noise.norm() / frozen.norm()) < amplification * 2**-21
 
     def test_of_a_longer_update_are_those_of_one_that_is_scaled_down(self, connect, film_sentences):
         backbone = connect(adapter=LAYERS)
-        start(backbone, P3EFT(max_norm=SCALING * 0.5))
+        start(backbone, P3EFT(max_norm=SCALING * 0.5, pad_spread=0.002, **LOOSE))
         found: list[Tensor] = []
         for length in (0.5, 2.0):
             move(backbone, length)
@@ -374,7 +383,7 @@ class TestGradients:
     def test_that_arrive_in_b_are_those_of_the_tangent(self, connect, film_sentences, tiny_backbone, max_norm):
         """J₀ᵀ g, times the factor by which a longer update was scaled down."""
         backbone = connect(adapter=LAYERS)
-        start(backbone, P3EFT(max_norm=max_norm))
+        start(backbone, P3EFT(max_norm=max_norm, clip_norm=100.0, **LOOSE))
         secret = move(backbone, 1.0)
         texts = film_sentences[:8]
         hidden = backbone(texts)
@@ -392,7 +401,7 @@ class TestGradients:
         (expected,) = torch.autograd.grad(in_process, leaf, cotangent.double().unsqueeze(0))
         factor = min(1.0, max_norm / SCALING / float(secret.norm()))
         assert factor == pytest.approx(1.0 if max_norm == 16.0 else 0.25, rel=1e-5)
-        assert error(found, factor * expected[0]) < 1e-3
+        assert error(found, factor * expected[0]) < 3e-3
 
 
 def learn(model: PrivateModel, texts: Sequence[str], labels: Sequence[int], steps: int = 1) -> None:
@@ -424,29 +433,27 @@ class TestOneView:
                 predict(model, texts[:3])
         for tap in taps:
             assert len(tap.uploads) == len(set(tap.uploads)) == 4 + 1  # δ_0 … δ_3, and the public zero once
-        assert model.method.channel.ledger.messages() == 4
+        assert model.method.channel.ledger.messages("adapter") == 4
 
-    def test_operators_in_another_order_get_other_pads_which_are_counted(self, operators, film_sentences):
+    def test_operators_in_another_order_get_other_pads_which_are_counted(self, operators, film_sentences, tmp_path):
         """Or the first would have both halves of one pad."""
         halves: dict[str, list[Tensor]] = {url: [] for url in operators.urls}
-        ledger = None
         for urls in (operators.urls, operators.urls[::-1], operators.urls):
             backbone = Backbone(urls, adapter=LAYERS, max_length=32)
             model = start(backbone, P3EFT(steps=20))
-            if ledger is not None:
-                model.method.channel.ledger.load_state(ledger)
+            model.method.ledger.resume(tmp_path)
             move(backbone, 1.0)
             for url, weights in zip(urls, padded_weights(backbone, film_sentences[:4]), strict=True):
                 halves[url].append(weights)
-            ledger = model.method.channel.ledger.state()
+            ledger = model.method.ledger
+            ledger.attach(tmp_path)
             scale = model.method.channel.scale(backbone.batch(backbone.rows(["x"]), (0, 1), None))
-            messages, spent = model.method.channel.ledger.messages(), model.method.channel.ledger.nats()
             backbone.close()
         for first, swapped, again in halves.values():
             assert torch.equal(first, again)
-            assert float((first - swapped).std()) == pytest.approx(2**0.5 * scale.sigma, rel=0.05)
-        assert messages == 2, "two orders, two views of one update"
-        assert spent == pytest.approx(2 * scale.nats)
+            assert float((first - swapped).std()) == pytest.approx(2**0.5 * scale.lattice.sigma, rel=0.05)
+        assert ledger.messages("adapter") == 2, "two orders, two views of one update"
+        assert ledger.allowance() == pytest.approx(2 * model.method.plan.allowance)
 
     def test_a_step_that_is_repeated_after_a_failure_sends_the_same_bytes(self, connect, film_examples):
         backbone = connect(adapter=LAYERS)
@@ -461,10 +468,10 @@ class TestOneView:
             with pytest.raises(ConnectionError):
                 next(steps)
         assert model.method.report()["information_bits"] > bits, "what was sent stays sent"
-        bits = model.method.channel.ledger.nats()
+        spent = model.method.ledger.allowance()
         with tapped(backbone) as repeated:
             next(trainer.steps())
-        assert model.method.channel.ledger.nats() == bits
+        assert model.method.ledger.allowance() == spent
         assert [len(tap.posts) for tap in failed] == [3, 2]
         assert [len(tap.posts) for tap in repeated] == [3, 3]
         for before, after in zip(failed, repeated, strict=True):
@@ -480,18 +487,19 @@ class TestOneView:
         for _, step in zip(range(3), trainer.steps(), strict=False):
             report = step.report
         trainer.save()
-        before = model.method.channel.ledger
+        before = model.method.ledger.allowance()
         again = load_model(tmp_path, connect(adapter=adapter_config(tmp_path)))
         resumed = Trainer(again, examples, config, checkpoint=tmp_path)
         resumed.load(*read_resume(tmp_path))
-        ledger = again.method.channel.ledger
+        ledger = again.method.ledger
         assert again.method.report() == report
-        assert (ledger.nats(), ledger.messages()) == (before.nats(), 3)
-        assert torch.equal(ledger.state(), before.state())
+        assert (ledger.allowance(), ledger.messages("adapter"), ledger.run) == (before, 3, model.method.ledger.run)
         evaluate(again, examples)
         next(resumed.steps())
-        assert ledger.messages() == 4, "the evaluation and the step after it are one view"
-        assert ledger.nats() == pytest.approx(before.nats() * 4 / 3)
+        assert ledger.messages("adapter") == 4, "the evaluation and the step after it are one view"
+        plan, rows = again.method.plan, 32 / again.method.noise_ratio**2
+        assert before == pytest.approx(3 * plan.allowance + 3 * 8 / 32 * rows)
+        assert ledger.allowance() == pytest.approx(before + plan.allowance + 8 / 32 * rows)
 
     def test_a_loaded_model_predicts_what_the_trained_one_does_at_no_cost(self, connect, film_examples, tmp_path):
         """The checkpoint remembers what was sent, so that another order of operators is counted too."""
@@ -502,7 +510,7 @@ class TestOneView:
         save_model(model, tmp_path)
         again = load_model(tmp_path, connect(adapter=adapter_config(tmp_path)), predict_only=True)
         bits = again.method.report()["information_bits"]
-        assert bits == pytest.approx(model.method.report()["information_bits"], abs=0.01)
+        assert bits == model.method.report()["information_bits"]
         assert torch.equal(predict(again, texts), chances)
         assert again.method.report()["information_bits"] == bits
         target = torch.tensor(labels)
@@ -520,16 +528,15 @@ class TestOneView:
         backbone = Backbone(operators.urls[::-1], adapter=adapter_config(tmp_path), max_length=32)
         again = load_model(tmp_path, backbone, predict_only=True)
         predict(again, examples.texts)
-        assert again.method.channel.ledger.messages() == 2
-        save_secret(again, tmp_path)
+        assert again.method.channel.ledger.messages("adapter") == 2
         backbone.close()
         model = load_model(tmp_path, connect(adapter=adapter_config(tmp_path)))
-        assert model.method.channel.ledger.messages() == 2
+        assert model.method.channel.ledger.messages("adapter") == 2
         resumed = Trainer(model, examples, config, checkpoint=tmp_path)
         resumed.load(*read_resume(tmp_path))
-        assert model.method.channel.ledger.messages() == 2
+        assert model.method.channel.ledger.messages("adapter") == 2
         next(resumed.steps())
-        assert model.method.channel.ledger.messages() == 3
+        assert model.method.channel.ledger.messages("adapter") == 3
 
 
 def _pulled(*_: Any) -> Any:
@@ -540,8 +547,8 @@ class TestBudget:
     def test_ends_before_anything_of_one_adapter_too_many_is_sent(self, connect, film_examples):
         texts, labels = some(film_examples, 8)
         backbone = connect(adapter=LAYERS)
-        model = start(backbone, P3EFT(steps=2))
-        learn(model, texts, labels, steps=2)
+        model = start(backbone, P3EFT(steps=2, batch_size=8))
+        learn(model, texts, labels, steps=3)  # 1.05 · 2 steps are planned, so 3; and 4 adapters
         predict(model, texts)
         move(backbone, 1.0)
         bits = model.method.report()["information_bits"]
@@ -551,17 +558,18 @@ class TestBudget:
             lambda: predict(model, texts),
             lambda: backbone.infer(texts),
         ):
-            with pytest.raises(BudgetSpent, match=r"made for 3 adapters.*steps="):
+            with pytest.raises(BudgetSpent, match=r"planned for 2 steps.*steps="):
                 call()
         assert backbone.traffic.requests == before
         assert model.method.report()["information_bits"] == bits
+        assert model.method.report()["mu"] == pytest.approx(model.method.max_mu)
 
     def test_is_not_spent_on_a_step_whose_result_could_never_be_used(self, connect, film_examples):
         """A longer run than planned stops while its adapter may still be sent, so that it can predict."""
         texts, labels = some(film_examples, 8)
         backbone = connect(adapter=LAYERS)
-        model = start(backbone, P3EFT(steps=2))
-        learn(model, texts, labels, steps=2)
+        model = start(backbone, P3EFT(steps=2, batch_size=8))
+        learn(model, texts, labels, steps=3)
         secret = delta(backbone)
         with tapped(backbone) as taps, pytest.raises(BudgetSpent, match=r"planned for 2 steps.*steps=") as caught:
             learn(model, texts, labels)
@@ -570,29 +578,71 @@ class TestBudget:
         assert torch.equal(delta(backbone), secret)
         predict(model, texts)
         model(texts)  # also by a user who leaves gradients on
-        assert model.method.channel.ledger.messages() == 3
+        assert model.method.ledger.messages("adapter") == 4
 
-    def test_is_kept_to_the_last_bit_and_shares_come_on_top(self, connect, film_examples):
+    def test_covers_adapters_and_shares_together(self, connect, film_examples):
         texts, labels = some(film_examples, 8)
-        method = P3EFT(steps=4, max_bits=0.5)
+        method = P3EFT(steps=19, batch_size=8, max_mu=0.5)
         model = start(connect(adapter=LAYERS), method)
-        assert method.report()["information_bits"] == 0.0
-        for step in range(1, 5):
+        assert method.report()["mu"] == 0.0
+        for step in range(1, 20):
             learn(model, texts, labels)
-            shares = method.channel.shares.accountant.nats() / math.log(2.0)
-            assert method.report()["information_bits"] == pytest.approx(0.5 * step / 5 + shares)
+            brought = step * (method.plan.allowance + 8 / method.noise_ratio**2)
+            assert method.report()["mu"] == pytest.approx(mu_of(brought))
         predict(model, texts)
         found = method.report()
-        assert found["information_bits"] == pytest.approx(0.5 + shares)
-        assert 0 < shares <= 4 * 8 / (2 * 100.0**2) / math.log(2.0)
-        assert 0 < found["gradient_channel_mu"] <= 2 * 2 / 100.0
+        assert 0.97 * 0.5 < found["mu"] <= 0.5
+        assert found["information_bits"] == pytest.approx(found["mu"] ** 2 / 8 / math.log(2.0))
+        assert 0 < found["budget_used"] <= 1
+        assert found["mu_budget"] == 0.5
 
-    def test_in_bits_is_the_same_for_every_shape_of_adapter(self, connect, film_sentences):
+    def test_is_the_same_for_every_shape_of_adapter(self, connect, film_sentences):
         for config in (LAYERS, LoraConfig(r=2, lora_alpha=1), LoraConfig(r=4, lora_alpha=64, use_rslora=True)):
             backbone = connect(adapter=config)
-            model = start(backbone, P3EFT(steps=9, max_bits=2.0))
+            model = start(backbone, P3EFT(steps=9, max_mu=2.0))
             predict(model, film_sentences[:2])
-            assert model.method.report()["information_bits"] == pytest.approx(0.2)
+            assert model.method.report()["mu"] == pytest.approx(mu_of(allowance(2.0) / 2 / 11))
+
+    @pytest.mark.parametrize("length", [0.01, 1.0, 100.0])
+    def test_is_never_exceeded_by_what_is_really_sent(self, connect, film_sentences, length):
+        """However long the update is: it is scaled down to what there is room for, and nobody can see that."""
+        backbone = connect(adapter=LAYERS)
+        model = start(backbone, P3EFT(steps=9))
+        spent = []
+        for seed in range(9):
+            move(backbone, length, seed)
+            plus, minus = padded_weights(backbone, film_sentences[:2])
+            scale = model.method.channel.scale(backbone.batch(backbone.rows(["x"]), (0, 1), None))
+            spent.append(float(((plus - minus) / 2 / scale.lattice.sigma).square().sum()))
+            assert sum(spent) <= (seed + 1) * model.method.plan.allowance
+        assert model.method.ledger.used() == pytest.approx(sum(spent) / (9 * model.method.plan.allowance))
+        assert (model.method.ledger.used() > 0.5) == (length > 10)
+
+    def test_charges_an_earlier_update_that_comes_back(self, connect, film_sentences):
+        """Equal bytes would tell which step was chosen, as the best one by labelled validation is."""
+        backbone = connect(adapter=LAYERS)
+        model = start(backbone, P3EFT(steps=9))
+        sent = []
+        for seed in (0, 1, 0, 0, 1):
+            move(backbone, 1.0, seed)
+            sent.append(padded_weights(backbone, film_sentences[:2])[0])
+        assert model.method.ledger.messages("adapter") == 4
+        assert torch.equal(sent[2], sent[3])
+        assert not torch.equal(sent[0], sent[2])
+        assert not torch.equal(sent[1], sent[4])
+        sigma = model.method.channel.scale(backbone.batch(backbone.rows(["x"]), (0, 1), None)).lattice.sigma
+        assert float((sent[0] - sent[2]).std()) == pytest.approx(2**0.5 * sigma, rel=0.05)
+
+    def test_of_a_server_under_a_name_that_is_new_begins_where_the_largest_is(self, connect, operators, film_sentences):
+        """It may be one of the others under another name."""
+        ledger = Ledger(allowance(1.0))
+        ledger.enlist(["http://a", "http://b"])
+        ledger.record([Entry("http://a", "adapter", "m", 0.1, 0.05), Entry("http://b", "share", "n", 0.2, 0.05)])
+        ledger.enlist(["http://alias", "http://b"])
+        assert ledger.room(["http://alias"], 0.0) == pytest.approx(0.15)
+        ledger.check(["http://alias"], 0.05)
+        with pytest.raises(BudgetSpent, match=r"μ = 1\.\d+; the budget is 1"):
+            ledger.check(["http://alias"], 0.051)
 
 
 class TestOneOperator:
@@ -627,7 +677,7 @@ class TestOneOperator:
         for each in (model, apart):
             each(texts, labels).loss.backward()
         assert method.report() == {}
-        assert method.channel.ledger.nats() == method.channel.shares.accountant.mu() == math.inf
+        assert method.ledger.guarantee().mu == math.inf
         with torch.no_grad():
             assert error(one(texts) - one.frozen(texts), two(texts) - two.frozen(texts)) < 0.02
         grads = [torch.cat([p.grad.flatten() for p in b.parameters() if p.grad is not None]) for b in (one, two)]
@@ -681,8 +731,8 @@ class TestMoreOperators:
             predict(model, film_sentences[:40])
         assert all(tap.uploads and tap.posts for tap in taps)
         ledger = model.method.channel.ledger
-        assert ledger.messages() == 1
-        assert ledger.nats() == pytest.approx(model.method.max_bits * math.log(2.0) / 5)
+        assert ledger.messages("adapter") == 1
+        assert ledger.allowance() == model.method.plan.allowance
         backbone.close()
 
     @pytest.mark.parametrize(("count", "m"), [(4, 2), (3, 3), (4, 3)])
@@ -701,7 +751,7 @@ class TestMoreOperators:
         assert all(evaluated[i].uploads for i in (0, 1))
         for tap in trained[:2]:
             assert len(tap.uploads) <= 1, "only the public adapter is new"
-        assert model.method.channel.ledger.messages() == 1
+        assert model.method.channel.ledger.messages("adapter") == 1
         backbone.close()
 
     def test_who_see_one_update_in_two_pairs_are_charged_for_both(self, four_servers, film_sentences):
@@ -711,7 +761,7 @@ class TestMoreOperators:
         move(backbone, 1.0)
         for _ in range(3):
             backbone(film_sentences[:2])
-        assert model.method.channel.ledger.messages() == 2
+        assert model.method.channel.ledger.messages("adapter") == 2
         backbone.close()
 
 
@@ -744,14 +794,15 @@ class TestRefusals:
             ({"steps": 0}, "steps = 0 is no count"),
             ({"steps": 1.5}, r"steps = 1\.5 is no count"),
             ({"m": "two"}, "m = 'two' is no count"),
-            ({"max_bits": 0}, "max_bits = 0 can't work"),
-            ({"max_bits": math.inf}, "max_bits = inf can't work"),
+            ({"batch_size": 0}, "batch_size = 0 is no count"),
+            ({"gradient_part": 1}, "gradient_part = 1 leaves nothing"),
+            ({"check_every": -1}, "check_every = -1 is no count"),
             ({"pad_spread": -0.1}, r"pad_spread = -0\.1 can't work"),
             ({"max_norm": "long"}, "max_norm = 'long' can't work"),
             ({"clip_norm": 0}, "clip_norm = 0 can't work"),
-            ({"noise_ratio": True}, "noise_ratio = True can't work"),
-            ({"max_mu": "little"}, "max_mu = 'little' is no budget"),
-            ({"max_mu": 0}, "max_mu = 0 is no budget"),
+            ({"max_mu": "little"}, "max_mu = 'little' can't work"),
+            ({"max_mu": 0}, "max_mu = 0 can't work"),
+            ({"max_mu": math.inf}, "max_mu = inf can't work"),
             ({"allow_single_operator": "no"}, "allow_single_operator = 'no' is neither true nor false"),
         ],
     )
@@ -768,18 +819,18 @@ class TestRefusals:
 
 def test_callers_in_many_threads_do_not_overspend(connect, film_sentences, monkeypatch):
     """Unless they wait for each other, all see the same room in the budget before any of them has taken it."""
-    shares = SharedGradients(2, 1.0, 100.0, SecureGenerator(KEY))
+    shares = SharedGradients(2, 1.0, 100.0, SecureGenerator(KEY), max_mu=1.0)
     backbone = connect(adapter=LAYERS)
     backbone.set_adapters(1, a_seed="00" * 32)
-    channel = PaddedAdapters(shares, SecureGenerator(KEY), 0.16, 16.0, views=5, max_nats=1.0)
+    integrity = IntegrityCheck(SecureGenerator(KEY), shares.ledger, 0)
+    channel = PaddedAdapters(shares, SecureGenerator(KEY), PadPlan(0.16, 16.0, allowance(1.0) / 5, 4), integrity)
     move(backbone, 1.0)
     batch = backbone.batch(backbone.rows(film_sentences[:1]), (0, 1), None)
     others = [batch.with_weights(batch.weights * (1 + index)) for index in range(8)]
 
-    def slowly(*arguments: Any) -> float:
-        after = InformationLedger.after(channel.ledger, *arguments)
+    def slowly(*arguments: Any) -> None:
+        Ledger.check(channel.ledger, *arguments)
         time.sleep(0.05)
-        return after
 
     def ask(one: Any) -> bool:
         try:
@@ -788,8 +839,8 @@ def test_callers_in_many_threads_do_not_overspend(connect, film_sentences, monke
             return False
         return True
 
-    monkeypatch.setattr(channel.ledger, "after", slowly)
+    monkeypatch.setattr(channel.ledger, "check", slowly)
     with ThreadPoolExecutor(8) as threads:
         answered = list(threads.map(ask, others))
     assert sum(answered) == 5
-    assert channel.ledger.nats() == pytest.approx(1.0)
+    assert channel.ledger.guarantee().mu == pytest.approx(1.0)

@@ -218,6 +218,7 @@ def _print(result: dict[str, Any]) -> None:
         "on gradients",
         "with 64 labels",
         "μ",
+        "ε",
         "bits",
         "bytes/step",
         "seconds",
@@ -225,17 +226,18 @@ def _print(result: dict[str, Any]) -> None:
     for column in columns:
         table.add_column(column, justify="left" if column == "method" else "right")
     frozen = [f"{result['frozen_attack_auc']:.2f}", _with_some_labels(result["frozen_few_label_auc"])]
-    table.add_row("frozen model", f"{result['frozen_accuracy']:.3f}", frozen[0], "–", frozen[1], "–", "–", "–", "–")
+    table.add_row("frozen model", f"{result['frozen_accuracy']:.3f}", frozen[0], "–", frozen[1], *"–––––")
     for name, run in result["methods"].items():
-        mu, bits = run.get("gradient_channel_mu"), run.get("information_bits")
+        mu, epsilon, bits = run.get("mu"), run.get("epsilon"), run.get("information_bits")
         table.add_row(
             {"lora": "plain LoRA", "p3eft": "P3EFT"}[name],
             f"{run['accuracy']:.3f}",
             f"{run['best_attack_auc']:.2f}",
             f"{run['gradients_auc']:.2f}",
             _with_some_labels(run["few_label_auc"]),
-            "none" if mu is None else f"{mu:.3f}",
-            "all" if bits is None else f"{bits:.2f}",
+            "none" if mu is None else f"{mu:.2f}",
+            "none" if epsilon is None else f"{epsilon:.2f}",
+            "all" if bits is None else f"{bits:.3f}",
             human_bytes(run["bytes_per_step"]),
             f"{run['seconds']:.0f}",
         )
@@ -246,8 +248,8 @@ def _print(result: dict[str, Any]) -> None:
         "component, what adapters share) on activations, shifts and received gradients of either operator, at its best "
         "moment of the run; 0.5 is guessing. With 64 labels: the best probe of an attacker who knows the labels of 64 "
         "texts. The frozen model's row is what the texts tell by themselves, attacked as often, with adapters in "
-        "random order. μ bounds what the shares of a gradient reveal of one label; bits bound what everything that one "
-        f"operator sees reveals of all {result['train']} labels together."
+        "random order. μ, ε (at δ = 1e-5) and bits bound what everything that one operator sees in the run reveals of "
+        f"all {result['train']} labels together, and so of any one of them."
     )
     console.print(f"{result['seconds']:.0f} s in all.")
 

@@ -120,10 +120,12 @@ def _status(steps: list[Step]) -> str:
     accuracy = sum(step.accuracy for step in recent) / len(recent)
     shown = f"loss {loss:.3f}  acc {accuracy:.2f}  {rate:.2f} steps/s  {human_bytes(traffic)}/step"
     report = recent[-1].report
-    if "gradient_channel_mu" not in report:
+    prefix = "" if "mu" in report else "gradient_channel_"
+    if prefix + "mu" not in report:
         return shown
-    mu, epsilon, delta = (report[f"gradient_channel_{name}"] for name in ("mu", "epsilon", "delta"))
-    return f"{shown}  μ {mu:.3f} (ε {epsilon:.3f} at δ {delta:g})"
+    mu, epsilon, delta = (report[prefix + name] for name in ("mu", "epsilon", "delta"))
+    of = f" of {report['mu_budget']:g}" if "mu_budget" in report else " (shares)"
+    return f"{shown}  μ {mu:.3f}{of} (ε {epsilon:.3f} at δ {delta:g})"
 
 
 def _guarded_status(steps: list[GuardedStep]) -> str:

@@ -2,6 +2,7 @@
 
 import csv
 import json as json_module
+import math
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -50,7 +51,7 @@ def train(
         ),
     ] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="An option of the method, e.g. --set max_bits=0.5; repeat.")
+        list[str] | None, typer.Option("--set", help="An option of the method, e.g. --set max_mu=0.1; repeat.")
     ] = None,
     task: Annotated[
         str, typer.Option(help="Split decoders: choice, classification, instruction, or text.", rich_help_panel=SPLIT)
@@ -222,8 +223,9 @@ def train(
         if resume:
             private = _resume_model(server, output, connection, {"method": method, **chosen})
         else:
-            if any(option.name == "steps" for option in fields(kind)):
-                chosen.setdefault("steps", count)
+            for name_, value in (("steps", count), ("batch_size", batch_size)):
+                if any(option.name == name_ for option in fields(kind)):
+                    chosen.setdefault(name_, value)
             private = _new_model(server, name, chosen, len(examples.classes), lora, settings, connection, seed)
         result = _run(private, examples, held_out, config, output, save_every, resume)
         _print_result(result)
@@ -286,7 +288,7 @@ def _run(
 ) -> dict[str, Any]:
     """Trains with progress and leaves a checkpoint, however it ends."""
     from blindtune.cli.progress import Interrupted, human_bytes, inference_progress, run_steps
-    from blindtune.methods import exposure, read_resume, save_secret
+    from blindtune.methods import exposure, read_resume
     from blindtune.training import Trainer, evaluate
 
     trainer = Trainer(private, examples, config, checkpoint=output, save_every=save_every)
@@ -298,6 +300,7 @@ def _run(
     )
     for line in exposure(private, config.steps, random_moments=config.random_moments):
         console.print(f"  {line}", soft_wrap=True)
+    _print_earlier(private, examples)
     if resume:
         trainer.load(*read_resume(output))
         console.print(f"Resumed after step {trainer.done}.")
@@ -320,15 +323,12 @@ def _run(
         raise
     trainer.save()
     result: dict[str, Any] = {"method": method.name, "steps": trainer.done, "train_examples": len(examples)}
-    result |= method.report()
-    traffic = backbone.traffic
-    result |= {"bytes_sent": traffic.sent, "bytes_received": traffic.received, "output": str(output)}
     if held_out is not None:
-        try:
-            with inference_progress(backbone, console, "validation", len(held_out)):
-                result["validation"] = evaluate(private, held_out)
-        finally:
-            save_secret(private, output)
+        with inference_progress(backbone, console, "validation", len(held_out)):
+            result["validation"] = evaluate(private, held_out)
+    traffic = backbone.traffic
+    result |= method.report()
+    result |= {"bytes_sent": traffic.sent, "bytes_received": traffic.received, "output": str(output)}
     console.print(
         f"Checkpoint: {output}  ({human_bytes(traffic.sent)} sent, {human_bytes(traffic.received)} received)",
         soft_wrap=True,
@@ -336,13 +336,32 @@ def _run(
     return result
 
 
+def _print_earlier(private: "PrivateModel", examples: "Examples") -> None:
+    """What runs on the same labels tell together."""
+    from blindtune.privacy.accountant import gaussian_guarantee, mu_of
+    from blindtune.privacy.history import total_mu
+
+    ledger = private.method.ledger
+    runs = private.earlier_runs(examples.texts)
+    if not runs:
+        return
+    budget = math.inf if ledger is None else mu_of(ledger.limit)
+    together = gaussian_guarantee(total_mu(runs, budget))
+    console.print(
+        f"  {len(runs)} earlier run(s) on this machine used labels of these texts. One operator that saw all of them "
+        f"and sees this one: μ = {together.mu:.3g}, ε = {together.epsilon:.3g} at δ = {together.delta:g}.",
+        soft_wrap=True,
+    )
+
+
 def _print_result(result: dict[str, Any]) -> None:
     """A table; the ε of a row has its δ beside it."""
-    deltas = {"gradient_channel_epsilon": result.get("gradient_channel_delta", 0.0), "label_epsilon": 0.0}
+    deltas = {"label_epsilon": 0.0}
+    deltas |= {f"{prefix}epsilon": result.get(f"{prefix}delta", 0.0) for prefix in ("", "gradient_channel_")}
     table = Table(title="Result", title_justify="left", show_header=False)
     flat = {**result, **{f"validation {name}": value for name, value in result.get("validation", {}).items()}}
     for name, value in flat.items():
-        if not isinstance(value, dict) and name != "gradient_channel_delta":
+        if not isinstance(value, dict) and name not in ("delta", "gradient_channel_delta"):
             title = name.replace("_", " ") + (f" (δ = {deltas[name]:g})" if name in deltas else "")
             table.add_row(title, f"{value:.4f}" if isinstance(value, float) else str(value))
     console.print(table)
@@ -377,7 +396,7 @@ def predict(
         import torch
 
         from blindtune.cli.progress import inference_progress
-        from blindtune.methods import PrivateModel, adapter_config, load_model, read_summary, save_secret
+        from blindtune.methods import PrivateModel, adapter_config, load_model, read_summary
         from blindtune.training import Columns, load_examples, scores
         from blindtune.training import predict as run
 
@@ -398,14 +417,9 @@ def predict(
             model=model or summary["model"],
         )
         private: PrivateModel = load_model(checkpoint, backbone, predict_only=True)
-        before = private.method.state()
-        try:
-            with inference_progress(backbone, errors, "predicting", len(examples)):
-                chances = run(private, examples.texts)
-            _write_predictions(output, chances.tolist(), summary["classes"])
-        finally:
-            if any(not torch.equal(tensor, before[name]) for name, tensor in private.method.state().items()):
-                save_secret(private, checkpoint)
+        with inference_progress(backbone, errors, "predicting", len(examples)):
+            chances = run(private, examples.texts)
+        _write_predictions(output, chances.tolist(), summary["classes"])
         result: dict[str, Any] = {"examples": len(examples)}
         if examples.labels is not None:
             result |= scores(chances, torch.tensor(examples.labels))

@@ -214,6 +214,11 @@ class OperatorPool:
     def __len__(self) -> int:
         return len(self.operators)
 
+    @property
+    def urls(self) -> list[str]:
+        """The operators' addresses, in their order."""
+        return [operator.transport.url for operator in self.operators]
+
     def parallel(self, calls: Sequence[Callable[[], T]]) -> list[T]:
         """Runs the calls at the same time and waits for all; raises the first error. Calls may call this again.
 

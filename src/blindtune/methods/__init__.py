@@ -9,7 +9,6 @@ from blindtune.methods.checkpoint import (
     read_resume,
     read_summary,
     save_model,
-    save_secret,
 )
 from blindtune.methods.distance_correlation import DistanceCorrelation
 from blindtune.methods.gradients import SharedGradients
@@ -47,5 +46,4 @@ __all__ = [
     "read_resume",
     "read_summary",
     "save_model",
-    "save_secret",
 ]

@@ -5,8 +5,9 @@ out/
   adapter_config.json         PEFT's files: here for one adapter, in adapter_0/, adapter_1/, … for several;
   adapter_model.safetensors   under p3eft as secret as the labels (mode 600)
   head.safetensors            the client's head; with the adapters it tells labels (mode 600)
-  secret.safetensors          mixing weights, ledger of pads, randomised labels, key: as secret as the labels (mode 600)
+  secret.safetensors          mixing weights, randomised labels, key: as secret as the labels (mode 600)
   resume.safetensors          optimizer and adversary, for --resume (mode 600)
+  ledger.jsonl                what operators were sent, written before it was sent (mode 600; `blindtune.privacy.ledger`)
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ HEAD, SECRET, RESUME = "head.safetensors", "secret.safetensors", "resume.safeten
 METHODS: dict[str, type[LoRA]] = {
     m.name: m for m in (LoRA, HeadOnly, P3EFT, PublishedP3EFT, DistanceCorrelation, PSLF, RandomizedResponse)
 }
-RESUME_ONLY = ("adversary.", "joint_adversary.", "accountant")
-"""Method state under these prefixes is needed to go on training, not to predict. (What pads gave away is: predicting
-goes on.)"""
+FORMAT = 2
+RESUME_ONLY = ("adversary.", "joint_adversary.")
+"""Method state under these prefixes is needed to go on training, not to predict."""
 
 
 def method_class(name: str) -> type[LoRA]:
@@ -90,13 +91,15 @@ def save_model(
         adapter.save_pretrained(place)
     head = {name: tensor.detach().contiguous() for name, tensor in model.head.state_dict().items()}
     write_tensors(folder / HEAD, head)
-    save_secret(model, folder)
+    _save_secret(model, folder)
+    if method.ledger is not None:
+        method.ledger.attach(folder)
     if resume is not None:
         learned = {f"method.{name}": tensor for name, tensor in method.state().items()}
         write_tensors(folder / RESUME, {**learned, **resume})
     options = {f.name: getattr(method, f.name) for f in fields(METHODS[method.name]) if f.init}
     summary = {
-        "format": 1,
+        "format": FORMAT,
         "model": backbone.info.name,
         "base_model_name": backbone.info.base_model_name,
         "fingerprint": backbone.info.fingerprint,
@@ -114,21 +117,10 @@ def save_model(
     replace_file(folder / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
 
 
-def save_secret(model: PrivateModel, folder: str | Path) -> None:
-    """Writes the run's secrets once more: predictions too show operators adapters, and `ledger` counts them.
-
-    Raises:
-        CheckpointError: the folder can't be written.
-    """
-    path = Path(folder) / SECRET
+def _save_secret(model: PrivateModel, folder: Path) -> None:
     secret = {name: tensor for name, tensor in model.method.state().items() if not name.startswith(RESUME_ONLY)}
     secret["key"] = torch.frombuffer(bytearray(model.generator.key), dtype=torch.uint8)
-    try:
-        write_tensors(path, secret)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} can't be written: {error}.", remedy="Make it writable: it counts what operators have seen."
-        ) from None
+    write_tensors(folder / SECRET, secret)
 
 
 def read_summary(folder: str | Path) -> dict[str, Any]:
@@ -142,10 +134,13 @@ def read_summary(folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"There is no {path}.", remedy="Name a folder that `blindtune train` wrote.")
     try:
         summary = json.loads(path.read_text())
-        if summary["format"] != 1:
+        if summary["format"] != FORMAT:
             raise KeyError
     except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{path} is not a checkpoint of this version.", remedy="Train again.") from None
+        raise CheckpointError(
+            f"{path} is not a checkpoint of this version.",
+            remedy="Train again. Padded adapters and shares of earlier versions told more than they said (CHANGELOG.md).",
+        ) from None
     return summary
 
 
@@ -189,6 +184,9 @@ def load_model(
     generator = SecureGenerator(bytes(key.numpy()))
     model = PrivateModel(backbone, head, method, generator=generator, seed=summary["seed"], predict_only=predict_only)
     method.load_state(secret)
+    if method.ledger is not None:
+        method.ledger.resume(folder)
+        method.no_replay()
     for adapter, place in zip(backbone.lora_adapters(), _adapter_folders(folder, summary["adapters"]), strict=True):
         adapter.load_pretrained(place)
     return model

@@ -1,8 +1,9 @@
-"""Private backpropagation over operators (P3EFT, Algorithm 1): clip, split into shares, one share for each operator."""
+"""Private backpropagation over operators (P3EFT, Algorithm 1): bound, split into shares, one share for each operator."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -10,13 +11,17 @@ import torch
 from torch import Tensor
 
 from blindtune.client import OperatorPool, PlainChannel, RemoteBatch
-from blindtune.errors import BudgetSpent, ConfigError, NonFiniteTensor, SingleOperator
-from blindtune.privacy.accountant import Accountant, auc_bound, epsilon
+from blindtune.errors import ConfigError, NonFiniteTensor, SingleOperator
+from blindtune.lattice import Lattice
+from blindtune.privacy.accountant import allowance
+from blindtune.privacy.ledger import Entry, Ledger
+from blindtune.privacy.pads import bounded
 from blindtune.privacy.randomness import SecureGenerator
-from blindtune.privacy.shares import Shares, clip_per_example, combine, split_gradient
+from blindtune.privacy.shares import Shares, combine, split_gradient
 from blindtune.wire import NoiseShare
 
-REPORT_DELTA = 1e-5
+MOST_COST = 4.0
+"""No share costs more than this, (2σ)² / σ², whatever is left: the carrier has to stay within the lattice."""
 
 
 @dataclass
@@ -25,13 +30,17 @@ class SharedGradients(PlainChannel):
 
     Where there are m operators for each of several adapters, no operator ever sees two of them.
 
-    The loss is taken to be a mean over the batch: an example's gradient is B times its row of the cotangent. These
-    are clipped to `clip_norm` and hidden under noise of standard deviation `noise_ratio * clip_norm`.
+    The loss is taken to be a mean over the batch: an example's gradient is B times its row of the cotangent. Each
+    example brings an allowance of (C / σ)², and what a batch doesn't need is left for later ones. A batch that would
+    cost more than that is scaled down, so C bounds the root mean square of all examples' gradients so far.
 
     Shares are drawn from a keyed stream that is bound to the gradient, the texts, the adapters and the operators in
     their order. A share that is noise alone travels as the seed that it is made of. A step that is repeated after a
     crash sends each operator the same bytes again; another gradient, or another order of operators, never meets the
     same noise, so no operator can collect two shares of one split.
+
+    Attributes:
+        ledger: counts shares, and whatever else an operator is sent that depends on labels.
     """
 
     m: int
@@ -46,7 +55,8 @@ class SharedGradients(PlainChannel):
     adapter_noise: float = 0.0
     """Standard deviation of noise on every weight of the adapters that travel (section 3.2): new noise for new weights.
     It hides what changed from step to step, and what is computed with it is that of the noisy adapter."""
-    accountant: Accountant = field(init=False)
+    ledger: Ledger = field(init=False)
+    lattice: Lattice = field(init=False)
 
     def __post_init__(self) -> None:
         if self.m < 2 or self.clip_norm <= 0 or self.noise_ratio <= 0:
@@ -54,12 +64,21 @@ class SharedGradients(PlainChannel):
                 f"m = {self.m}, clip_norm = {self.clip_norm}, noise_ratio = {self.noise_ratio} can't work.",
                 remedy="Use at least 2 shares and positive numbers.",
             )
-        self.accountant = Accountant(self.clip_norm, self.sigma)
+        self.ledger = Ledger(math.inf if self.max_mu is None else allowance(self.max_mu))
+        try:
+            sigma = self.noise_ratio * self.clip_norm
+            largest = sigma * math.sqrt(min(MOST_COST, self.ledger.limit))
+            self.lattice = Lattice.for_sigma(sigma, terms=self.m - 1, largest=largest)
+        except ValueError as error:
+            raise ConfigError(
+                f"clip_norm = {self.clip_norm} and noise_ratio = {self.noise_ratio}: {error}",
+                remedy="Use noise that float32 can hold.",
+            ) from None
 
     @property
     def sigma(self) -> float:
         """Standard deviation of the noise; public."""
-        return self.noise_ratio * self.clip_norm
+        return self.lattice.sigma
 
     def check_operators(self, count: int, dtype: str) -> None:
         """Raises `SingleOperator` if shares would meet, `ConfigError` if the servers' precision would destroy them."""
@@ -72,16 +91,8 @@ class SharedGradients(PlainChannel):
             )
 
     def report(self) -> dict[str, float]:
-        """μ of the channel so far, the ε that goes with δ, and the AUC that no test of one label exceeds."""
-        if self.allow_single_operator:
-            return {}
-        mu = self.accountant.mu()
-        return {
-            "gradient_channel_mu": mu,
-            "gradient_channel_epsilon": epsilon(mu, REPORT_DELTA),
-            "gradient_channel_delta": REPORT_DELTA,
-            "gradient_channel_auc_bound": auc_bound(mu),
-        }
+        """μ of the shares so far, the ε that goes with δ, and the AUC that no test exceeds. Adapters come on top."""
+        return {} if self.allow_single_operator else self.ledger.guarantee().report("gradient_channel_")
 
     def apart(self, operators: int) -> bool:
         """Whether no operator sees two of the adapters."""
@@ -119,25 +130,24 @@ class SharedGradients(PlainChannel):
             )
         if len(batch.operators) < self.m and not self.allow_single_operator:
             raise _too_few(self.m, len(batch.operators))
-        gradient = clip_per_example(cotangent * size, self.clip_norm)
         parts = self._parts(batch, pool)
-        splits = [self._split(piece, part, pool) for piece, part in zip(gradient.chunk(len(parts)), parts, strict=True)]
+        pieces = (cotangent * size).chunk(len(parts))
         if len(batch.operators) < self.m:  # the caller accepted that all shares meet here
-            self._record_meeting()
+            self._compromise()
+        splits = [self._split(piece, part, pool) for piece, part in zip(pieces, parts, strict=True)]
+        if len(batch.operators) < self.m:
             results = [batch.backward(pool, batch.operators[0], splits[0].shares)]
         else:
-            pairs = zip(parts, splits, strict=True)
-            self._record(batch, [_url(pool, part.operators[split.carrier]) for part, split in pairs])
 
             def call(part: RemoteBatch, split: Shares, j: int) -> Callable[[], Tensor]:
                 seed = split.seeds[j]
-                share = split.shares[j : j + 1] if seed is None else NoiseShare(seed=seed.hex(), sigma=self.sigma)
+                share = split.shares[j : j + 1] if seed is None else noise_share(seed, self.lattice)
                 return lambda: part.backward(pool, part.operators[j], share)
 
             pairs = zip(parts, splits, strict=True)
             answers = pool.parallel([call(part, split, j) for part, split in pairs for j in range(self.m)])
             results = [torch.cat(answers[start : start + self.m]) for start in range(0, len(answers), self.m)]
-        return torch.cat([combine(r, s.coefficients) for r, s in zip(results, splits, strict=True)]) / size
+        return torch.cat([combine(result) for result in results]) / size
 
     def _parts(self, batch: RemoteBatch, pool: OperatorPool) -> list[RemoteBatch]:
         """What travels to the same operators: all adapters together, or each for itself to those it owns."""
@@ -153,28 +163,50 @@ class SharedGradients(PlainChannel):
         ]
 
     def _split(self, gradient: Tensor, batch: RemoteBatch, pool: OperatorPool) -> Shares:
-        generator = self.generator.derive(b"shares", *_identity(gradient, batch), *receivers(batch, pool))
-        return split_gradient(gradient, self.m, self.sigma, generator=generator)
+        """The shares of a gradient `(n, B, ...)`, scaled down to what there is room for, and written to the ledger."""
+        self.ledger.enlist(pool.urls)
+        operators = [pool.urls[index] for index in batch.operators]
+        context = [*_identity(gradient, batch), *(operator.encode() for operator in operators)]
+        generator = self.generator.derive(b"shares", *context)
+        message = message_id(generator)
+        brought = 0.0 if self.ledger.compromised else gradient.shape[1] / self.noise_ratio**2
+        known = self.ledger.find(operators, message)
+        if known is None:
+            self.ledger.check(operators, brought)
+            room = math.inf if self.ledger.compromised else self.ledger.room(operators, brought)
+            steps = math.sqrt(min(room, MOST_COST)) * self.lattice.steps - math.sqrt(gradient.numel())
+            factor = bounded(gradient, max(0.0, steps) * self.lattice.step)[1]
+        else:
+            factor = known.factor
+        points = self.lattice.round(gradient.double() * factor, generator)
+        shares = split_gradient(points, self.m, self.lattice, generator=generator)
+        if not self.ledger.compromised:
+            cost = float(points.double().square().sum()) / self.lattice.steps**2
+            self.ledger.record(
+                [
+                    Entry(operator, "share", message, brought, cost if j == shares.carrier else 0.0, factor)
+                    for j, operator in enumerate(operators)
+                ]
+            )
+        return shares
 
-    def _record_meeting(self) -> None:
+    def _compromise(self) -> None:
         if self.max_mu is not None:
             raise ConfigError(
                 f"max_mu = {self.max_mu} can't be kept where all shares meet at one operator.",
                 remedy="Add operators (--server), or leave the budget out.",
             )
-        self.accountant.record_meeting()
+        self.ledger.compromise()
 
-    def _record(self, batch: RemoteBatch, carriers: list[str]) -> None:
-        """Counts a view of each example at each operator whose share has its gradient in it, before it is sent."""
-        examples = [_example(row.ids) for row in batch.rows]
-        after = max(self.accountant.mu_after(carrier, examples) for carrier in carriers)
-        if self.max_mu is not None and after > self.max_mu:
-            raise BudgetSpent(
-                f"The next step would take the gradient channel to μ = {after:.4f}; the budget is {self.max_mu}.",
-                remedy="The last complete step is saved. More noise (noise_ratio) or fewer epochs stay within it.",
-            )
-        for carrier in carriers:
-            self.accountant.record(carrier, examples)  # also if an answer never comes
+
+def noise_share(seed: bytes, lattice: Lattice) -> NoiseShare:
+    """A share of pure noise, as it travels."""
+    return NoiseShare(seed=seed.hex(), exponent=lattice.exponent, steps=lattice.steps)
+
+
+def message_id(generator: SecureGenerator) -> str:
+    """What identifies a message in the ledger: a hash of the key of its randomness, which is bound to its content."""
+    return hashlib.sha256(generator.key).hexdigest()[:32]
 
 
 def _too_few(m: int, count: int) -> SingleOperator:
@@ -182,15 +214,6 @@ def _too_few(m: int, count: int) -> SingleOperator:
         f"{m} shares of one gradient need {m} operators that don't collude; {count} are given.",
         remedy="Add operators (--server), or accept no gradient privacy with allow_single_operator=True.",
     )
-
-
-def receivers(batch: RemoteBatch, pool: OperatorPool) -> list[bytes]:
-    """The batch's operators in their order, for what randomness is bound to."""
-    return [_url(pool, index).encode() for index in batch.operators]
-
-
-def _url(pool: OperatorPool, index: int) -> str:
-    return pool.operators[index].transport.url
 
 
 def _identity(gradient: Tensor, batch: RemoteBatch) -> list[bytes]:
@@ -203,7 +226,3 @@ def _identity(gradient: Tensor, batch: RemoteBatch) -> list[bytes]:
 def fingerprint(tensor: Tensor) -> bytes:
     """SHA-256 of a tensor's values."""
     return hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).digest()
-
-
-def _example(ids: tuple[int, ...]) -> str:
-    return hashlib.sha256(repr(ids).encode()).hexdigest()[:16]

@@ -16,6 +16,7 @@ from blindtune.errors import ConfigError
 from blindtune.methods.gradients import SharedGradients
 from blindtune.methods.options import check_budget, check_counts, check_positive, check_switches, check_weights
 from blindtune.models.tokenizer import TokenRow
+from blindtune.privacy.ledger import Ledger
 from blindtune.privacy.randomness import SecureGenerator
 
 
@@ -25,9 +26,10 @@ class LoRA:
 
     Args:
         m: gradient shares; as many operators that don't collude are needed. 1: true gradients in the clear.
-        clip_norm: bound C on one example's gradient at the hidden states of all adapters together, if there are shares.
-        noise_ratio: σ / C. μ of the gradient channel is 2 √views / noise_ratio.
-        max_mu: budget for μ of the gradient channel; the run stops before the step that would exceed it.
+        clip_norm: bound C on one example's gradient at the hidden states of all adapters together, as a root mean square
+            over all examples so far, if there are shares.
+        noise_ratio: σ / C. μ of the shares is 2 √(examples in all steps) / noise_ratio.
+        max_mu: budget for μ of the shares; the run stops before the step that would exceed it.
         allow_single_operator: lets shares meet at one operator. Then there is no gradient privacy.
         adapter_noise: standard deviation of noise on the weights of the adapters that travel (P3EFT, section 3.2);
             operators then don't see what a step changed. The model that is trained is that of the noisy adapters.
@@ -103,6 +105,11 @@ class LoRA:
             self.adapter_noise,
         )
 
+    @property
+    def ledger(self) -> Ledger | None:
+        """Counts what operators are sent; None where everything travels in the clear."""
+        return None if self.shares is None else self.shares.ledger
+
     def check(self, backbone: Backbone) -> None:
         if self.shares is not None:
             self.shares.check_operators(len(backbone.pool), backbone.info.dtype)
@@ -127,12 +134,16 @@ class LoRA:
         return {} if self.shares is None else self.shares.report()
 
     def state(self) -> dict[str, Tensor]:
-        ledger = {} if self.shares is None else {"accountant": self.shares.accountant.state()}
-        return {**self.snapshot(), **ledger}
+        return self.snapshot()
 
     def snapshot(self) -> dict[str, Tensor]:
         return {}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        if self.shares is not None and "accountant" in state:
-            self.shares.accountant.load_state(state["accountant"])
+        """Nothing of plain LoRA is secret or learned beside the adapter."""
+
+    def replay(self) -> None:
+        """Adapters in the clear tell all that they tell at once."""
+
+    def no_replay(self) -> None:
+        """See `replay`."""

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from blindtune.client import Backbone
 from blindtune.errors import BadLabels
 from blindtune.methods.head import LinearHead
 from blindtune.models.tokenizer import Text, TokenRow
+from blindtune.privacy.accountant import mu_of
+from blindtune.privacy.history import EarlierRun, LabelHistory
+from blindtune.privacy.ledger import Ledger
 from blindtune.privacy.randomness import SecureGenerator
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -35,6 +38,11 @@ class Method(Protocol):
     @property
     def fixed_a(self) -> bool:
         """Whether adapters train B alone, over A matrices that follow from a public seed."""
+        ...
+
+    @property
+    def ledger(self) -> Ledger | None:
+        """Counts what operators are sent; None where nothing bounds what that tells."""
         ...
 
     @property
@@ -86,10 +94,18 @@ class Method(Protocol):
         ...
 
     def snapshot(self) -> dict[str, Tensor]:
-        """What a step changes, to undo it: `state` without the ledger of what was sent, which stays sent."""
+        """What a step changes, to undo it. What was sent stays in the ledger."""
         ...
 
     def load_state(self, state: dict[str, Tensor]) -> None: ...
+
+    def replay(self) -> None:
+        """A run goes on from an earlier step: what it sends again are the same bytes."""
+        ...
+
+    def no_replay(self) -> None:
+        """A loaded model is used: only what was sent last may be sent again as the same bytes."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -112,6 +128,8 @@ class PrivateModel(nn.Module):
         generator: secret randomness; from the operating system if left out.
         predict_only: skips the checks that only training needs: one operator is enough to predict.
         seed: of the adapters' public initial weights, and of dropout if the LoraConfig has any.
+        ledger: folder of the ledger, where every message is written down before it is sent; the run's own folder. In
+            memory until `save_pretrained`, if left out: then a crash forgets what was sent.
     Raises:
         PrivacyError: the operators given can't hold what the method promises.
     """
@@ -126,6 +144,7 @@ class PrivateModel(nn.Module):
         generator: SecureGenerator | None = None,
         seed: int = 0,
         predict_only: bool = False,
+        ledger: str | Path | None = None,
     ) -> None:
         super().__init__()
         self.backbone, self.head, self.method, self.loss, self.seed = backbone, head, method, loss, seed
@@ -139,14 +158,18 @@ class PrivateModel(nn.Module):
         public = torch.Generator().manual_seed(seed)
         a_seed = hashlib.sha256(b"blindtune A" + seed.to_bytes(8, "little", signed=True)).hexdigest()
         backbone.set_adapters(method.num_adapters, generator=public, a_seed=a_seed if method.fixed_a else None)
+        if ledger is not None and method.ledger is not None:
+            method.ledger.attach(ledger)
 
     def prepare(self, texts: Sequence[Text] | Sequence[TokenRow], labels: Sequence[int] | Tensor) -> None:
         """Fetches the frozen features of the training texts and starts the head and the method from them.
 
         Each text goes to one operator once; labels stay here. A `LinearHead` is fitted on the frozen features (linear
-        probing, then fine-tuning); other heads keep their initial weights.
+        probing, then fine-tuning); other heads keep their initial weights. A run whose ledger has a folder is registered
+        among those on the same labels (`blindtune.privacy.history`).
         """
         target = self._labels(labels)
+        self._register(texts)
         rows = self.backbone.rows(texts)
         features = self.backbone.frozen(rows)
         self.method.prepare(features, target)
@@ -187,6 +210,18 @@ class PrivateModel(nn.Module):
         from blindtune.methods.checkpoint import save_model  # which knows every method, and so this module
 
         save_model(self, folder, classes=classes)
+
+    def earlier_runs(self, texts: Sequence[Text]) -> list[EarlierRun]:
+        """Other runs of this machine that have used labels of these texts."""
+        ledger = self.method.ledger
+        return LabelHistory().earlier(texts, but="" if ledger is None else ledger.run)
+
+    def _register(self, texts: Sequence[Text] | Sequence[TokenRow]) -> None:
+        ledger = self.method.ledger
+        if ledger is None or not ledger.journals or not texts or isinstance(texts[0], TokenRow):
+            return
+        budget = mu_of(ledger.limit)
+        LabelHistory().register(ledger.run, ledger.journals[0].parent, budget, cast("Sequence[Text]", texts))
 
     def _labels(self, labels: Sequence[int] | Tensor) -> Tensor:
         target = torch.as_tensor(labels)

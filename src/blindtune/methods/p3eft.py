@@ -5,9 +5,9 @@
     ∂L/∂δ by private backpropagation at θ = 0                Algorithm 1, one share for each operator
 
 The published algorithm gives every operator all adapters in the clear, and trains them to tell nothing
-(`blindtune.methods.p3eft_published`). Here no operator receives an adapter that depends on the labels by more than a
-known number of bits. What is given up: the model is linear in δ (it is fine-tuned in the tangent space of the
-pretrained model), and operators must not collude, which gradient shares ask for anyway.
+(`blindtune.methods.p3eft_published`). Here everything that one operator sees is μ-differentially private in all labels
+(`blindtune.privacy.accountant`). What is given up: the model is linear in δ (it is fine-tuned in the tangent space of
+the pretrained model), and operators must not collude, which gradient shares ask for anyway.
 """
 
 from __future__ import annotations
@@ -16,14 +16,19 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from torch import Tensor
-
 from blindtune.client import Backbone
 from blindtune.errors import ConfigError
+from blindtune.methods.gradients import SharedGradients
+from blindtune.methods.integrity import IntegrityCheck
 from blindtune.methods.lora import LoRA
 from blindtune.methods.options import check_counts, check_positive
-from blindtune.methods.pads import PaddedAdapters
+from blindtune.methods.pads import PaddedAdapters, PadPlan
+from blindtune.privacy.accountant import allowance
+from blindtune.privacy.ledger import Ledger
 from blindtune.privacy.randomness import SecureGenerator
+
+SPARE = 1.05
+"""A run is planned 5% longer than asked for: for steps that are repeated on another machine after a crash."""
 
 
 @dataclass
@@ -31,22 +36,32 @@ class P3EFT(LoRA):
     """Label-private fine-tuning with one padded adapter.
 
     Args:
-        steps: length of the run. The pads are made for so many different adapters; a longer run is refused.
-        max_bits: what all padded adapters that one operator sees may tell about all labels together.
+        max_mu: the budget: everything that one operator sees of the run is μ-differentially private in the labels.
+        steps, batch_size: length of the run, and texts in a step. Noise is made for so many; a longer run is refused.
         pad_spread: standard deviation of what a pad adds to a layer's output, in units of the layer's input. Large pads
             disturb the model, small ones ask more of the operators' floating point.
-        max_norm: bound on the trained update, |scaling · B|; a longer update is scaled down.
-        m, clip_norm, noise_ratio, max_mu: gradient shares, see `LoRA`.
+        max_norm: bound on the trained update |scaling · B|, as a root mean square over all updates that were sent so
+            far. A longer update is scaled down.
+        clip_norm: C, the same for one example's gradient at the hidden states.
+        gradient_part: part of the budget that goes to gradients; adapters get the rest.
+        check_every: operators' answers to label-free questions are compared in one of so many steps; 0 for never.
+        m: gradient shares, see `LoRA`.
         allow_single_operator: lets pads and shares meet at one operator. Then there is no privacy.
 
-    There is no `adapter_noise`: pads hide an adapter by a known amount, and the mixture takes them away again.
+    There is no `noise_ratio`, which follows from the budget, and no `adapter_noise`: pads hide an adapter by a known
+    amount, and the mixture takes them away again.
     """
 
     m: int = 2
     steps: int = 1000
-    max_bits: float = 1.0
-    pad_spread: float = 0.16
-    max_norm: float = 16.0
+    batch_size: int = 32
+    max_mu: float = 0.25  # pyright: ignore[reportIncompatibleVariableOverride] - a number, never None
+    pad_spread: float = 0.05
+    max_norm: float = 12.0
+    clip_norm: float = 2.0
+    gradient_part: float = 0.5
+    check_every: int = 50
+    noise_ratio: float = field(init=False, default=0.0)
     adapter_noise: float = field(init=False, default=0.0)
 
     name: ClassVar[str] = "p3eft"
@@ -55,18 +70,43 @@ class P3EFT(LoRA):
     channel: PaddedAdapters = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        check_counts(steps=self.steps, batch_size=self.batch_size)
+        check_positive(max_mu=self.max_mu, pad_spread=self.pad_spread, max_norm=self.max_norm)
+        if self.check_every != 0:
+            check_counts(check_every=self.check_every)
+        if self.m == 1:
+            raise ConfigError("m = 1: a gradient in the clear tells labels.", remedy="Use m=2 or more.")
+        if not 0 < self.gradient_part < 1:
+            raise ConfigError(
+                f"gradient_part = {self.gradient_part} leaves nothing to adapters or to gradients.",
+                remedy="Use a number between 0 and 1, such as 0.5.",
+            )
+        rows = math.ceil(SPARE * self.steps) * self.batch_size
+        self.noise_ratio = math.sqrt(rows / (self.gradient_part * allowance(self.max_mu)))
         super().__post_init__()
-        check_counts(steps=self.steps)
-        check_positive(max_bits=self.max_bits, pad_spread=self.pad_spread, max_norm=self.max_norm)
 
     @property
     def fixed_a(self) -> bool:
         return True
 
+    @property
+    def plan(self) -> PadPlan:
+        adapters = math.ceil(SPARE * (self.steps + 1))
+        brought = (1.0 - self.gradient_part) * allowance(self.max_mu) / adapters
+        return PadPlan(self.pad_spread, self.max_norm, brought, self.steps)
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.channel.ledger
+
+    def make_shares(self, generator: SecureGenerator) -> SharedGradients:
+        budget = None if self.allow_single_operator else self.max_mu
+        return SharedGradients(self.m, self.clip_norm, self.noise_ratio, generator, self.allow_single_operator, budget)
+
     def attach(self, backbone: Backbone, classes: int, generator: SecureGenerator) -> None:
-        nats = self.max_bits * math.log(2.0)
         self.shares = self.make_shares(generator)
-        self.channel = PaddedAdapters(self.shares, generator, self.pad_spread, self.max_norm, self.steps + 1, nats)
+        integrity = IntegrityCheck(generator, self.shares.ledger, self.check_every)
+        self.channel = PaddedAdapters(self.shares, generator, self.plan, integrity)
         backbone.channel = self.channel
 
     def check(self, backbone: Backbone) -> None:
@@ -82,13 +122,10 @@ class P3EFT(LoRA):
     def report(self) -> dict[str, float]:
         if self.allow_single_operator:
             return {}
-        nats = self.channel.ledger.nats() + self.channel.shares.accountant.nats()
-        return {**super().report(), "information_bits": nats / math.log(2.0)}
+        return {**self.ledger.guarantee().report(), "mu_budget": self.max_mu, "budget_used": self.ledger.used()}
 
-    def state(self) -> dict[str, Tensor]:
-        return {**super().state(), "ledger": self.channel.ledger.state()}
+    def replay(self) -> None:
+        self.channel.replay()
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        super().load_state(state)
-        if "ledger" in state:
-            self.channel.ledger.load_state(state["ledger"])
+    def no_replay(self) -> None:
+        self.channel.no_replay()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
+import math
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from threading import Lock
@@ -12,16 +13,40 @@ from torch import Tensor
 
 from blindtune.client import OperatorPool, RemoteBatch
 from blindtune.errors import BudgetSpent, NonFiniteTensor, SingleOperator
-from blindtune.methods.gradients import SharedGradients, fingerprint
-from blindtune.privacy.accountant import InformationLedger
+from blindtune.methods.gradients import SharedGradients, fingerprint, message_id
+from blindtune.methods.integrity import MEMBERS, IntegrityCheck
+from blindtune.privacy.accountant import mu_of
+from blindtune.privacy.ledger import Entry, Ledger
 from blindtune.privacy.pads import PadScale, bounded, pad_pair, unpad
 from blindtune.privacy.randomness import SecureGenerator
 
-MEMBERS = 2
-SPENT = (
-    "What was learned can be used over the operators that trained it, in their order. For a longer run, plan more "
-    "steps (steps=…) before it begins."
-)
+KNOWN_UPDATES = 64
+
+
+@dataclass(frozen=True)
+class PadPlan:
+    """Public numbers of the pads of a run.
+
+    Attributes:
+        spread: standard deviation of what a pad adds to a layer's output, in units of the layer's input.
+        max_norm: bound on the root mean square of |scaling · δ| over all updates that were sent so far.
+        allowance: |δ/2s|² / σ² that each new padded adapter brings.
+        steps: of training; an adapter more is sent at the end.
+    """
+
+    spread: float
+    max_norm: float
+    allowance: float
+    steps: int
+
+
+@dataclass(frozen=True)
+class _Pad:
+    """How one update travels."""
+
+    plus: Tensor
+    minus: Tensor
+    factor: float
 
 
 @dataclass
@@ -35,30 +60,42 @@ class PaddedAdapters:
     Gradients are asked for at θ = 0, where the model is the pretrained one, so what an operator differentiates has
     nothing to do with labels either. The pad is bound to δ, the adapters' shape and the two operators in their order:
     the same δ always travels as the same bytes, so a repeated step, an evaluation and the step after it are one view.
+    An *earlier* δ that comes back, such as that of the best checkpoint, gets a new pad and counts again: equal bytes
+    would tell which step was chosen.
 
     Attributes:
-        shares: how gradients travel.
-        pad_spread: standard deviation of what a pad adds to a layer's output, in units of the layer's input.
-        max_norm: bound on |scaling · δ|.
-        views: distinct δ that one operator may see within the budget.
-        max_nats: the budget: what all padded adapters that one operator sees may tell about all labels together.
+        shares: how gradients travel; its ledger counts adapters too.
+        integrity: compares operators' answers to label-free questions.
     """
 
     shares: SharedGradients
     generator: SecureGenerator
-    pad_spread: float
-    max_norm: float
-    views: int
-    max_nats: float
-    ledger: InformationLedger = field(init=False, default_factory=InformationLedger)
+    plan: PadPlan
+    integrity: IntegrityCheck
+    _earliest: int = field(init=False, default=0)
+    """Place in the ledger of the last update that was sent: none before it travels as the same bytes again."""
+    _factors: OrderedDict[bytes, float] = field(init=False, repr=False, default_factory=OrderedDict[bytes, float])
     _lock: Lock = field(init=False, repr=False, default_factory=Lock)
     """Of the ledger: inference asks for hidden states from several threads."""
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.shares.ledger
 
     def scale(self, batch: RemoteBatch) -> PadScale:
         """The run's public numbers for adapters of this shape."""
         spec = batch.spec
-        sigma = self.pad_spread / (spec.scaling * spec.rank**0.5)
-        return PadScale.for_budget(sigma, self.max_norm / spec.scaling, self.views, self.max_nats)
+        sigma = self.plan.spread / (spec.scaling * spec.rank**0.5)
+        limit = 1.0 if math.isinf(self.ledger.limit) else self.ledger.limit
+        return PadScale.for_allowance(sigma, self.plan.max_norm / spec.scaling, self.plan.allowance, limit=limit)
+
+    def replay(self) -> None:
+        """A run is resumed from an earlier step: its adapters may be sent again as the same bytes, in their order."""
+        self._earliest = 0
+
+    def no_replay(self) -> None:
+        """Only the last adapter may be sent again as the same bytes."""
+        self._earliest = max(0, self.ledger.last)
 
     def choose(self, operators: int, step: int) -> tuple[int, ...]:
         return self.shares.choose(operators, step)
@@ -75,19 +112,24 @@ class PaddedAdapters:
 
     def hidden(self, batch: RemoteBatch, pool: OperatorPool, *, retain: bool) -> Tensor:
         self._check_members(len(batch.operators))
-        scale = self.scale(batch)
-        delta = batch.weights[0]
-        if not bool(torch.isfinite(delta).all()):
+        if not bool(torch.isfinite(batch.weights).all()):
             raise NonFiniteTensor(
                 "The adapter holds NaN or infinity; nothing was sent.", remedy="Resume the last step."
             )
-        delta, _ = bounded(delta, scale.max_norm)
-        members = [operator.encode() for operator in self._members(batch, pool)]
-        context = [fingerprint(delta), repr((batch.spec.model_dump(), scale)).encode(), *members]
-        generator = self.generator.derive(b"pad", *context)
-        plus, minus = pad_pair(delta, scale, generator=generator)
-        base = _at_zero(batch)
-        self._record(batch, pool, hashlib.sha256(generator.key).hexdigest()[:32], scale)
+        if retain and len(batch.operators) >= MEMBERS:
+            self.integrity.before_step(batch, pool, self.scale(batch).lattice, self.shares.lattice)
+        with self._lock:
+            pad = self._pad(batch, pool)
+        return self._mixture(batch, pool, pad.plus, pad.minus, retain=retain)
+
+    def gradients(self, cotangent: Tensor, batch: RemoteBatch, pool: OperatorPool) -> Tensor:
+        self._check_room(batch, pool)
+        factor = self._factors[fingerprint(batch.weights[0])]
+        return factor * self.shares.gradients(cotangent, at_zero(batch), pool)
+
+    def _mixture(self, batch: RemoteBatch, pool: OperatorPool, plus: Tensor, minus: Tensor, *, retain: bool) -> Tensor:
+        """h' = h(x, 0) + s (h₊ − h₋); `retain` keeps the graphs at θ = 0."""
+        base = at_zero(batch)
 
         def call(position: int, padded: Tensor | None) -> Callable[[], tuple[Tensor | None, Tensor | None]]:
             def work() -> tuple[Tensor | None, Tensor | None]:
@@ -107,13 +149,7 @@ class PaddedAdapters:
             parts = pool.parallel([call(position, weights) for position, weights in enumerate(padded)])
         (first, frozen), (second, _) = parts[:2]
         assert first is not None and second is not None and frozen is not None  # noqa: S101, PT018 - asked for
-        return unpad(frozen, first, second, scale)
-
-    def gradients(self, cotangent: Tensor, batch: RemoteBatch, pool: OperatorPool) -> Tensor:
-        scale = self.scale(batch)
-        self._check_room(batch, pool, scale)
-        _, factor = bounded(batch.weights[0], scale.max_norm)
-        return factor * self.shares.gradients(cotangent, _at_zero(batch), pool)
+        return unpad(frozen, first, second, self.scale(batch).amplification)
 
     def _check_members(self, operators: int) -> None:
         """Raises `SingleOperator` if both halves of a pad would meet."""
@@ -123,38 +159,72 @@ class PaddedAdapters:
                 remedy="Add an operator (--server); this holds for predictions too.",
             )
 
-    def _record(self, batch: RemoteBatch, pool: OperatorPool, identity: str, scale: PadScale) -> None:
-        """Counts the adapter, before it is sent."""
+    def _pad(self, batch: RemoteBatch, pool: OperatorPool) -> _Pad:
+        """The two halves of the pad for the batch's δ, written to the ledger before they are sent."""
+        scale, delta = self.scale(batch), batch.weights[0]
         if len(batch.operators) < MEMBERS:
-            self.ledger.met = True
-            return
-        with self._lock:
-            if self._exceeds(batch, pool, identity, scale):
-                raise BudgetSpent(
-                    f"The budget of {self.max_nats:.3g} nats is made for {self.views} adapters; they have been sent.",
-                    remedy=SPENT,
-                )
-            for operator in self._members(batch, pool):
-                self.ledger.record(operator, identity, scale.nats)
+            self.ledger.compromise()
+        self.ledger.enlist(pool.urls)
+        members = self._members(batch, pool)
+        made_from = [fingerprint(delta), repr((batch.spec.model_dump(), scale)).encode()]
+        update, times = self._place(made_from)
+        generator = self.generator.derive(b"pad", *made_from, times, *(member.encode() for member in members))
+        message = message_id(generator)
+        known = self.ledger.find(members, message)
+        if known is not None:
+            factor = known.factor
+        else:
+            factor = bounded(delta, self._longest(members, scale, delta.numel()))[1]
+        points = scale.points(delta.double() * factor, generator=generator)
+        if not self.ledger.compromised:
+            brought, cost = self.plan.allowance, scale.cost(points)
+            self.ledger.record([Entry(member, "adapter", message, brought, cost, factor, update) for member in members])
+            self._earliest = max(self._earliest, self.ledger.position(update) or 0)
+        self._factors[fingerprint(delta)] = factor
+        while len(self._factors) > KNOWN_UPDATES:
+            self._factors.popitem(last=False)
+        return _Pad(*pad_pair(points, scale.lattice, generator=generator), factor)
 
-    def _check_room(self, batch: RemoteBatch, pool: OperatorPool, scale: PadScale) -> None:
+    def _place(self, made_from: list[bytes]) -> tuple[str, bytes]:
+        """What identifies an update in the ledger, and how often it has come back after others."""
+        returned = 0
+        while True:
+            times = returned.to_bytes(8, "little")
+            update = message_id(self.generator.derive(b"update", *made_from, times))
+            place = self.ledger.position(update)
+            if place is None or place >= self._earliest:
+                return update, times
+            returned += 1
+
+    def _longest(self, members: list[str], scale: PadScale, size: int) -> float:
+        """The longest δ that may be sent now. Raises `BudgetSpent` if none may be."""
+        if self.ledger.compromised:
+            return math.inf
+        self._check_budget(members)
+        return scale.longest(self.ledger.room(members, self.plan.allowance), size)
+
+    def _check_room(self, batch: RemoteBatch, pool: OperatorPool) -> None:
         """Raises `BudgetSpent` if the adapter that a step leads to could never be sent, not even to predict."""
-        if not self.ledger.met and self._exceeds(batch, pool, "the next", scale):
-            raise BudgetSpent(
-                f"The run was planned for {self.views - 1} steps, and its budget of {self.max_nats:.3g} nats is spent.",
-                remedy=SPENT,
-            )
+        if not self.ledger.compromised:
+            self._check_budget(self._members(batch, pool))
 
-    def _exceeds(self, batch: RemoteBatch, pool: OperatorPool, identity: str, scale: PadScale) -> bool:
-        spent = max(self.ledger.after(operator, identity, scale.nats) for operator in self._members(batch, pool))
-        return spent > self.max_nats * (1 + 1e-9)
+    def _check_budget(self, members: list[str]) -> None:
+        try:
+            self.ledger.check(members, self.plan.allowance)
+        except BudgetSpent:
+            raise BudgetSpent(
+                f"The run was planned for {self.plan.steps} steps, and its budget of μ = {mu_of(self.ledger.limit):.3g} "
+                "is spent.",
+                remedy="What was learned can be used over the operators that trained it, in their order. For a longer "
+                "run, plan more steps (steps=…) before it begins.",
+            ) from None
 
     @staticmethod
     def _members(batch: RemoteBatch, pool: OperatorPool) -> list[str]:
         """Addresses of the two operators that see the adapter."""
-        return [pool.operators[index].transport.url for index in batch.operators[:MEMBERS]]
+        return [pool.urls[index] for index in batch.operators[:MEMBERS]]
 
 
-def _at_zero(batch: RemoteBatch) -> RemoteBatch:
+def at_zero(batch: RemoteBatch) -> RemoteBatch:
     """The same texts under the public adapter that changes nothing."""
     return batch.with_weights(torch.zeros_like(batch.weights[:1]))

@@ -10,7 +10,6 @@ alone don't help: the change over two steps still holds the gradient of the one 
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass
 
 from blindtune.client import Channel
@@ -18,6 +17,7 @@ from blindtune.methods.gradients import SharedGradients
 from blindtune.methods.lora import LoRA
 from blindtune.methods.model import Method, PrivateModel
 from blindtune.methods.pads import PaddedAdapters
+from blindtune.privacy.accountant import gaussian_guarantee, mu_of
 
 ENOUGH = 1000
 """Steps to look at: turns repeat long before."""
@@ -132,7 +132,7 @@ class _Run:
         if part.share and (self.shares is None or self.met):
             return f"it can learn {words.learned} from gradients" + (": their shares meet here" if self.met else "")
         if isinstance(self.channel, PaddedAdapters):
-            return self._bits(self.channel, part)
+            return self._bounded(self.channel, part)
         lets = f" as far as {words.defence} lets them" if words.defence else ""
         carried = f"activations and shifts carry {words.learned}{lets}"
         return f"{carried}; {self._updates(part, words)}" if part.share else carried
@@ -151,15 +151,17 @@ class _Run:
             f"shares hide it{moments}"
         )
 
-    def _bits(self, channel: PaddedAdapters, part: Part) -> str:
+    def _bounded(self, channel: PaddedAdapters, part: Part) -> str:
         """The bound, see `blindtune.privacy.accountant`."""
-        share = f"{1 / (2 * channel.shares.noise_ratio**2 * math.log(2.0)):.2g} bits"
         if not (part.adapters or part.predictions):
-            return f"a share tells at most {share} about all labels together for each example in it"
-        bits = channel.max_nats / math.log(2.0)
+            what = "all its shares together"
+        else:
+            what = "all that it sees of the run"
+        guarantee = gaussian_guarantee(mu_of(channel.ledger.limit))
         return (
-            f"all its adapters tell at most {bits:g} bit{'' if bits == 1 else 's'} about all labels together, a share "
-            f"{share} for each example in it; consecutive steps tell no more"
+            f"{what} is μ-differentially private in all labels with μ = {guarantee.mu:g}, so ε = "
+            f"{guarantee.epsilon:.2g} at δ = {guarantee.delta:g}: no test of one label has an AUC above "
+            f"{guarantee.auc_bound:.3f}"
         )
 
 

@@ -22,6 +22,7 @@ from blindtune.methods.lora import LoRA
 from blindtune.methods.options import is_number
 from blindtune.methods.state import under
 from blindtune.models.tokenizer import TokenRow
+from blindtune.privacy.accountant import PureAccountant
 from blindtune.privacy.randomized_response import NAME_BYTES, LabelRandomizer
 from blindtune.privacy.randomness import SecureGenerator
 
@@ -74,7 +75,8 @@ class RandomizedResponse(LoRA):
         return self.randomizer.labels([_name(row) for row in rows], labels)
 
     def report(self) -> dict[str, float]:
-        return {**super().report(), "label_epsilon": float(self.epsilon)}
+        label = PureAccountant(float(self.epsilon)).guarantee()
+        return {**super().report(), "label_epsilon": label.epsilon, "label_auc_bound": label.auc_bound}
 
     def state(self) -> dict[str, Tensor]:
         """What was drawn. It isn't part of `snapshot`: a step that is undone may have been sent."""

@@ -1,143 +1,91 @@
-"""What operators can learn at most: two bounds, on two kinds of questions.
+"""What operators can learn at most: one guarantee, in the forms in which it is used.
 
-*One label, in the gradient channel*: Gaussian differential privacy (Dong, Roth, Su 2022). One share at one operator is
-a Gaussian mechanism. Changing one example's label moves that example's row of the clipped gradient by at most 2C, so k
-views of it have μ = 2 C √k / σ. This is about the shares' rows for one example, with the client's state (head,
-adapters, regularizer) and all other rows held fixed.
+Everything that depends on labels reaches an operator as a Gaussian mechanism: a vector a_t under noise of standard
+deviation σ_t, where a_t may depend on the labels and on all messages before. A message *costs* |a_t|² / σ_t². A filter
+(`Budget`) keeps the sum of costs below a public bound A on every path, for any labels. For any two labelings the
+distances of the means then add up to Σ |a_t - a'_t|² / σ_t² ≤ (√A + √A)² = 4 A, so the whole view of an operator is μ-GDP
+with
 
-*All labels together, in everything*: mutual information. Each message m_t of an operator is noise around something
-that depends on the labels and on all that went before. Its divergence from the noise alone is at most k_t, whatever
-went before, so by the chain rule I(all labels; m_1 … m_T) ≤ Σ k_t, also where a label acts on later steps
-through the client's state. A share has k = C² / 2σ² for each example in it, a padded adapter R² / 8 s² σ²
-(`blindtune.privacy.pads`). Labels that are independent given the texts share this sum among them.
+    μ = 2 √A        (fully adaptive composition: Smith and Thakurta 2022; Gaussian DP: Dong, Roth and Su 2022)
+
+and the mutual information of all labels with the whole view is at most A / 2 = μ² / 8 nats (chain rule). Both are about
+*any* two labelings, so one label is covered wherever it acts, through the client's state too. docs/guarantee.md has the
+proof, with its assumptions.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections import Counter
-from collections.abc import Iterable
-from typing import cast
+from dataclasses import dataclass
+from typing import Protocol, cast
 
-import torch
 from scipy.optimize import brentq
 from scipy.stats import norm
-from torch import Tensor
 
-from blindtune.errors import CheckpointError
+DELTA = 1e-5
+"""The δ at which ε is stated."""
 
 
-class Accountant:
-    """Counts, for every operator and example, the shares that depended on the example's gradient.
+@dataclass(frozen=True)
+class Guarantee:
+    """What a view can tell at most, in the forms in which it is stated.
 
-    Operators go by their address: a resumed run may name them in another order.
+    Attributes:
+        epsilon, delta: (ε, δ)-differential privacy of labels.
+        auc_bound: no test that tells two labelings apart has a larger AUC.
+        mu: of Gaussian differential privacy; None where the mechanism isn't Gaussian.
+        bits: mutual information of all labels with the view; None where no bound is known.
     """
 
-    def __init__(self, clip_norm: float, sigma: float) -> None:
-        self.clip_norm, self.sigma = clip_norm, sigma
-        self._views: dict[str, Counter[str]] = {}
-        self.met = False
-        """Whether all shares of a gradient went to one operator: then nothing is private."""
+    epsilon: float
+    delta: float
+    auc_bound: float
+    mu: float | None = None
+    bits: float | None = None
 
-    def record_meeting(self) -> None:
-        """All shares of one gradient met at one operator."""
-        self.met = True
-
-    def record(self, operator: str, examples: Iterable[str]) -> None:
-        """One more view of each of these examples at this operator."""
-        self._views.setdefault(operator, Counter()).update(examples)
-
-    def mu_after(self, operator: str, examples: Iterable[str]) -> float:
-        """What `mu` would be if `record` were called with these."""
-        known = self._views.get(operator, Counter[str]())
-        most = max((known[example] + count for example, count in Counter(examples).items()), default=0)
-        return math.inf if self.met else gaussian_mu(self.clip_norm, self.sigma, max(self.views(), most))
-
-    def views(self) -> int:
-        """The largest number of views of one example at one operator."""
-        return max((max(counts.values(), default=0) for counts in self._views.values()), default=0)
-
-    def mu(self) -> float:
-        """μ of the run so far, for the example and the operator where it is largest."""
-        return math.inf if self.met else gaussian_mu(self.clip_norm, self.sigma, self.views())
-
-    def nats(self) -> float:
-        """What shares can tell one operator about all labels together, where it is most."""
-        views = max((sum(counts.values()) for counts in self._views.values()), default=0)
-        return math.inf if self.met else views * self.clip_norm**2 / (2.0 * self.sigma**2)
-
-    def state(self) -> Tensor:
-        """The counts as bytes (JSON), for a checkpoint."""
-        return _as_bytes({operator: dict(views) for operator, views in self._views.items()})
-
-    def load_state(self, state: Tensor) -> None:
-        """Goes on from the counts of a checkpoint.
-
-        Raises:
-            CheckpointError: it counts operators by number, as checkpoints once did.
-        """
-        counts: dict[str, dict[str, int]] = json.loads(bytes(state.numpy()))
-        if any(operator.isdecimal() for operator in counts):
-            raise CheckpointError(
-                "The checkpoint knows operators by their number, and so not which server has seen what.",
-                remedy="Resume with the version that wrote it, or start anew without --resume.",
-            )
-        self._views = {operator: Counter(views) for operator, views in counts.items()}
+    def report(self, prefix: str = "") -> dict[str, float]:
+        """The numbers by name, for a table or a progress line."""
+        values = {
+            "mu": self.mu, "epsilon": self.epsilon, "delta": self.delta, "auc_bound": self.auc_bound,
+            "information_bits": self.bits,
+        }  # fmt: skip
+        return {prefix + name: value for name, value in values.items() if value is not None}
 
 
-class InformationLedger:
-    """Counts what different messages can tell each operator about all labels together; equal messages count once."""
+class Accountant(Protocol):
+    """Knows what a run can have told one operator so far."""
 
-    def __init__(self) -> None:
-        self._seen: dict[str, dict[str, float]] = {}
-        self.met = False
-        """Whether messages that must be kept apart went to one operator: then nothing is private."""
-
-    def after(self, operator: str, message: str, nats: float) -> float:
-        """What `nats` of this operator would be if `record` were called with these."""
-        seen = self._seen.get(operator, {})
-        return sum(seen.values()) + (0.0 if message in seen else nats)
-
-    def record(self, operator: str, message: str, nats: float) -> None:
-        """The operator is sent this message."""
-        self._seen.setdefault(operator, {})[message] = nats
-
-    def messages(self) -> int:
-        """Different messages that one operator has seen, where they are most."""
-        return max((len(seen) for seen in self._seen.values()), default=0)
-
-    def nats(self) -> float:
-        """The bound for the operator where it is largest."""
-        return math.inf if self.met else max((sum(seen.values()) for seen in self._seen.values()), default=0.0)
-
-    def state(self) -> Tensor:
-        """As bytes (JSON), for a checkpoint."""
-        return _as_bytes(self._seen)
-
-    def load_state(self, state: Tensor) -> None:
-        """Adds what `state` has counted: whatever was sent stays sent."""
-        counts: dict[str, dict[str, float]] = json.loads(bytes(state.numpy()))
-        for operator, seen in counts.items():
-            self._seen.setdefault(operator, {}).update(seen)
+    def guarantee(self, delta: float = DELTA) -> Guarantee: ...
 
 
-def mean_advantage(nats: float, labels: int) -> float:
-    """How far above chance any attacker's guesses of `labels` labels, independent given the texts, are on average.
+def gaussian_guarantee(mu: float, delta: float = DELTA) -> Guarantee:
+    """Of μ-GDP. μ may be infinite: then nothing is private.
 
-    Pinsker's inequality for each label and Jensen's for their mean: √(nats / 2 labels), in units of probability. Chance
-    is what the best attacker guesses from the texts alone.
+    Raises:
+        ValueError: μ < 0 or δ outside (0, 1).
     """
-    return min(1.0, math.sqrt(nats / (2.0 * labels))) if labels else 1.0
+    bits = mu**2 / 8.0 / math.log(2.0)
+    return Guarantee(epsilon(mu, delta), delta, auc_bound(mu), mu, bits)
 
 
-def _as_bytes(value: object) -> Tensor:
-    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+@dataclass(frozen=True)
+class PureAccountant:
+    """ε-differential privacy that steps and operators don't add to, as of randomised response."""
+
+    epsilon: float
+
+    def guarantee(self, delta: float = DELTA) -> Guarantee:
+        return Guarantee(self.epsilon, 0.0, 1.0 / (1.0 + math.exp(-self.epsilon)))
 
 
-def gaussian_mu(clip_norm: float, sigma: float, views: int) -> float:
-    """μ = 2 C √views / σ."""
-    return 2.0 * clip_norm * math.sqrt(views) / sigma
+def allowance(mu: float) -> float:
+    """A = μ² / 4: the sum of costs with which a run stays μ-GDP."""
+    return mu**2 / 4.0
+
+
+def mu_of(cost: float) -> float:
+    """μ = 2 √A."""
+    return 2.0 * math.sqrt(cost)
 
 
 def epsilon(mu: float, delta: float) -> float:
@@ -146,8 +94,10 @@ def epsilon(mu: float, delta: float) -> float:
     Raises:
         ValueError: μ < 0 or δ outside (0, 1).
     """
-    if mu < 0 or not 0 < delta < 1:
+    if not mu >= 0 or not 0 < delta < 1:
         raise ValueError(f"mu = {mu} and delta = {delta}: need mu of at least 0 and delta between 0 and 1.")
+    if math.isinf(mu):
+        return math.inf
     if mu == 0 or _delta(0.0, mu) <= delta:
         return 0.0
     high = 1.0
@@ -161,8 +111,17 @@ def epsilon(mu: float, delta: float) -> float:
 
 
 def auc_bound(mu: float) -> float:
-    """The best AUC that any test of one label can reach under μ-GDP: Φ(μ / √2)."""
+    """The best AUC that any test of two labelings can reach under μ-GDP: Φ(μ / √2)."""
     return float(norm.cdf(mu / math.sqrt(2.0)))
+
+
+def mean_advantage(nats: float, labels: int) -> float:
+    """How far above chance any attacker's guesses of `labels` labels, independent given the texts, are on average.
+
+    Pinsker's inequality for each label and Jensen's for their mean: √(nats / 2 labels), in units of probability. Chance
+    is what the best attacker guesses from the texts alone.
+    """
+    return min(1.0, math.sqrt(nats / (2.0 * labels))) if labels else 1.0
 
 
 def _delta(eps: float, mu: float) -> float:

@@ -8,15 +8,12 @@ operator p + δ / 2s, another p − δ / 2s. Neither tells δ, but
 with J = ∂h/∂θ: what the pad does to the model cancels, what δ does stays. This is P3EFT's mixing (eq. 3) with the
 weights (1, s, −s), which sum to one, over the adapters (0, p + δ/2s, p − δ/2s).
 
-What an operator can learn from it is bounded whatever it computes. One padded adapter is a Gaussian mechanism: its
-Kullback-Leibler divergence from an adapter that knows nothing, N(0, σ²), is |δ/2s|² / 2σ². Divergences of consecutive
-messages add up (chain rule), whoever chose δ from whatever, so with |δ| ≤ R the mutual information between all labels
-together and v padded adapters is at most
+Both halves lie on a public lattice (`blindtune.lattice`): δ/2s is rounded to it, at random and without bias, and the
+pad is discrete Gaussian noise on it, so p ± δ/2s is exact in float32.
 
-    v R² / (8 s² σ²)   nats.
-
-Activations, shifts, differences of consecutive adapters and every probe on them are functions of the adapters and the
-texts, so they tell no more.
+What an operator can learn from it is bounded whatever it computes. One padded adapter is a Gaussian mechanism that
+tells |δ/2s|² / σ² (in the units of `blindtune.privacy.accountant`) of an update δ. Activations, shifts, differences of
+consecutive adapters and every probe on them are functions of the adapters and the texts, so they tell no more.
 """
 
 from __future__ import annotations
@@ -27,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from blindtune.lattice import Lattice
 from blindtune.privacy.randomness import SecureGenerator
 
 
@@ -35,32 +33,42 @@ class PadScale:
     """Public numbers of a run with padded adapters.
 
     Attributes:
-        sigma: standard deviation of the pads.
-        max_norm: R, the largest norm of δ; a longer one is scaled down.
+        lattice: of the pads; its σ is their standard deviation.
         amplification: s.
     """
 
-    sigma: float
-    max_norm: float
+    lattice: Lattice
     amplification: float
 
-    @property
-    def nats(self) -> float:
-        """What one padded adapter can tell about all labels together."""
-        return (self.max_norm / (2.0 * self.amplification)) ** 2 / (2.0 * self.sigma**2)
-
     @staticmethod
-    def for_budget(sigma: float, max_norm: float, views: int, nats: float) -> PadScale:
-        """The smallest amplification with which so many padded adapters stay within the budget.
+    def for_allowance(sigma: float, norm: float, allowance: float, *, limit: float = 1.0) -> PadScale:
+        """The smallest amplification with which an update of this norm costs no more than the allowance.
 
+        Args:
+            sigma: standard deviation of the pads.
+            norm: |δ|.
+            allowance: |δ/2s|² / σ² of one padded adapter.
+            limit: most that one padded adapter may ever cost.
         Raises:
             ValueError: a number that isn't positive.
         """
-        if not all(number > 0 for number in (sigma, max_norm, views, nats)):
-            raise ValueError(
-                f"sigma = {sigma}, max_norm = {max_norm}, views = {views}, nats = {nats}: must be positive."
-            )
-        return PadScale(sigma, max_norm, max_norm / sigma * math.sqrt(views / (8.0 * nats)))
+        if not all(number > 0 for number in (sigma, norm, allowance)):
+            raise ValueError(f"sigma = {sigma}, norm = {norm}, allowance = {allowance}: must be positive.")
+        lattice = Lattice.for_sigma(sigma, largest=sigma * math.sqrt(limit))
+        return PadScale(lattice, norm / (2.0 * lattice.sigma * math.sqrt(allowance)))
+
+    def longest(self, room: float, size: int) -> float:
+        """The largest |δ| of `size` values that costs at most `room`, however its rounding falls."""
+        steps = math.sqrt(max(0.0, room)) * self.lattice.steps - math.sqrt(size)
+        return max(0.0, steps) * self.lattice.step * 2.0 * self.amplification
+
+    def points(self, delta: Tensor, *, generator: SecureGenerator) -> Tensor:
+        """δ/2s on the lattice, in steps, int64 `(P,)`: rounded at random."""
+        return self.lattice.round(delta.double() / (2.0 * self.amplification), generator)
+
+    def cost(self, points: Tensor) -> float:
+        """|δ/2s|² / σ² of what is really sent."""
+        return float(points.double().square().sum()) / self.lattice.steps**2
 
 
 def bounded(delta: Tensor, max_norm: float) -> tuple[Tensor, float]:
@@ -70,22 +78,17 @@ def bounded(delta: Tensor, max_norm: float) -> tuple[Tensor, float]:
     return exact * factor, factor
 
 
-def pad_pair(delta: Tensor, scale: PadScale, *, generator: SecureGenerator) -> tuple[Tensor, Tensor]:
-    """`p + δ/2s` and `p − δ/2s` for δ `(P,)` with |δ| ≤ `scale.max_norm`: float32, drawn and added in float64.
+def pad_pair(points: Tensor, lattice: Lattice, *, generator: SecureGenerator) -> tuple[Tensor, Tensor]:
+    """`p + δ/2s` and `p − δ/2s` in float32, exact, from δ/2s on the lattice (`PadScale.points`).
 
     Raises:
-        ValueError: δ is longer, or holds NaN or infinity.
+        LatticeOverflow: the update is far larger than the pad.
     """
-    exact = delta.double()
-    norm = float(exact.norm())
-    if not norm <= scale.max_norm * (1 + 1e-9):
-        raise ValueError(f"The update has norm {norm}; the pad is made for {scale.max_norm}.")
-    pad = scale.sigma * generator.normal(*exact.shape)
-    small = exact / (2.0 * scale.amplification)
-    return (pad + small).float(), (pad - small).float()
+    pad = lattice.noise(generator, points.shape)
+    return lattice.values(pad + points), lattice.values(pad - points)
 
 
-def unpad(base: Tensor, plus: Tensor, minus: Tensor, scale: PadScale) -> Tensor:
+def unpad(base: Tensor, plus: Tensor, minus: Tensor, amplification: float) -> Tensor:
     """h(x, 0) + s (h₊ − h₋) from hidden states of one shape: in float64, returned as float32."""
     difference = plus.double() - minus.double()
-    return torch.add(base.double(), difference, alpha=scale.amplification).float()
+    return torch.add(base.double(), difference, alpha=amplification).float()

@@ -1,7 +1,11 @@
-"""Gradient shares: m noise-like tensors whose secret combination is the gradient (P3EFT, Algorithm 1).
+"""Gradient shares: m noise-like tensors whose sum is the gradient (P3EFT, Algorithm 1), exact to the last bit.
 
-Backpropagation is linear in its cotangent, so backprop(g) = Σ_j α_j backprop(ĝ_j) whenever g = Σ_j α_j ĝ_j. An
-operator that sees one share sees the Gaussian mechanism applied to g.
+Backpropagation is linear in its cotangent, so backprop(g) = Σ_j backprop(ĝ_j) whenever g = Σ_j ĝ_j. All shares lie on a
+public lattice (`blindtune.lattice`): m − 1 of them are discrete Gaussian noise, and the last one, the carrier, is g
+minus all of these. An operator that sees one share, or any m − 1 of them, sees a discrete Gaussian mechanism.
+
+All coefficients are one. Secret coefficients α ≠ ±1 would hide nothing more: the noise is what hides g, and α n has to
+be rounded, which is what leaked before (Mironov 2012; `blindtune.audit.labels.lattice`).
 """
 
 from __future__ import annotations
@@ -11,65 +15,44 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blindtune.keystream import KEY_BYTES, expand_noise
+from blindtune.keystream import KEY_BYTES
+from blindtune.lattice import Lattice, expand_noise
 from blindtune.privacy.randomness import SecureGenerator
 
 
 @dataclass(frozen=True)
 class Shares:
-    """`shares (m, ...)` float32 and secret `coefficients (m,)` float64 with Σ_j coefficients_j · shares_j = g."""
+    """`shares (m, ...)` float32, multiples of the lattice's step, whose sum is the rounded gradient."""
 
     shares: Tensor
-    coefficients: Tensor
     carrier: int
     """Index of the one share that depends on g; all others are noise alone."""
     seeds: tuple[bytes | None, ...]
-    """For every other share the 32 bytes that `expand_noise` makes it of."""
+    """For every other share the 32 bytes that `blindtune.lattice.expand_noise` makes it of."""
 
 
-def split_gradient(gradient: Tensor, m: int, sigma: float, *, generator: SecureGenerator) -> Shares:
-    """Splits g into m shares, each of which is Gaussian noise of standard deviation ≥ σ around 0 or around g.
-
-    m − 1 shares are N(0, σ²), each expanded from a seed that can travel in its place. The last is g − Σ_j α_j ĝ_j
-    with a secret direction α, |α| in [1, 1.25), so its noise has standard deviation |α| σ ≥ σ. A secret order decides
-    which one that is. Everything is drawn and added in float64 and rounded once to float32; since α is irrational in
-    effect, the rounded sum lies on no lattice that would depend on g (Mironov 2012).
+def split_gradient(points: Tensor, m: int, lattice: Lattice, *, generator: SecureGenerator) -> Shares:
+    """Splits a gradient on the lattice into m shares, which travel in a secret order.
 
     Args:
-        gradient: `(...)`, finite.
+        points: `(...)` int64, in steps (`Lattice.round`).
         m: number of shares, at least 2.
-        sigma: noise standard deviation, fixed and public: it must not follow the gradient's norm.
+        lattice: made for m − 1 noise terms (`Lattice.for_sigma(terms=m - 1)`); its σ must not follow the gradient.
     Raises:
-        ValueError: m < 2, σ ≤ 0, or a gradient with NaN or infinity.
+        ValueError: m < 2.
+        LatticeOverflow: the gradient is far larger than the noise.
     """
-    if m < 2 or sigma <= 0:
-        raise ValueError(f"m = {m} and sigma = {sigma}: need m of at least 2 and a positive sigma.")
-    if not bool(torch.isfinite(gradient).all()):
-        raise ValueError("The gradient holds NaN or infinity; nothing was sent.")
-    direction = generator.normal(m - 1)
-    length = 1.0 + 0.25 * (1.0 - generator.uniform(1))
-    alpha = length * direction / direction.norm()  # (m - 1,)
+    if m < 2:
+        raise ValueError(f"m = {m}: need at least 2 shares.")
     seeds = [generator.bytes(KEY_BYTES) for _ in range(m - 1)]
-    noise = torch.stack([expand_noise(seed, gradient.shape, sigma) for seed in seeds])
-    carrier = gradient.double() - torch.tensordot(alpha, noise.double(), dims=1)
+    noise = [expand_noise(seed, points.shape, lattice) for seed in seeds]
+    carrier = points - sum((n.double() / lattice.step).long() for n in noise)
     order = generator.permutation(m)
-    shares = torch.cat([carrier.float().unsqueeze(0), noise])[order]
-    coefficients = torch.cat([torch.ones(1, dtype=torch.float64), alpha])[order]
+    shares = torch.stack([lattice.values(carrier), *noise])[order]
     placed: list[bytes | None] = [None, *seeds]
-    return Shares(shares, coefficients, order.index(0), tuple(placed[index] for index in order))
+    return Shares(shares, order.index(0), tuple(placed[index] for index in order))
 
 
-def combine(results: Tensor, coefficients: Tensor) -> Tensor:
-    """Σ_j α_j backprop(ĝ_j) from results `(m, ...)`: added in float64, returned as float32."""
-    return torch.tensordot(coefficients, results.double(), dims=1).float()
-
-
-def clip_per_example(gradient: Tensor, norm: float) -> Tensor:
-    """Scales down every example of `(n, B, ...)` whose norm over all but axis 1 is above `norm`.
-
-    All n adapters of an example share one factor: an operator sees them together, so the bound must hold for them
-    together (the C of the Gaussian mechanism).
-    """
-    axes = [axis for axis in range(gradient.ndim) if axis != 1]
-    norms = torch.linalg.vector_norm(gradient, dim=axes, keepdim=True)  # (1, B, 1, ...)
-    return gradient * (norm / norms.clamp_min(norm))
+def combine(results: Tensor) -> Tensor:
+    """Σ_j backprop(ĝ_j) from results `(m, ...)`: added in float64, returned as float32."""
+    return results.double().sum(0).float()

@@ -30,7 +30,7 @@ from blindtune.errors import (
     UnknownModel,
     UnknownPart,
 )
-from blindtune.keystream import expand_noise
+from blindtune.lattice import Lattice, expand_noise
 from blindtune.models import FrozenBackbone, Tokens
 from blindtune.server.auth import TokenStore
 from blindtune.server.cache import ByteLRU
@@ -198,8 +198,9 @@ class Host:
                     "The request holds both 'cotangents' and a seed for one.", remedy="Send one of the two."
                 )
             expanded = [len(tokens), *([tokens.input_ids.shape[1]] if len(positions) > 1 else []), positions[-1]]
-            seed, sigma = bytes.fromhex(request.noise.seed), request.noise.sigma
-            tensors["cotangents"] = expand_noise(seed, (1, len(request.adapters), *expanded), sigma)
+            lattice = Lattice(request.noise.exponent, request.noise.steps)
+            seed = bytes.fromhex(request.noise.seed)
+            tensors["cotangents"] = expand_noise(seed, (1, len(request.adapters), *expanded), lattice)
         cotangents = check_tensor(tensors, "cotangents", shape, torch.float32)
         if not 1 <= len(cotangents) <= self.settings.limits.max_cotangents:
             raise InvalidTensor(

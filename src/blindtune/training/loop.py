@@ -98,10 +98,12 @@ class Trainer:
             generator = model.generator.derive(b"moments")
             randomise_moments(self.optimizer, model.backbone.parameters(), config.random_moments, generator)
         self.done = 0
+        if checkpoint is not None and model.method.ledger is not None:
+            model.method.ledger.attach(checkpoint)
 
     def prepare(self) -> None:
         """Frozen features, the head's start, the method's statistics. Not needed when resuming."""
-        self.model.prepare(self.rows, self.labels)
+        self.model.prepare(self.train.texts, self.labels)
 
     def steps(self) -> Iterator[Step]:
         """Runs the remaining steps, one at each `next`. A step that fails changes nothing that a checkpoint holds."""
@@ -159,6 +161,7 @@ class Trainer:
                 remedy="Resume with the same options and file, or start anew without --resume.",
             )
         self.model.method.load_state({**self.model.method.state(), **method})
+        self.model.method.replay()
         with torch.no_grad():  # from the one file that was written at once
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(state[f"parameter.{name}"])

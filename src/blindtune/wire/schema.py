@@ -98,12 +98,16 @@ class ForwardResponse(Message):
 
 
 class NoiseShare(Message):
-    """A cotangent of pure noise, N(0, sigma²), as the seed that the server expands (`blindtune.keystream`)."""
+    """A cotangent of pure noise, as the seed that the server expands (`blindtune.lattice`).
 
-    version: Literal[1] = 1
+    The noise is a discrete Gaussian with a standard deviation of `steps` steps of 2^exponent.
+    """
+
+    version: Literal[2] = 2
     seed: Sha256
     """32 bytes in hexadecimal."""
-    sigma: Annotated[float, Field(gt=0, le=1e30)]
+    exponent: Annotated[int, Field(ge=-100, le=60)]
+    steps: Annotated[int, Field(ge=1, le=3 * 2**19)]
 
 
 class BackwardRequest(Message):
