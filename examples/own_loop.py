@@ -18,12 +18,15 @@ texts = [
 labels = [1, 0, 1, 0] * 16  # never leave this process
 
 backbone = bt.Backbone(["http://127.0.0.1:8001", "http://127.0.0.1:8002"])
-model = bt.PrivateModel(backbone, head=bt.LinearHead(backbone.hidden_size, 2), method=bt.P3EFT(steps=10))
+method = bt.P3EFT(steps=10, batch_size=16)  # everything that one server sees: μ = 0.25, ε < 1
+model = bt.PrivateModel(backbone, head=bt.LinearHead(backbone.hidden_size, 2), method=method, ledger="out/own-loop")
 model.prepare(texts, labels)  # frozen features of the texts; starts the head
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 
 for step in range(10):
-    chosen = torch.randperm(len(texts))[:16].tolist()
+    if step % 4 == 0:  # a new epoch: the order must not depend on labels
+        order = torch.randperm(len(texts)).split(16)
+    chosen = order[step % 4].tolist()
     output = model([texts[i] for i in chosen], [labels[i] for i in chosen])
     optimizer.zero_grad()
     output.loss.backward()  # shares of the gradient go to the two operators

@@ -23,6 +23,7 @@ import os
 import re
 import signal
 import ssl
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")  # before transformers is imported
+os.environ["BLINDTUNE_HOME"] = tempfile.mkdtemp(prefix="blindtune-home-")  # of fixtures that several tests share
 os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")  # before numpy is; also what tests start
 
 import httpx2
@@ -68,6 +70,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _one_thread() -> None:
     """Equal sums on every machine, and no fight with the servers over the cores."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def own_history(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of other tests, and of whoever works here, don't count as earlier runs on the same labels."""
+    monkeypatch.setenv("BLINDTUNE_HOME", str(tmp_path_factory.mktemp("home")))
 
 
 @pytest.fixture(scope="session")

@@ -233,15 +233,17 @@ class TestAdapterShapes:
             refused(InvalidTensor, "'cotangents'", str(shape), remedy=f"(any, 1, 3, {HIDDEN})", call=call)
 
     def test_a_cotangent_and_a_seed_for_one(self, transport: Transport):
-        noise = NoiseShare(seed="00" * 32, sigma=1.0)
+        noise = NoiseShare(seed="00" * 32, exponent=-20, steps=2**20)
         request = BackwardRequest(adapters=[an_adapter(transport)], pooling="mean", noise=noise)
         body = encode(request, {**batch(3, 5).tensors(), "cotangents": torch.ones(1, 1, 3, HIDDEN)})
         call = lambda: transport.post("/v1/models/bert/backward", body)  # noqa: E731
         refused(InvalidTensor, "both 'cotangents' and a seed", remedy="one of the two", call=call)
 
-    @pytest.mark.parametrize("wrong", [{"version": 2}, {"sigma": -1.0}, {"sigma": float("inf")}, {"seed": "short"}])
+    @pytest.mark.parametrize(
+        "wrong", [{"version": 1}, {"steps": 0}, {"steps": 2**21}, {"exponent": 61}, {"seed": "short"}]
+    )
     def test_noise_of_another_version_or_size(self, wrong: dict[str, Any], transport: Transport):
-        noise = NoiseShare.model_construct(**{"version": 1, "seed": "00" * 32, "sigma": 1.0, **wrong})
+        noise = NoiseShare.model_construct(**{"version": 2, "seed": "00" * 32, "exponent": 0, "steps": 9, **wrong})
         request = BackwardRequest.model_construct(adapters=[an_adapter(transport)], pooling="mean", noise=noise)
         body = encode(request, batch(3, 5).tensors())
         call = lambda: transport.post("/v1/models/bert/backward", body)  # noqa: E731

@@ -120,9 +120,9 @@ def discrete_gaussian(stream: Keystream, steps: int, count: int) -> Tensor:
 
     Each candidate takes three words w₁, w₂, w₃ of 64 bits. w₁ gives a sign and u, uniform below `steps` (or the
     candidate is dropped); w₂ gives k with P(k) ∝ e^-k; y = steps · k + u is kept if w₃ is below
-    e^-((y² - (2k - 1) steps²) / 2 steps²), which is at most one, and with it the product of the three is ∝ e^-(y² / 2
-    steps²). It is the rejection sampler of Canonne, Kamath and Steinke (2020, algorithm 3), which begins with a discrete
-    Laplace distribution, with its rejections made at once.
+    e^-((y² - (2k - 1) steps²) / 2 steps²), which is at most one. All together is ∝ e^-(y² / 2 steps²). This is the
+    rejection sampler of Canonne, Kamath and Steinke (2020, algorithm 3), which begins with a discrete Laplace
+    distribution, with its rejections made at once.
 
     Raises:
         ValueError: `steps` is below 1 or too large for exact integers.

@@ -80,7 +80,7 @@ def test_unknown_methods_and_options_are_named():
         make_method("p4eft")
     with pytest.raises(ConfigError, match=r"no option \['adapters'\]"):
         make_method("p3eft", {"adapters": 2})
-    with pytest.raises(ConfigError, match=r"no option \['n'\].*max_bits"):
+    with pytest.raises(ConfigError, match=r"no option \['n'\].*max_mu"):
         make_method("p3eft", {"n": 2})
 
 

@@ -30,9 +30,9 @@ from blindtune.methods import (
     read_resume,
     save_model,
 )
-from blindtune.models import FrozenBackbone, LoraLayout, Tokens
 from blindtune.methods.integrity import IntegrityCheck
 from blindtune.methods.pads import PadPlan
+from blindtune.models import FrozenBackbone, LoraLayout, Tokens
 from blindtune.privacy.accountant import allowance, mu_of
 from blindtune.privacy.ledger import Entry, Ledger
 from blindtune.privacy.randomness import SecureGenerator

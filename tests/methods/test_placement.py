@@ -139,12 +139,12 @@ class TestExposure:
         )
 
     @pytest.mark.parametrize("operators", [2, 3])
-    def test_padded_adapters_tell_a_known_number_of_bits(self, operators):
-        for said in told("p3eft", operators, max_bits=0.5):
+    def test_padded_adapters_and_shares_have_one_bound(self, operators):
+        for said in told("p3eft", operators, max_mu=0.1):
             assert said.startswith("sees texts, one adapter under a pad, and one share of each gradient, in ")
             assert said.endswith(
-                ": all its adapters tell at most 0.5 bits about all labels together, a share 7.2e-05 bits for each "
-                "example in it; consecutive steps tell no more"
+                ": all that it sees of the run is μ-differentially private in all labels with μ = 0.1, so ε = 0.34 at "
+                "δ = 1e-05: no test of one label has an AUC above 0.528"
             )
 
     def test_only_two_of_three_operators_get_a_padded_adapter(self):
@@ -153,11 +153,12 @@ class TestExposure:
         assert "one adapter under a pad" in first
         assert "one adapter under a pad" in second
         assert third == (
-            "sees texts and one share of each gradient, in every step, so in consecutive ones: a share tells at most "
-            "7.2e-05 bits about all labels together for each example in it"
+            "sees texts and one share of each gradient, in every step, so in consecutive ones: all that it sees of "
+            "the run is μ-differentially private in all labels with μ = 0.25, so ε = 0.93 at δ = 1e-05: no test of one "
+            "label has an AUC above 0.570"
         )
         later = told("p3eft", 6, m=3)
-        assert "one adapter under a pad where you validate or predict: all its adapters" in later[2]
+        assert "one adapter under a pad where you validate or predict: all that it sees" in later[2]
         assert all("adapter under a pad, and one share" in said for said in told("p3eft", 4, m=3))
 
     @pytest.mark.parametrize("name", ["lora", "p3eft", "p3eft_published"])

@@ -1,63 +1,74 @@
-"""μ-GDP of the gradient channel, and what all messages can tell together."""
+"""The guarantee in its forms: μ, ε at δ, the best AUC, and bits."""
 
 import math
 
 import numpy as np
 import pytest
-import torch
+from dp_accounting.pld import privacy_loss_distribution
 from sklearn.metrics import roc_auc_score
 
-from blindtune.errors import CheckpointError
 from blindtune.privacy.accountant import (
-    Accountant,
-    InformationLedger,
+    PureAccountant,
+    allowance,
     auc_bound,
     epsilon,
-    gaussian_mu,
+    gaussian_guarantee,
     mean_advantage,
+    mu_of,
 )
 
 
-def test_mu_grows_with_the_square_root_of_the_views_of_one_example():
-    accountant = Accountant(clip_norm=1.0, sigma=1000.0)
-    for _ in range(4):
-        accountant.record("a", ["a", "b"])
-    accountant.record("b", ["a"])
-    assert accountant.views() == 4
-    assert accountant.mu() == pytest.approx(2 * 2 / 1000)
+@pytest.mark.parametrize("mu", [0.1, 0.25, 1.0, 2.55])
+def test_epsilon_is_that_of_another_accountant(mu):
+    """Google's dp-accounting, which composes privacy loss distributions: ten Gaussian mechanisms of μ / √10 each."""
+    one = privacy_loss_distribution.from_gaussian_mechanism(
+        math.sqrt(10) / mu, sensitivity=1.0, value_discretization_interval=1e-4
+    )
+    assert epsilon(mu, 1e-5) == pytest.approx(one.self_compose(10).get_epsilon_for_delta(1e-5), rel=2e-3, abs=2e-3)
 
 
-def test_views_at_two_operators_do_not_add_up():
-    accountant = Accountant(1.0, 10.0)
-    accountant.record("a", ["a"])
-    accountant.record("b", ["a"])
-    assert accountant.views() == 1
+@pytest.mark.parametrize("steps", [4, 100])
+def test_discrete_gaussians_compose_as_gaussians_do(steps):
+    """The mechanism that is really used, on integers: five messages of one step each."""
+    one = privacy_loss_distribution.from_discrete_gaussian_mechanism(
+        float(steps), sensitivity=1, value_discretization_interval=1e-4
+    )
+    found = one.self_compose(5).get_epsilon_for_delta(1e-3)
+    assert found == pytest.approx(epsilon(math.sqrt(5) / steps, 1e-3), rel=0.02, abs=1e-3)
 
 
-def test_a_step_can_be_priced_before_it_is_taken():
-    accountant = Accountant(1.0, 10.0)
-    accountant.record("a", ["a", "b"])
-    for operator, examples in (("a", ["c"]), ("a", ["a", "c"]), ("b", ["a"]), ("b", ["d", "d", "d"])):
-        price = accountant.mu_after(operator, examples)
-        again = Accountant(1.0, 10.0)
-        again.load_state(accountant.state())
-        again.record(operator, examples)
-        assert price == again.mu()
+def test_a_guarantee_has_all_its_forms():
+    found = gaussian_guarantee(0.25)
+    assert (found.mu, found.delta) == (0.25, 1e-5)
+    assert found.epsilon == pytest.approx(0.9263, abs=1e-4)
+    assert found.auc_bound == pytest.approx(0.5702, abs=1e-4)
+    assert found.bits == pytest.approx(0.25**2 / 8 / math.log(2))
+    assert found.report("x_")["x_epsilon"] == found.epsilon
+    nothing = gaussian_guarantee(math.inf)
+    assert (nothing.epsilon, nothing.auc_bound, nothing.bits) == (math.inf, 1.0, math.inf)
 
 
-def test_state_survives_a_checkpoint():
-    accountant, again = Accountant(1.0, 10.0), Accountant(1.0, 10.0)
-    accountant.record("https://c.example", ["x", "y"])
-    again.load_state(accountant.state())
-    again.record("https://c.example", ["x"])
-    assert again.views() == 2
+def test_the_budget_of_costs_is_that_of_mu():
+    assert mu_of(allowance(0.3)) == pytest.approx(0.3)
+    assert gaussian_guarantee(0.3).bits == pytest.approx(allowance(0.3) / 2 / math.log(2))
 
 
-def test_counts_of_servers_by_number_are_refused():
-    """Checkpoints once had them: whether the same servers come in the same order now, nobody can tell."""
-    state = torch.frombuffer(bytearray(b'{"0": {"a": 3}, "1": {"a": 2}}'), dtype=torch.uint8)
-    with pytest.raises(CheckpointError, match=r"by their number.*start anew"):
-        Accountant(1.0, 10.0).load_state(state)
+def test_two_labelings_are_as_far_apart_as_the_budget_says_and_no_further():
+    """The worst case: two labelings whose messages are opposite and each cost the whole budget A."""
+    rng, budget = np.random.default_rng(0), allowance(0.8)
+    cost = budget / 16
+    means = np.full(16, math.sqrt(cost))
+    seen = rng.normal(size=(2, 20_000, 16)) + np.stack([means, -means])[:, None]
+    auc = roc_auc_score(np.repeat([0, 1], 20_000), -(seen @ means).ravel())
+    assert auc == pytest.approx(auc_bound(0.8), abs=0.01)
+
+
+def test_randomised_response_has_the_same_forms_where_they_exist():
+    found = PureAccountant(1.0).guarantee()
+    assert (found.epsilon, found.delta, found.mu, found.bits) == (1.0, 0.0, None, None)
+    assert set(found.report()) == {"epsilon", "delta", "auc_bound"}
+    truth = 1 / (1 + math.exp(-1.0))  # the answer is true so often, and that is all that can be known
+    assert found.auc_bound == pytest.approx(truth)
 
 
 def test_epsilon_agrees_with_the_definition_of_gdp():
@@ -83,74 +94,10 @@ def test_the_bound_is_the_auc_of_the_best_test():
     assert auc_bound(mu) == pytest.approx(roc_auc_score(np.repeat([0, 1], 20_000), scores), abs=0.01)
 
 
-def test_no_view_gives_no_mu():
-    assert Accountant(1.0, 1.0).mu() == 0.0
-    assert gaussian_mu(1.0, 2.0, 1) == 1.0
-
-
 @pytest.mark.parametrize(("mu", "delta"), [(-1.0, 0.1), (1.0, 0.0), (1.0, 1.0)])
 def test_impossible_numbers_are_refused(mu, delta):
     with pytest.raises(ValueError, match="delta between"):
         epsilon(mu, delta)
-
-
-class TestInformation:
-    def test_of_shares_is_what_their_divergence_from_noise_adds_up_to(self):
-        """One share: KL(N(g, σ²) || N(0, σ²)) with |g| = C, for each example in it."""
-        gradient = torch.tensor([3.0, 4.0])  # C = 5
-        noisy, noise = (torch.distributions.Normal(mean, 20.0) for mean in (gradient, torch.zeros(2)))
-        each = float(torch.distributions.kl_divergence(noisy, noise).sum())
-        accountant = Accountant(clip_norm=5.0, sigma=20.0)
-        assert accountant.nats() == 0.0
-        accountant.record("a", ["a", "b"])
-        accountant.record("a", ["a", "c"])
-        accountant.record("b", ["a", "b", "c"])
-        assert accountant.nats() == pytest.approx(4 * each)  # operators don't pool what they see
-        accountant.record_meeting()
-        assert accountant.nats() == math.inf
-
-    def test_equal_messages_count_once_and_operators_apart(self):
-        ledger = InformationLedger()
-        assert (ledger.nats(), ledger.messages()) == (0.0, 0)
-        for operator, message in (("a", "x"), ("b", "x"), ("a", "x"), ("a", "y"), ("b", "x")):
-            ledger.record(operator, message, 0.25)
-        assert (ledger.nats(), ledger.messages()) == (0.5, 2)
-
-    def test_a_message_can_be_priced_before_it_is_sent(self):
-        ledger = InformationLedger()
-        ledger.record("a", "x", 0.25)
-        for operator, message in (("a", "x"), ("a", "y"), ("b", "x")):
-            again = InformationLedger()
-            again.load_state(ledger.state())
-            price = ledger.after(operator, message, 0.125)
-            again.record(operator, message, 0.25 if (operator, message) == ("a", "x") else 0.125)
-            assert price == sum(again._seen[operator].values())
-        assert ledger.nats() == 0.25, "asking for a price spends nothing"
-
-    def test_survives_a_checkpoint(self):
-        ledger, again = InformationLedger(), InformationLedger()
-        ledger.record("https://a.example", "ab" * 16, 0.125)
-        again.load_state(ledger.state())
-        assert again.nats() == 0.125
-        again.record("https://a.example", "ab" * 16, 0.125)
-        again.record("https://a.example", "cd" * 16, 0.125)
-        assert again.nats() == 0.25
-        assert ledger.nats() == 0.125
-
-    def test_never_forgets_what_was_sent_when_an_older_count_is_read(self):
-        """As when a checkpoint's two files are read one after the other."""
-        ledger, older = InformationLedger(), InformationLedger()
-        ledger.record("a", "x", 0.25)
-        ledger.record("b", "x", 0.25)
-        older.record("a", "y", 0.25)
-        ledger.load_state(older.state())
-        assert (ledger.nats(), ledger.messages()) == (0.5, 2)
-        assert ledger.after("b", "x", 0.25) == 0.25
-
-    def test_has_no_bound_where_messages_met_that_had_to_be_apart(self):
-        ledger = InformationLedger()
-        ledger.met = True
-        assert ledger.nats() == math.inf
 
 
 class TestMeanAdvantage:

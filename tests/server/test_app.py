@@ -22,7 +22,7 @@ from torch import Tensor
 
 from blindtune.client import Upload
 from blindtune.errors import PROBLEM_PREFIX, TooBusy
-from blindtune.keystream import expand_noise
+from blindtune.lattice import Lattice, expand_noise
 from blindtune.models import FrozenBackbone, load_backbone
 from blindtune.server import ServerSettings, create_app
 from blindtune.server.host import Host
@@ -136,9 +136,9 @@ class TestPasses:
             http.put(f"/v1/adapters/{upload.sha256}", content=upload.body)
         tokens, hashes = batch(4, 6), [upload.sha256 for upload in bodies]
         shape = (1, 2, 4, HIDDEN) if pooling == "mean" else (1, 2, 4, 6, HIDDEN)
-        noise = NoiseShare(seed="ab" * 32, sigma=30.0)
+        noise = NoiseShare(seed="ab" * 32, exponent=-15, steps=10**6)
         as_seed = encode(BackwardRequest(adapters=hashes, pooling=pooling, noise=noise), tokens.tensors())
-        cotangents = expand_noise(bytes.fromhex(noise.seed), shape, noise.sigma)
+        cotangents = expand_noise(bytes.fromhex(noise.seed), shape, Lattice(noise.exponent, noise.steps))
         whole = BackwardRequest(adapters=hashes, pooling=pooling)
         as_tensor = encode(whole, {**tokens.tensors(), "cotangents": cotangents})
         answers = [

@@ -7,7 +7,7 @@ out/
   head.safetensors            the client's head; with the adapters it tells labels (mode 600)
   secret.safetensors          mixing weights, randomised labels, key: as secret as the labels (mode 600)
   resume.safetensors          optimizer and adversary, for --resume (mode 600)
-  ledger.jsonl                what operators were sent, written before it was sent (mode 600; `blindtune.privacy.ledger`)
+  ledger.jsonl                what operators were sent, written before it was sent (mode 600)
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def read_summary(folder: str | Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError):
         raise CheckpointError(
             f"{path} is not a checkpoint of this version.",
-            remedy="Train again. Padded adapters and shares of earlier versions told more than they said (CHANGELOG.md).",
+            remedy="Train again. Pads and shares of earlier versions told more than they said (CHANGELOG.md).",
         ) from None
     return summary
 

@@ -1,4 +1,4 @@
-"""Private backpropagation over operators (P3EFT, Algorithm 1): bound, split into shares, one share for each operator."""
+"""Private backpropagation (P3EFT, Algorithm 1): gradients are split into shares, and each operator gets one."""
 
 from __future__ import annotations
 

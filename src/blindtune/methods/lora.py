@@ -26,8 +26,8 @@ class LoRA:
 
     Args:
         m: gradient shares; as many operators that don't collude are needed. 1: true gradients in the clear.
-        clip_norm: bound C on one example's gradient at the hidden states of all adapters together, as a root mean square
-            over all examples so far, if there are shares.
+        clip_norm: bound C on one example's gradient at the hidden states of all adapters together, as a root mean
+            square over all examples so far, if there are shares.
         noise_ratio: σ / C. μ of the shares is 2 √(examples in all steps) / noise_ratio.
         max_mu: budget for μ of the shares; the run stops before the step that would exceed it.
         allow_single_operator: lets shares meet at one operator. Then there is no gradient privacy.

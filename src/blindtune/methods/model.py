@@ -165,8 +165,8 @@ class PrivateModel(nn.Module):
         """Fetches the frozen features of the training texts and starts the head and the method from them.
 
         Each text goes to one operator once; labels stay here. A `LinearHead` is fitted on the frozen features (linear
-        probing, then fine-tuning); other heads keep their initial weights. A run whose ledger has a folder is registered
-        among those on the same labels (`blindtune.privacy.history`).
+        probing, then fine-tuning); other heads keep their initial weights. A run whose ledger has a folder is
+        registered among those on the same labels (`blindtune.privacy.history`).
         """
         target = self._labels(labels)
         self._register(texts)

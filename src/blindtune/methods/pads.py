@@ -171,10 +171,7 @@ class PaddedAdapters:
         generator = self.generator.derive(b"pad", *made_from, times, *(member.encode() for member in members))
         message = message_id(generator)
         known = self.ledger.find(members, message)
-        if known is not None:
-            factor = known.factor
-        else:
-            factor = bounded(delta, self._longest(members, scale, delta.numel()))[1]
+        factor = known.factor if known else bounded(delta, self._longest(members, scale, delta.numel()))[1]
         points = scale.points(delta.double() * factor, generator=generator)
         if not self.ledger.compromised:
             brought, cost = self.plan.allowance, scale.cost(points)
@@ -213,8 +210,8 @@ class PaddedAdapters:
             self.ledger.check(members, self.plan.allowance)
         except BudgetSpent:
             raise BudgetSpent(
-                f"The run was planned for {self.plan.steps} steps, and its budget of μ = {mu_of(self.ledger.limit):.3g} "
-                "is spent.",
+                f"The run was planned for {self.plan.steps} steps, and its budget of "
+                f"μ = {mu_of(self.ledger.limit):.3g} is spent.",
                 remedy="What was learned can be used over the operators that trained it, in their order. For a longer "
                 "run, plan more steps (steps=…) before it begins.",
             ) from None

@@ -132,7 +132,7 @@ class _Run:
         if part.share and (self.shares is None or self.met):
             return f"it can learn {words.learned} from gradients" + (": their shares meet here" if self.met else "")
         if isinstance(self.channel, PaddedAdapters):
-            return self._bounded(self.channel, part)
+            return self._bounded(self.channel)
         lets = f" as far as {words.defence} lets them" if words.defence else ""
         carried = f"activations and shifts carry {words.learned}{lets}"
         return f"{carried}; {self._updates(part, words)}" if part.share else carried
@@ -151,15 +151,11 @@ class _Run:
             f"shares hide it{moments}"
         )
 
-    def _bounded(self, channel: PaddedAdapters, part: Part) -> str:
+    def _bounded(self, channel: PaddedAdapters) -> str:
         """The bound, see `blindtune.privacy.accountant`."""
-        if not (part.adapters or part.predictions):
-            what = "all its shares together"
-        else:
-            what = "all that it sees of the run"
         guarantee = gaussian_guarantee(mu_of(channel.ledger.limit))
         return (
-            f"{what} is μ-differentially private in all labels with μ = {guarantee.mu:g}, so ε = "
+            f"all that it sees of the run is μ-differentially private in all labels with μ = {guarantee.mu:g}, so ε = "
             f"{guarantee.epsilon:.2g} at δ = {guarantee.delta:g}: no test of one label has an AUC above "
             f"{guarantee.auc_bound:.3f}"
         )

@@ -2,9 +2,9 @@
 
 Everything that depends on labels reaches an operator as a Gaussian mechanism: a vector a_t under noise of standard
 deviation σ_t, where a_t may depend on the labels and on all messages before. A message *costs* |a_t|² / σ_t². A filter
-(`Budget`) keeps the sum of costs below a public bound A on every path, for any labels. For any two labelings the
-distances of the means then add up to Σ |a_t - a'_t|² / σ_t² ≤ (√A + √A)² = 4 A, so the whole view of an operator is μ-GDP
-with
+(`blindtune.privacy.ledger`) keeps the sum of costs below a public bound A on every path, for any labels. For any two
+labelings the distances of the means then add up to Σ |a_t - a'_t|² / σ_t² ≤ (√A + √A)² = 4 A, so the whole view of an
+operator is μ-GDP with
 
     μ = 2 √A        (fully adaptive composition: Smith and Thakurta 2022; Gaussian DP: Dong, Roth and Su 2022)
 

@@ -384,6 +384,6 @@ def audit_shares(shares: Features, hypotheses: ArrayLike, labels: Labels) -> lis
     for share in shares:
         scores = unknown_label_scores(np.moveaxis(share, 0, 1).reshape(share.shape[1], -1), gradients, labels)
         margins = [scores[:, k] - np.delete(scores, k, axis=1).max(1) for k in range(scores.shape[1])]
-        present = [k for k in range(len(margins)) if 0 < int((labels == k).sum())]
+        present = [k for k in range(len(margins)) if int((labels == k).sum()) > 0]
         values.append(float(np.mean([auc(margins[k], labels == k) for k in present])))
     return values

@@ -1,0 +1,191 @@
+"""The ledger: written before anything is sent, and never below what operators have seen."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+
+import pytest
+
+from blindtune.errors import BudgetSpent, CheckpointError
+from blindtune.privacy.accountant import allowance
+from blindtune.privacy.history import LabelHistory, total_mu
+from blindtune.privacy.ledger import JOURNAL, Entry, Ledger, read_journal
+
+A, B = "https://a.example", "https://b.example"
+
+
+def entry(operator: str = A, message: str = "m", *, brings: float = 0.01, costs: float = 0.005, **more) -> Entry:
+    return Entry(operator, more.pop("kind", "adapter"), message, brings, costs, **more)
+
+
+class TestCounting:
+    def test_adds_up_at_each_operator_and_equal_messages_count_once(self):
+        ledger = Ledger(allowance(1.0))
+        ledger.record([entry(A, "x"), entry(B, "x")])
+        ledger.record([entry(A, "x"), entry(A, "y")])
+        assert ledger.allowance() == pytest.approx(0.02)
+        assert ledger.guarantee().mu == pytest.approx(2 * math.sqrt(0.02))
+        assert ledger.used() == pytest.approx(0.5)
+        assert ledger.messages("adapter") == 2
+
+    def test_keeps_what_was_not_needed_for_later(self):
+        ledger = Ledger(allowance(1.0))
+        ledger.record([entry(message="x", brings=0.01, costs=0.002)])
+        assert ledger.room([A], 0.01) == pytest.approx(0.018)
+        ledger.record([entry(message="y", brings=0.01, costs=0.018)])
+        assert ledger.room([A], 0.01) == pytest.approx(0.01)
+        with pytest.raises(ValueError, match="more than there is room for"):
+            ledger.record([entry(message="z", brings=0.01, costs=0.02)])
+
+    def test_refuses_a_message_too_many_and_the_reason_depends_on_no_label(self):
+        """By what messages bring, which is public; never by what they cost."""
+        ledger = Ledger(0.02)
+        for message in "xy":
+            ledger.record([entry(message=message, brings=0.01, costs=0.0)])
+        with pytest.raises(BudgetSpent, match=r"the budget is 0\.28"):
+            ledger.record([entry(message="z", brings=0.01, costs=0.0)])
+        ledger.record([entry(message="x")])
+        ledger.record([entry(B, "z")])
+
+    def test_the_room_of_a_message_to_two_is_that_of_the_one_with_less(self):
+        ledger = Ledger(1.0)
+        ledger.record([entry(A, "x", brings=0.1, costs=0.1), entry(B, "y", brings=0.1, costs=0.0)])
+        assert ledger.room([A, B], 0.0) == pytest.approx(0.0)
+        assert ledger.room([B], 0.0) == pytest.approx(0.1)
+
+    def test_nothing_is_guaranteed_once_messages_have_met(self):
+        ledger = Ledger()
+        ledger.compromise()
+        assert ledger.guarantee().epsilon == math.inf
+
+
+class TestJournal:
+    def test_holds_a_message_before_it_could_be_sent(self, tmp_path, monkeypatch):
+        """If it can't be written, nothing is counted and the caller never sends."""
+        ledger = Ledger(1.0)
+        ledger.attach(tmp_path)
+        ledger.record([entry(message="x")])
+        assert "x" in (tmp_path / JOURNAL).read_text()
+
+        def full(*_: object) -> int:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "write", full)
+        with pytest.raises(CheckpointError, match=r"ledger\.jsonl can't be written: .*No space left"):
+            ledger.record([entry(message="y")])
+        assert ledger.messages("adapter") == 1
+
+    def test_is_on_the_disk_and_not_in_a_buffer(self, tmp_path, monkeypatch):
+        synced: list[int] = []
+        original = os.fsync
+        monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(descriptor) or original(descriptor))
+        ledger = Ledger(1.0)
+        ledger.attach(tmp_path)
+        before = len(synced)
+        ledger.record([entry(message="x")])
+        assert len(synced) == before + 1
+
+    def test_is_for_its_owner_alone(self, tmp_path):
+        ledger = Ledger(1.0)
+        ledger.attach(tmp_path)
+        assert stat.S_IMODE((tmp_path / JOURNAL).stat().st_mode) == 0o600
+
+    def test_goes_on_after_a_crash_that_cut_off_its_last_line(self, tmp_path):
+        ledger = Ledger(1.0)
+        ledger.attach(tmp_path)
+        ledger.record([entry(message="x", update="u", factor=0.5)])
+        with (tmp_path / JOURNAL).open("ab") as file:
+            file.write(b'{"operator": "https://a.exam')
+        again = Ledger(1.0)
+        again.resume(tmp_path)
+        assert (again.run, again.allowance()) == (ledger.run, ledger.allowance())
+        assert again.find([A], "x") == entry(message="x", update="u", factor=0.5)
+        assert again.find([A, B], "x") is None
+        again.record([entry(message="y")])
+        assert read_journal(tmp_path / JOURNAL).messages("adapter") == 2
+
+    @pytest.mark.parametrize(
+        "content", ['{"format": 1, "run": "r"}\nnonsense\n', '{"format": 7, "run": "r"}\n', "[]\n"]
+    )
+    def test_that_is_damaged_is_refused(self, tmp_path, content):
+        (tmp_path / JOURNAL).write_text(content)
+        with pytest.raises(CheckpointError, match="is damaged"):
+            Ledger().resume(tmp_path)
+
+    def test_of_an_earlier_run_in_the_same_folder_is_set_aside(self, tmp_path):
+        first, second = Ledger(1.0), Ledger(1.0)
+        first.attach(tmp_path)
+        first.record([entry(message="x")])
+        second.attach(tmp_path)
+        assert read_journal(tmp_path / f"ledger-{first.run}.jsonl").messages("adapter") == 1
+        assert read_journal(tmp_path / JOURNAL).run == second.run
+
+    def test_has_what_was_counted_before_it_was_there_and_follows_to_a_second_folder(self, tmp_path):
+        ledger = Ledger(1.0)
+        ledger.enlist([A])
+        ledger.record([entry(message="x")])
+        for name in "ab":
+            ledger.attach(tmp_path / name)
+        ledger.record([entry(message="y")])
+        ledger.compromise()
+        for name in "ab":
+            found = read_journal(tmp_path / name / JOURNAL)
+            assert (found.messages("adapter"), found.compromised) == (2, True)
+
+    def test_of_several_processes_knows_an_operator_by_a_new_name_as_the_worst_that_it_may_be(self, tmp_path):
+        first = Ledger(1.0)
+        first.attach(tmp_path)
+        first.enlist([A, B])
+        first.record([entry(A, "x", brings=0.1), entry(B, "y", brings=0.3)])
+        again = Ledger(1.0)
+        again.resume(tmp_path)
+        again.enlist([A, "https://alias.example"])
+        assert again.room(["https://alias.example"], 0.0) == pytest.approx(0.3 - 0.005)
+        third = read_journal(tmp_path / JOURNAL)
+        assert third.room(["https://alias.example"], 0.0) == pytest.approx(0.3 - 0.005)
+
+
+class TestHistory:
+    def texts(self, *numbers: int) -> list[str]:
+        return [f"note {number}" for number in numbers]
+
+    def test_adds_up_runs_that_share_a_text(self, tmp_path):
+        history, ledgers = LabelHistory(tmp_path / "home"), []
+        for number, texts in enumerate((self.texts(1, 2, 3), self.texts(3, 4), self.texts(5))):
+            ledger = Ledger(allowance(0.5))
+            ledger.attach(tmp_path / f"run{number}")
+            history.register(ledger.run, tmp_path / f"run{number}", 0.5, texts)
+            ledger.record([entry(message="x", brings=allowance(0.3))])
+            ledgers.append(ledger)
+        found = history.earlier(self.texts(2, 3), but=ledgers[1].run)
+        assert [(run.run, run.shared) for run in found] == [(ledgers[0].run, 2)]
+        assert found[0].mu == pytest.approx(0.3), "what was really sent, from that run's ledger"
+        assert len(history.earlier(self.texts(2, 3))) == 2
+        assert total_mu(found, 0.4) == pytest.approx(0.5)
+
+    def test_counts_the_whole_budget_of_a_run_whose_ledger_is_gone(self, tmp_path):
+        history = LabelHistory(tmp_path / "home")
+        history.register("r1", tmp_path / "gone", 0.7, self.texts(1))
+        history.register("r2", tmp_path / "gone", math.inf, self.texts(1))
+        assert sorted(run.mu for run in history.earlier(self.texts(1))) == [0.7, math.inf]
+
+    def test_finds_the_ledger_of_a_run_whose_folder_was_used_again(self, tmp_path):
+        history = LabelHistory(tmp_path / "home")
+        first = Ledger(allowance(1.0))
+        first.attach(tmp_path / "run")
+        history.register(first.run, tmp_path / "run", 1.0, self.texts(1))
+        first.record([entry(message="x", brings=allowance(0.2))])
+        Ledger().attach(tmp_path / "run")
+        assert history.earlier(self.texts(1))[0].mu == pytest.approx(0.2)
+
+    def test_knows_pairs_of_texts_and_holds_no_text(self, tmp_path):
+        history = LabelHistory(tmp_path / "home")
+        history.register("r", tmp_path, 0.5, [("one", "two"), "three"])
+        assert len(history.earlier([("one", "two")])) == 1
+        assert history.earlier([("one", "three"), "one"]) == []
+        written = b"".join(path.read_bytes() for path in (tmp_path / "home").iterdir())
+        assert b"three" not in written
+        assert json.loads((tmp_path / "home" / "r.json").read_text())["budget"] == 0.5
