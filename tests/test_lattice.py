@@ -74,11 +74,14 @@ class TestNoise:
         word, rest = bits >> 64, bits & (2**64 - 1)
 
         class Bits(Keystream):
+            def __init__(self, following: int) -> None:
+                self.following = following
+
             def bytes(self, count: int) -> bytes:
-                return following.to_bytes(8, "little")
+                return self.following.to_bytes(8, "little")
 
         for following, below in ((rest - 1, True), (rest + 1, False), (0, True), (2**64 - 1, False)):
-            assert module._uniform_below_exp(Bits(SEED), word, Fraction(1)) is below
+            assert module._uniform_below_exp(Bits(following), word, Fraction(1)) is below
         assert module._uniform_below_exp(Keystream(SEED), 2**64 - 1, Fraction(0))
 
     @pytest.mark.parametrize("steps", [1, 2, 5])

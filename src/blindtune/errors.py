@@ -29,7 +29,8 @@ BlindtuneError
 ├── PrivacyError                a request that would break the promised privacy
 │   ├── OperatorsDisagree       two operators answered the same question differently
 │   ├── SingleOperator          two shares, or both halves of a pad, would meet at one operator
-│   └── BudgetSpent             the next step would reveal more than the run's budget allows
+│   ├── BudgetSpent             the next step would reveal more than the run's budget allows
+│   └── LabelDependentBatches   which texts the batches hold depends on labels
 ├── ConfigError                 an option has a value that can't work
 ├── CacheFull                   the client's store of hidden states has no room for what is asked for
 ├── EmulatorError               an emulator that is damaged, tampered with, or made from another model
@@ -195,6 +196,10 @@ class SingleOperator(PrivacyError):
 
 class BudgetSpent(PrivacyError):
     """The next message would take μ, or what adapters tell, above the budget; nothing of it was sent."""
+
+
+class LabelDependentBatches(PrivacyError):
+    """Which texts the batches hold depends on labels, so an operator that sees them learns about labels."""
 
 
 class ConfigError(BlindtuneError):

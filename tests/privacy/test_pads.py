@@ -84,7 +84,7 @@ class TestArithmetic:
         assert bounded(torch.zeros(3), 1.0)[0].tolist() == [0.0, 0.0, 0.0]
 
     def test_halves_are_exact_and_on_the_lattice(self):
-        """Their difference is twice δ/2s on the lattice, to the last bit: nothing was rounded after the pad was added."""
+        """Their difference is twice δ/2s on the lattice, to the last bit: nothing was rounded after the pad came."""
         scale, delta = make(0.02, 37.0), of_norm(1.0, 1000)
         points = scale.points(delta, generator=generator())
         plus, minus = pad_pair(points, scale.lattice, generator=generator(b"pad"))

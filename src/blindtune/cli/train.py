@@ -289,6 +289,7 @@ def _run(
     """Trains with progress and leaves a checkpoint, however it ends."""
     from blindtune.cli.progress import Interrupted, human_bytes, inference_progress, run_steps
     from blindtune.methods import exposure, read_resume
+    from blindtune.methods.model import PROBE_TEXTS
     from blindtune.training import Trainer, evaluate
 
     trainer = Trainer(private, examples, config, checkpoint=output, save_every=save_every)
@@ -307,6 +308,9 @@ def _run(
     else:
         with inference_progress(backbone, console, "frozen features", len(examples)):
             trainer.prepare()
+        if private.precision:
+            shown = ", ".join(f"{name.replace('_', ' ')} {error:.1%}" for name, error in private.precision.items())
+            console.print(f"  Measured on {PROBE_TEXTS} texts, before anything depends on labels: {shown}.")
     try:
         run_steps(trainer, console, method.name)
     except (Interrupted, KeyboardInterrupt):

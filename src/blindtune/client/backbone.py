@@ -88,7 +88,7 @@ class Backbone(nn.Module):
             )
         self.max_length = max_length
         self.channel: Channel = channel or PlainChannel()
-        self.tokenizer: Tokenizer = self.pool.operators[0].tokenizer()
+        self.tokenizer: Tokenizer = self.pool.tokenizer()
         self.adapter_config = adapter or LoraConfig(r=8, lora_alpha=16)
         self.adapters = nn.ModuleList()
         self.set_adapters(num_adapters)

@@ -76,6 +76,8 @@ class Operator:
 
     def tokenizer(self) -> Tokenizer:
         file = self._read(TokenizerFile, f"{self.path}/tokenizer")
+        if hashlib.sha256(file.tokenizer.encode()).hexdigest() != file.sha256:
+            raise not_blindtune(self.transport.url)
         return Tokenizer(file.tokenizer, pad_token_id=self.info.pad_token_id, with_types=self.info.token_type_ids)
 
     def forward(
@@ -213,6 +215,21 @@ class OperatorPool:
 
     def __len__(self) -> int:
         return len(self.operators)
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that all operators offer.
+
+        Raises:
+            OperatorsDiffer: they offer different ones, so the same text would be different tokens.
+        """
+        found = self.parallel([operator.tokenizer for operator in self.operators])
+        for operator, tokenizer in zip(self.operators, found, strict=True):
+            if tokenizer.json != found[0].json:
+                raise OperatorsDiffer(
+                    f"{operator.transport.url} offers another tokenizer than {self.operators[0].transport.url}.",
+                    remedy="Use operators that host the same model with the same tokenizer.",
+                )
+        return found[0]
 
     @property
     def urls(self) -> list[str]:

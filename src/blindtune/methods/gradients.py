@@ -166,7 +166,7 @@ class SharedGradients(PlainChannel):
         """The shares of a gradient `(n, B, ...)`, scaled down to what there is room for, and written to the ledger."""
         self.ledger.enlist(pool.urls)
         operators = [pool.urls[index] for index in batch.operators]
-        context = [*_identity(gradient, batch), *(operator.encode() for operator in operators)]
+        context = [*_identity(gradient, batch), repr(self.lattice).encode(), *(o.encode() for o in operators)]
         generator = self.generator.derive(b"shares", *context)
         message = message_id(generator)
         brought = 0.0 if self.ledger.compromised else gradient.shape[1] / self.noise_ratio**2
@@ -179,7 +179,7 @@ class SharedGradients(PlainChannel):
         else:
             factor = known.factor
         points = self.lattice.round(gradient.double() * factor, generator)
-        shares = split_gradient(points, self.m, self.lattice, generator=generator)
+        shares = split_gradient(points, self.m, self.lattice, generator=generator.bound_to(points))
         if not self.ledger.compromised:
             cost = float(points.double().square().sum()) / self.lattice.steps**2
             self.ledger.record(

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from blindtune.client import Backbone, PlainChannel
+from blindtune.client import Backbone, OperatorPool, PlainChannel, RemoteBatch
 from blindtune.errors import ConfigError
 from blindtune.methods.gradients import SharedGradients
 from blindtune.methods.options import check_budget, check_counts, check_positive, check_switches, check_weights
@@ -110,6 +110,10 @@ class LoRA:
         """Counts what operators are sent; None where everything travels in the clear."""
         return None if self.shares is None else self.shares.ledger
 
+    @property
+    def watches_batches(self) -> bool:
+        return False
+
     def check(self, backbone: Backbone) -> None:
         if self.shares is not None:
             self.shares.check_operators(len(backbone.pool), backbone.info.dtype)
@@ -141,6 +145,9 @@ class LoRA:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Nothing of plain LoRA is secret or learned beside the adapter."""
+
+    def probe(self, batch: RemoteBatch, pool: OperatorPool) -> dict[str, float]:
+        return {}
 
     def replay(self) -> None:
         """Adapters in the clear tell all that they tell at once."""

@@ -12,15 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blindtune.client import Backbone
+from blindtune.client import Backbone, OperatorPool, RemoteBatch
 from blindtune.errors import BadLabels
 from blindtune.methods.head import LinearHead
 from blindtune.models.tokenizer import Text, TokenRow
 from blindtune.privacy.accountant import mu_of
+from blindtune.privacy.batches import BatchMonitor
 from blindtune.privacy.history import EarlierRun, LabelHistory
 from blindtune.privacy.ledger import Ledger
 from blindtune.privacy.randomness import SecureGenerator
 
+PROBE_TEXTS = 16
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -43,6 +45,11 @@ class Method(Protocol):
     @property
     def ledger(self) -> Ledger | None:
         """Counts what operators are sent; None where nothing bounds what that tells."""
+        ...
+
+    @property
+    def watches_batches(self) -> bool:
+        """Whether the method's guarantee needs batches that don't depend on labels."""
         ...
 
     @property
@@ -99,6 +106,10 @@ class Method(Protocol):
 
     def load_state(self, state: dict[str, Tensor]) -> None: ...
 
+    def probe(self, batch: RemoteBatch, pool: OperatorPool) -> dict[str, float]:
+        """Measures what the defence costs in precision, on a few texts, and warns where that is much."""
+        ...
+
     def replay(self) -> None:
         """A run goes on from an earlier step: what it sends again are the same bytes."""
         ...
@@ -149,6 +160,9 @@ class PrivateModel(nn.Module):
         super().__init__()
         self.backbone, self.head, self.method, self.loss, self.seed = backbone, head, method, loss, seed
         self.generator = generator or SecureGenerator()
+        self._monitor: BatchMonitor | None = None
+        self.precision: dict[str, float] = {}
+        """What `prepare` measured of the method's precision."""
         with torch.no_grad():
             self.classes = int(head(torch.zeros(1, backbone.hidden_size)).shape[-1])
         method.attach(backbone, self.classes, self.generator)
@@ -173,6 +187,9 @@ class PrivateModel(nn.Module):
         rows = self.backbone.rows(texts)
         features = self.backbone.frozen(rows)
         self.method.prepare(features, target)
+        if self.method.watches_batches:
+            self._monitor = BatchMonitor([row.ids for row in rows], target.tolist())
+        self._probe(rows)
         shown = self.method.adapter_labels(rows, target)
         count = max(1, self.method.num_adapters)
         with torch.no_grad():
@@ -185,9 +202,16 @@ class PrivateModel(nn.Module):
     def forward(
         self, texts: Sequence[Text] | Sequence[TokenRow], labels: Sequence[int] | Tensor | None = None
     ) -> Output:
-        """Logits for texts; with labels also the loss that `backward()` can be called on."""
+        """Logits for texts; with labels also the loss that `backward()` can be called on.
+
+        Raises:
+            LabelDependentBatches: the batches of a training loop depend on labels, and the method's guarantee needs
+                ones that don't. Known after `prepare` alone.
+        """
         target = None if labels is None else self._labels(labels)
         rows = self.backbone.rows(texts)
+        if self._monitor is not None and target is not None and self.training and torch.is_grad_enabled():
+            self._monitor.observe([row.ids for row in rows], target.tolist())
         dropout = self.backbone.adapter_config.lora_dropout > 0 and self.training and labels is not None
         seed = self.seed * 2**32 + self.backbone.steps if dropout else None
         hidden = self.backbone.all_adapters(rows, seed=seed)  # (n, B, d)
@@ -215,6 +239,15 @@ class PrivateModel(nn.Module):
         """Other runs of this machine that have used labels of these texts."""
         ledger = self.method.ledger
         return LabelHistory().earlier(texts, but="" if ledger is None else ledger.run)
+
+    def _probe(self, rows: Sequence[TokenRow]) -> None:
+        """On a few texts in a random order: nothing about labels decides which."""
+        if not self.method.num_adapters or not rows:
+            return
+        order = self.generator.derive(b"texts of the probe").permutation(len(rows))[:PROBE_TEXTS]
+        operators = self.backbone.channel.choose(len(self.backbone.pool), 0)
+        batch = self.backbone.batch([rows[index] for index in order], operators, None)
+        self.precision = self.method.probe(batch, self.backbone.pool)
 
     def _register(self, texts: Sequence[Text] | Sequence[TokenRow]) -> None:
         ledger = self.method.ledger

@@ -13,13 +13,14 @@ the pretrained model), and operators must not collude, which gradient shares ask
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from blindtune.client import Backbone
+from blindtune.client import Backbone, OperatorPool, RemoteBatch
 from blindtune.errors import ConfigError
 from blindtune.methods.gradients import SharedGradients
-from blindtune.methods.integrity import IntegrityCheck
+from blindtune.methods.integrity import MEMBERS, IntegrityCheck
 from blindtune.methods.lora import LoRA
 from blindtune.methods.options import check_counts, check_positive
 from blindtune.methods.pads import PaddedAdapters, PadPlan
@@ -29,6 +30,13 @@ from blindtune.privacy.randomness import SecureGenerator
 
 SPARE = 1.05
 """A run is planned 5% longer than asked for: for steps that are repeated on another machine after a crash."""
+
+MOST_ROUNDING, MOST_CURVATURE = 0.3, 0.5
+"""Errors above these are said."""
+
+
+class PrecisionWarning(UserWarning):
+    """Noise and amplification cost more precision than the default settings do."""
 
 
 @dataclass
@@ -103,6 +111,10 @@ class P3EFT(LoRA):
         budget = None if self.allow_single_operator else self.max_mu
         return SharedGradients(self.m, self.clip_norm, self.noise_ratio, generator, self.allow_single_operator, budget)
 
+    @property
+    def watches_batches(self) -> bool:
+        return True
+
     def attach(self, backbone: Backbone, classes: int, generator: SecureGenerator) -> None:
         self.shares = self.make_shares(generator)
         integrity = IntegrityCheck(generator, self.shares.ledger, self.check_every)
@@ -118,6 +130,23 @@ class P3EFT(LoRA):
                 f"lora_alpha = {backbone.adapter_config.lora_alpha}: no pad is large enough for such adapters.",
                 remedy="Use a positive number, such as twice the rank.",
             )
+
+    def probe(self, batch: RemoteBatch, pool: OperatorPool) -> dict[str, float]:
+        if len(batch.operators) < MEMBERS:
+            return {}
+        found = self.channel.probe(batch, pool)
+        for name, error, most, remedy in (
+            ("rounding at the operators", found.rounding, MOST_ROUNDING, "a larger max_mu, or operators in float64"),
+            ("the size of the pads", found.curvature, MOST_CURVATURE, "a smaller pad_spread"),
+        ):
+            if error > most:
+                warnings.warn(
+                    f"{name[0].upper()}{name[1:]} makes an error of {error:.0%} in what the head reads, and may cost "
+                    f"accuracy. Use {remedy}.",
+                    PrecisionWarning,
+                    stacklevel=4,
+                )
+        return {"rounding_error": found.rounding, "pad_error": found.curvature}
 
     def report(self) -> dict[str, float]:
         if self.allow_single_operator:

@@ -41,6 +41,20 @@ class PadPlan:
 
 
 @dataclass(frozen=True)
+class Precision:
+    """How far h' is from h(x, 0) + J δ, measured on texts with a random δ of norm `max_norm`.
+
+    Attributes:
+        rounding: root mean square error of a value of h' that floating point makes and s amplifies, in units of the
+            spread of h(x, 0) over the texts.
+        curvature: the same error that pads make, relative to J δ.
+    """
+
+    rounding: float
+    curvature: float
+
+
+@dataclass(frozen=True)
 class _Pad:
     """How one update travels."""
 
@@ -127,6 +141,34 @@ class PaddedAdapters:
         factor = self._factors[fingerprint(batch.weights[0])]
         return factor * self.shares.gradients(cotangent, at_zero(batch), pool)
 
+    def probe(self, batch: RemoteBatch, pool: OperatorPool) -> Precision:
+        """Measures what amplification and pads cost in precision. Nothing of it depends on labels.
+
+        Three pairs of padded adapters are sent: (p, δ) and (p, 2δ), whose answers differ from one multiple of J_p δ by
+        rounding alone, and (p', δ).
+        """
+        scale = self.scale(batch)
+        key = self.generator.derive(b"probe", *(fingerprint(tensor) for tensor in batch.tokens.tensors().values()))
+        direction = key.normal(batch.weights.shape[1])
+        delta = direction * (self.plan.max_norm / batch.spec.scaling / direction.norm())
+        self.ledger.enlist(pool.urls)
+        self.ledger.record(
+            [Entry(url, "check", f"probe {message_id(key)}", 0.0, 0.0) for url in self._members(batch, pool)]
+        )
+        base = at_zero(batch).forward(pool, batch.operators[0])
+        moved: list[Tensor] = []
+        for factor, pad in ((1.0, b"p"), (2.0, b"p"), (1.0, b"q")):
+            points = scale.points(factor * delta, generator=key)
+            plus, minus = pad_pair(points, scale.lattice, generator=key.derive(pad))
+            moved.append(self._mixture(batch, pool, plus, minus, retain=False) - (0 if base is None else base))
+        once, twice, other = moved
+        rounding = (twice - 2 * once).square().mean().sqrt() / 5**0.5
+        apart = (once - other).square().mean() / 2
+        moves = (once.square().mean() - rounding.square()).clamp_min(1e-30)
+        curvature = ((apart - rounding.square()).clamp_min(0.0) / moves).sqrt()
+        spread = torch.ones(()) if base is None else base.std(dim=1).square().mean().sqrt()
+        return Precision(float(rounding / spread.clamp_min(1e-30)), float(curvature))
+
     def _mixture(self, batch: RemoteBatch, pool: OperatorPool, plus: Tensor, minus: Tensor, *, retain: bool) -> Tensor:
         """h' = h(x, 0) + s (h₊ − h₋); `retain` keeps the graphs at θ = 0."""
         base = at_zero(batch)
@@ -180,7 +222,7 @@ class PaddedAdapters:
         self._factors[fingerprint(delta)] = factor
         while len(self._factors) > KNOWN_UPDATES:
             self._factors.popitem(last=False)
-        return _Pad(*pad_pair(points, scale.lattice, generator=generator), factor)
+        return _Pad(*pad_pair(points, scale.lattice, generator=generator.bound_to(points)), factor)
 
     def _place(self, made_from: list[bytes]) -> tuple[str, bytes]:
         """What identifies an update in the ledger, and how often it has come back after others."""

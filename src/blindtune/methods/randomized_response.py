@@ -63,6 +63,10 @@ class RandomizedResponse(LoRA):
     def learned(self) -> str:
         return f"only labels that were randomised with epsilon {self.epsilon:g}, delta 0"
 
+    @property
+    def watches_batches(self) -> bool:
+        return True
+
     def attach(self, backbone: Backbone, classes: int, generator: SecureGenerator) -> None:
         super().attach(backbone, classes, generator)
         if classes < 2:

@@ -32,6 +32,7 @@ class Tokenizer:
     """
 
     def __init__(self, json: str, *, pad_token_id: int, with_types: bool) -> None:
+        self.json = json
         self._backend = tokenizers.Tokenizer.from_str(json)
         self._pad, self._with_types = pad_token_id, with_types
 

@@ -7,6 +7,7 @@ import hmac
 import os
 
 import torch
+from torch import Tensor
 
 from blindtune.keystream import KEY_BYTES, Keystream
 
@@ -33,6 +34,12 @@ class SecureGenerator(Keystream):
         for part in context:
             digest.update(len(part).to_bytes(8, "little") + part)
         return SecureGenerator(digest.digest())
+
+    def bound_to(self, values: Tensor) -> SecureGenerator:
+        """An independent generator for these values: noise that hides them is never used for others."""
+        content = values.detach().contiguous().cpu()
+        shape = repr((content.dtype, tuple(content.shape))).encode()
+        return self.derive(b"bound to", shape, hashlib.sha256(content.numpy().tobytes()).digest())
 
     def permutation(self, count: int) -> list[int]:
         """A uniformly random order of `range(count)`."""

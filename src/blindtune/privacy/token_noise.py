@@ -37,7 +37,8 @@ def add_token_noise(smashed: Tensor, clip_norm: float, noise: float, *, generato
     longest = clip_norm - lattice.step * math.sqrt(smashed.shape[-1])  # rounding adds less than the difference
     clipped = clip_rows(smashed, longest)
     points = lattice.round(clipped.detach().cpu(), generator)
-    noisy = lattice.values(points + lattice.noise(generator, points.shape)).to(smashed)
+    noise_of = generator.bound_to(points)  # a message that is made again with other values has other noise
+    noisy = lattice.values(points + lattice.noise(noise_of, points.shape)).to(smashed)
     return cast(Tensor, _Replace.apply(clipped, noisy))
 
 

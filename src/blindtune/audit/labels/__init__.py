@@ -8,6 +8,7 @@ from blindtune.audit.labels.few import few_labels
 from blindtune.audit.labels.gram import recombine
 from blindtune.audit.labels.inversion import invert_updates
 from blindtune.audit.labels.kmeans import kmeans
+from blindtune.audit.labels.lattice import audit_shares
 from blindtune.audit.labels.logistic import logistic_regression
 from blindtune.audit.labels.norm import norm
 from blindtune.audit.labels.registry import (
@@ -31,6 +32,7 @@ __all__ = [
     "Channel",
     "Declaration",
     "attack",
+    "audit_shares",
     "bimodal",
     "boosted_trees",
     "catalogue",

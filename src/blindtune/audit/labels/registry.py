@@ -125,11 +125,12 @@ class Attack:
 
 @dataclass(frozen=True)
 class ShareAttack:
-    """A way to reconstruct a gradient from its shares, without any label."""
+    """A way to read a gradient's shares: to reconstruct it, or to test labels if it knows some."""
 
     function: ShareFunction
     observes: Observes
     needs: tuple[Needs, ...]
+    knows: Knowledge = "nothing"
 
 
 @dataclass(frozen=True)
@@ -170,12 +171,15 @@ def attack(
 
 
 def observes_shares(
-    name: str, *, observes: Observes, needs: tuple[Needs, ...]
+    name: str, *, observes: Observes, needs: tuple[Needs, ...], knows: Knowledge = "nothing"
 ) -> Callable[[ShareFunction], ShareFunction]:
-    """Registers an attack that observes the shares of one backward call, and knows no label."""
+    """Registers an attack that observes the shares of one backward call.
+
+    The function sees no labels. An attack that knows some has a function of its own beside it.
+    """
 
     def register(function: ShareFunction) -> ShareFunction:
-        SHARE_ATTACKS[name] = ShareAttack(function, observes, needs)
+        SHARE_ATTACKS[name] = ShareAttack(function, observes, needs, knows)
         return function
 
     return register
@@ -206,5 +210,5 @@ class Declaration:
 def catalogue() -> list[Declaration]:
     """All registered attacks: on vectors, then on shares, then on updates."""
     found = [Declaration(name, a.observes, a.knows, a.needs) for name, a in ATTACKS.items()]
-    reconstructions = {**SHARE_ATTACKS, **UPDATE_ATTACKS}
-    return found + [Declaration(name, a.observes, "nothing", a.needs) for name, a in reconstructions.items()]
+    found += [Declaration(name, a.observes, a.knows, a.needs) for name, a in SHARE_ATTACKS.items()]
+    return found + [Declaration(name, a.observes, "nothing", a.needs) for name, a in UPDATE_ATTACKS.items()]

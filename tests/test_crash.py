@@ -1,0 +1,88 @@
+"""A client is killed in the middle of steps, and resumed on other numbers of threads: its ledger misses nothing."""
+
+from __future__ import annotations
+
+import csv
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from blindtune.privacy.ledger import JOURNAL, read_lines
+from blindtune.training import Examples
+from blindtune.wire import Transcript
+from tests.conftest import StartServer
+
+KILLS = int(os.environ.get("BLINDTUNE_KILLS", "4"))
+"""Twenty take four minutes: `BLINDTUNE_KILLS=20 pytest tests/test_crash.py`."""
+STEPS = 60
+LAUNCH = "from blindtune.cli import main; main()"
+
+
+def test_the_ledger_counts_at_least_what_operators_have_recorded(
+    start_server: StartServer, film_examples: Examples, tiny_models: dict[str, Path], tmp_path: Path
+):
+    """At every operator: each padded adapter, and each share with a gradient in it, has an entry of its own."""
+    data, out, chance = tmp_path / "notes.csv", tmp_path / "out", random.Random(0)
+    with data.open("w", newline="") as file:
+        rows = zip(film_examples.texts[:96], film_examples.labels[:96], strict=True)
+        csv.writer(file).writerows([("text", "label"), *rows])
+    folders = {name: tmp_path / name for name in "ab"}
+    with ExitStack() as stack:
+        servers = [stack.enter_context(start_server(tiny_models["bert"], record=path)) for path in folders.values()]
+        command = [
+            sys.executable, "-c", LAUNCH, "train", *(part for server in servers for part in ("--server", server.url)),
+            "--data", str(data), "--output", str(out), "--steps", str(STEPS), "--batch-size", "8", "--save-every", "4",
+            "--validation-fraction", "0", "--set", "check_every=5", "--set", f"steps={40 * STEPS}",
+        ]  # fmt: skip
+        for kill in range(KILLS):
+            resume = ["--resume"] if (out / "resume.safetensors").exists() else []
+            environment = {**os.environ, "OMP_NUM_THREADS": str(1 + kill % 2)}
+            client = subprocess.Popen(
+                [*command, *resume], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            )
+            wanted = lines(out) + chance.randint(12, 40)
+            while lines(out) < wanted and client.poll() is None:
+                time.sleep(0.01)
+            assert client.poll() is None, client.communicate()
+            time.sleep(chance.random() / 50)
+            client.send_signal(signal.SIGKILL)
+            client.communicate()
+        urls = dict(zip(folders, (server.url for server in servers), strict=True))
+    entries = defaultdict(list)
+    for line in read_lines(out / JOURNAL):
+        if "message" in line:
+            entries[line["operator"]].append(line)
+    for name, folder in folders.items():
+        transcript = Transcript(folder)
+        adapters = set()
+        for event in transcript.events:
+            if event.kind == "adapter" and torch.count_nonzero(transcript.tensors(event)["weights"]):
+                adapters.add(event.adapters[0])
+        shares = {
+            hashed(transcript.tensors(event)["cotangents"]) for event in transcript.events if event.kind == "backward"
+        }
+        counted = entries[urls[name]]
+        of_adapters = [line for line in counted if line["kind"] == "adapter"]
+        label_free = [line for line in counted if line["kind"] == "check"]
+        assert len(adapters) > KILLS * 2
+        assert len(adapters) <= len(of_adapters) + 3 * len(label_free)  # a probe sends three
+        carriers = len([line for line in counted if line["kind"] == "share"])
+        assert len(shares) <= carriers + len(label_free)
+        assert sum(line["cost"] for line in counted) <= sum(line["allowance"] for line in counted)
+
+
+def lines(out: Path) -> int:
+    path = out / JOURNAL
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def hashed(tensor: torch.Tensor) -> int:
+    return hash(tensor.numpy().tobytes())
