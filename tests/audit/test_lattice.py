@@ -250,19 +250,35 @@ class TestNoiseOnTheLattice:
             mass = noise_mass(carrier[:, None], gradients, coefficient)
             assert at_chance(np.log(np.maximum(mass, 2.0**-10)).sum(-1), sent)
 
-    def test_clipped_gradients_are_not_read(self):
-        """As with the old construction, four times; its scores have a direction that is unknown."""
+    @pytest.mark.parametrize("alpha", [1.0, 1.17])
+    def test_clipped_gradients_are_not_read(self, alpha: float):
+        """In the regime where the old construction is read without any label; scores have a direction that is unknown.
+
+        With the coefficient that is used, the likelihood is flat and there is nothing to go by.
+        """
         random = np.random.default_rng(0)
         found, luck = [], []
-        for trial in range(4):
-            direction, labels = random.normal(size=64), random.integers(0, 2, 64)
+        for trial in range(3):
+            direction, labels = random.normal(size=DIM), random.integers(0, 2, 64)
             direction *= 0.5 / np.linalg.norm(direction)
             gradient = np.outer(2 * labels - 1, direction).astype(np.float32)
-            scores = blind_signs(new_split(gradient, SIGMA, generator("blind", trial))[0], 1.0, 0.5)
+            scores = blind_signs(new_split(gradient, SIGMA, generator("blind", trial))[0], alpha, 0.5)
+            assert scores.any() == (alpha != 1.0)
             values = [abs(auc(scores, drawn == 1) - 0.5) for drawn in (labels, *random.permuted([labels] * 99, axis=1))]
             found.append(values[0])
             luck.append(values[1:])
         assert np.mean(found) <= np.mean(luck) + 3 * np.std(np.mean(luck, axis=0))
+
+    @pytest.mark.parametrize(("coefficient", "expected"), [(1, 0.5), (2, 1.0), (3, 1.0)])
+    def test_noise_in_multiples_of_a_coarser_step_would_be_read(self, coefficient: int, expected: float):
+        """On the lattice a coefficient other than ±1 leaves the gradient's remainder: why the proof asks for ±1."""
+        hypotheses, labels = examples(64, 2)
+        lattice, key = Lattice.for_sigma(SIGMA / coefficient, terms=16), generator("coefficient", coefficient)
+        points = lattice.round(torch.from_numpy(hypotheses), key).numpy()  # (64, 2, d)
+        noise = lattice.noise(key, (64, DIM)).numpy()
+        carrier = ((points[np.arange(64), labels] - coefficient * noise) * lattice.step).astype(np.float32)
+        for gradients in (hypotheses, points * lattice.step):
+            assert pair_auc(label_scores(carrier, gradients, coefficient=coefficient), labels)[0] == expected
 
     @pytest.mark.parametrize("mu", [0.1, 0.5, 2.0])
     def test_a_likelihood_ratio_reaches_the_bound_and_no_more(self, mu: float):
@@ -331,3 +347,18 @@ class TestPadsAndTokenNoise:
             torch.from_numpy(true(rows, sent)), 1.5, 1.0 / 1.5, generator=generator("row", distance)
         )
         assert as_good_as_the_bound(row_scores(noisy.numpy(), clipped, sigma=1.0), sent, distance)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.2])
+def test_noise_mass_counts_every_float32(alpha: float):
+    """Against all 1,201 float32 numbers around the likeliest noise."""
+    random = np.random.default_rng(0)
+    noise, gradient = random.normal(size=(2, 2000)).astype(np.float32)
+    carrier = (gradient - alpha * noise.astype(np.float64)).astype(np.float32)
+    for hypothesis in (gradient.astype(np.float64), gradient + 0.01):
+        nearest = ((hypothesis - carrier) / alpha).astype(np.float32)
+        around = (nearest.view(np.int32)[:, None] + np.arange(-600, 601, dtype=np.int32)).view(np.float32)
+        hits = (hypothesis[:, None] - alpha * around.astype(np.float64)).astype(np.float32) == carrier[:, None]
+        inside = ~(hits[:, 0] | hits[:, -1]) & (np.abs(nearest) > 1e-30)
+        assert inside.mean() > 0.99
+        assert ((noise_mass(carrier, hypothesis, alpha) > 0) == hits.any(1))[inside].all()

@@ -16,7 +16,10 @@ in class k,
 
 Tests come at numbers of batches that grow by a fifth. Test i may refuse with probability RATE_ALARM / (i (i + 1)), over
 all classes and both sides, so all tests of a run together with RATE_ALARM. Batches of similar length are more alike in
-their labels than chance makes them: exponents are divided by the dispersion of batches around what was sent.
+their labels than chance makes them: exponents are divided by the dispersion of batches around what was sent. Alone,
+that would let batches of one class pass. If batches are drawn with equal chances for all texts, however alike those of
+one are, the mean share q of a class in n batches is as far above (or below) its p with at most the probability
+exp(-n KL(q, p)) (Hoeffding 1963); where both this exponent and the undivided one are too large, it is refused as well.
 
 **Stratified batches.** n_k of B texts in a batch are of class k, which is a part p_k of the set. X = Σ_k (n_k - B p_k)²
 / (B p_k) is smaller than chance makes it. Each batch, given those before it, is a draw from what its epoch has left (or
@@ -30,9 +33,10 @@ probability STRATA_ALARM (Ville's inequality). The expectation is exact, so smal
 problem. A batch that its texts have formed before tells nothing new and isn't counted. Batches that differ more than
 by chance are never refused.
 
-Not seen: copies of texts in the set itself, the order of labels within an epoch (a file that is sorted by label), and
-fewer than B texts that are left out. Refused, though it may be label-free: sampling by something that nearly tells the
-label, if texts aren't sent equally often or batches are stratified by it.
+Not seen: copies of texts in the set itself, the order of labels within an epoch (a file that is sorted by label), a run
+that leaves texts of a class out and ends before it sends any text twice, and fewer than B texts that are left out.
+Refused, though it may be label-free: sampling by something that nearly tells the label, if texts aren't sent equally
+often or batches are stratified by it.
 """
 
 from __future__ import annotations
@@ -45,7 +49,7 @@ from typing import NoReturn
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import gammaln
+from scipy.special import gammaln, rel_entr
 from torch import Tensor
 
 from blindtune.errors import CheckpointError, LabelDependentBatches
@@ -88,7 +92,7 @@ class BatchMonitor:
         strange: texts that were sent and aren't in the training set; their rates can't be tested.
 
     Raises:
-        ValueError: no texts, or not as many labels.
+        ValueError: no texts, not as many labels, or labels that aren't finite.
     """
 
     def __init__(self, texts: Sequence[Hashable], labels: Sequence[int] | Sequence[float]) -> None:
@@ -125,8 +129,9 @@ class BatchMonitor:
         self._batch_of: Ints = np.zeros_like(self._sent)  # the last batch that a text was in
         self._strange_batches: set[int] = set()
         self._wealth: Floats = np.zeros(len(_TILTS))  # ln W_t
-        # For each group: Σ n, Σ n²/B, Σ (n - B p)², and the last one's expectation; both last ones of new batches only.
-        self._moments: Floats = np.zeros((4, len(self._whole)))
+        # For each group: Σ n, Σ n²/B, Σ (n - B p)², and the last one's expectation; of new batches only these
+        # two and the last, Σ n/B.
+        self._moments: Floats = np.zeros((5, len(self._whole)))
         self._new = 0
         self._expected: dict[int, Floats] = {}  # by size of batch, with replacement
 
@@ -210,6 +215,7 @@ class BatchMonitor:
             self._wealth += -_TILTS * float(((counts - means) ** 2 / means).sum()) - log_e
             self._moments[2] += (counts - means) ** 2
             self._moments[3] += means * (1 - means / size) * max(0, total - size) / max(1, total - 1)
+            self._moments[4] += 0 if strange else counts / size
             self._new += 1
             if np.logaddexp.reduce(self._wealth) - math.log(len(_TILTS)) > -math.log(STRATA_ALARM):
                 self._refused = 2
@@ -242,7 +248,8 @@ class BatchMonitor:
             return
         self._next_test = max(self.batches + 1, math.ceil(self.batches * _GROWTH))
         self._tests += 1
-        exponent = float(self._exponents().max()) / self._dispersion()
+        exponents = self._exponents()
+        exponent = max(exponents.max() / self._dispersion(), np.minimum(exponents, self._batch_exponents()).max())
         bound = math.log(2 * len(self._share) * self._tests * (self._tests + 1) / RATE_ALARM)
         if exponent > bound:
             self._refused = 1
@@ -260,6 +267,13 @@ class BatchMonitor:
         sent = np.bincount(self._class, weights=self._sent, minlength=classes)
         return (sent[:, None] * thetas - logs).max(axis=1)
 
+    def _batch_exponents(self) -> Floats:
+        """-ln of Hoeffding's bound on the probability of the mean share of each class's group in new batches."""
+        batches = self._moments[4].sum()
+        q, p = self._moments[4] / max(1.0, batches), self._whole / self._whole.sum()
+        divergence = rel_entr(q, p) + rel_entr(np.maximum(0, 1 - q), 1 - p)
+        return (batches * divergence)[self._group]
+
     def _dispersion(self) -> float:
         """Mean square deviation of batches from what was sent of each group, in units of chance; at least 1."""
         # A group of which little was sent may come in whole batches: such a batch is added.
@@ -269,7 +283,7 @@ class BatchMonitor:
 
     def _refuse(self) -> NoReturn:
         if self._refused == 2:
-            squares, expected = self._moments[2:]
+            squares, expected = self._moments[2:4]
             k = int(self._whole.argmax())
             name = self._classes.names[int(np.flatnonzero(self._group == k)[0])]
             raise LabelDependentBatches(
@@ -280,9 +294,10 @@ class BatchMonitor:
             )
         k = int(self._exponents().argmax())
         sent = np.bincount(self._class, weights=self._sent)[k] / self._sent.sum()
+        share, sent = _percentages(float(self._share[k]), float(sent))
         raise LabelDependentBatches(
-            f"{self._classes.names[k]} is {self._share[k]:.1%} of the training set and {sent:.1%} of what was sent in "
-            f"{self.batches} batches.",
+            f"{self._classes.names[k]} is {share} of the training set and {sent} of what was sent in {self.batches} "
+            "batches.",
             remedy=_REMEDY,
         )
 
@@ -349,6 +364,8 @@ class _Classes:
 
     def __init__(self, labels: Sequence[int] | Sequence[float]) -> None:
         array = np.asarray(labels)
+        if not np.isfinite(array).all():
+            raise ValueError("There are labels that aren't finite.")
         self.values = np.unique(array)
         self.binned = array.dtype.kind == "f" and len(self.values) > QUANTILES
         if self.binned:
@@ -363,13 +380,26 @@ class _Classes:
             self.names += [f"Labels {lower[-1]}"] if bounds else []
             self.names = [f"The part with {name[0].lower()}{name[1:]}" for name in self.names]
         else:
-            self.names = [f"Class {value:g}" for value in self.values.tolist()]
+            whole = array.dtype.kind != "f"
+            self.names = [f"Class {int(value) if whole else f'{value:g}'}" for value in self.values.tolist()]
 
     def of(self, labels: Sequence[int] | Sequence[float]) -> Ints:
         """The class of each label; -1 where the training set has no such label."""
         array = np.asarray(labels)
         found = np.minimum(np.searchsorted(self.values, array), len(self.values) - 1)
         return (found if self.binned else np.where(self.values[found] == array, found, -1)).astype(np.int64)
+
+
+def _percentages(*parts: float) -> list[str]:
+    """With as few digits as tell them apart from each other and from 0 %."""
+    texts: list[str] = []
+    for digits in range(5):
+        texts = [f"{part:.{digits}%}" for part in parts]
+        if len(set(texts)) == len(parts) and all(
+            float(text[:-1]) > 0 or not part for text, part in zip(texts, parts, strict=True)
+        ):
+            break
+    return texts
 
 
 def _groups(sizes: Floats) -> Ints:
