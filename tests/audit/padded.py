@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from blindtune.audit import Row, View, read_view
+from blindtune.lattice import Lattice
 from blindtune.models import FrozenBackbone, LoraLayout, Tokenizer, Tokens
 from blindtune.models.tokenizer import TokenRow
 from blindtune.privacy.randomness import SecureGenerator
@@ -122,6 +123,12 @@ class Task:
         return (0.3 + 0.4 * torch.rand(len(indices), generator=generator)) * (1.0 - 2.0 * self.truth[list(indices)])
 
 
+def split(gradient: Tensor, m: int, sigma: float, generator: SecureGenerator) -> Tensor:
+    """Shares `(m, n, B, d)` of a gradient, in noise of this standard deviation."""
+    lattice = Lattice.for_sigma(sigma, terms=m - 1, largest=float(gradient.abs().max()))
+    return split_gradient(lattice.round(gradient, generator), m, lattice, generator=generator).shares
+
+
 def slowly(update: Tensor, steps: int) -> list[Tensor]:
     """δ_t that grows from one half to all of δ."""
     return [update * (0.5 + 0.5 * step / (steps - 1)) for step in range(steps)]
@@ -162,7 +169,7 @@ def record(task: Task, folder: Path, deltas: Sequence[Tensor], sigma: float) -> 
         tokens = task.batch(indices)
         pad = sigma * torch.randn(task.base.shape, generator=pads)
         gradient = task.residuals(indices, random).unsqueeze(1) * task.direction
-        split = split_gradient(gradient.unsqueeze(0), 2, 100.0, generator=shares).shares  # (2, 1, B, d)
+        parts = split(gradient.unsqueeze(0), 2, 100.0, shares)  # (2, 1, B, d)
         for sign, name in ((1, "A"), (-1, "B")):
             padded = task.base + (pad.double() + sign * delta.double()).float()
             call = Call("me", [upload(name, padded)], POOLING, None, tokens)
@@ -177,7 +184,7 @@ def record(task: Task, folder: Path, deltas: Sequence[Tensor], sigma: float) -> 
             with torch.no_grad():
                 sent = task.hidden(tokens, task.base).unsqueeze(0) if name == "A" else None
             recorder.forward(NAME, bases[name], sent)
-        for share, (name, recorder) in zip(split, recorders.items(), strict=True):
+        for share, (name, recorder) in zip(parts, recorders.items(), strict=True):
             recorder.backward(NAME, bases[name], share.unsqueeze(0))
     for recorder in recorders.values():
         recorder.close()

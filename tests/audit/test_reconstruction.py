@@ -32,9 +32,9 @@ from blindtune.methods import P3EFT, LinearHead, LoRA, PrivateModel
 from blindtune.methods.gradients import SharedGradients
 from blindtune.privacy.mixing import mix, mixing_weights
 from blindtune.privacy.randomness import SecureGenerator
-from blindtune.privacy.shares import split_gradient
 from blindtune.training import Examples, TrainConfig, Trainer
 from blindtune.wire import Transcript
+from tests.audit.padded import split
 
 BATCH = 32
 ADAPTER = LoraConfig(r=4, lora_alpha=8, target_modules=["query", "value"], layers_to_transform=[4, 5])
@@ -217,7 +217,7 @@ def test_the_sum_over_adapters_is_the_mixed_gradient(record):
 @pytest.mark.parametrize("m", [2, 3, 5])
 def test_the_quietest_combination_is_the_gradient_itself(m):
     gradient = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0))
-    shares = split_gradient(gradient, m, 1000.0, generator=SecureGenerator(bytes(32))).shares
+    shares = split(gradient, m, 1000.0, SecureGenerator(bytes(32)))
     recovered = torch.from_numpy(recombine(shares.numpy())["gradient recombined"]).reshape(8, 2, 64).transpose(0, 1)
     error = (recovered - gradient).norm() / gradient.norm()
     assert min(error, (recovered + gradient).norm() / gradient.norm()) < 0.15
@@ -234,7 +234,7 @@ def test_shares_that_met_tell_the_labels_of_all_batches_together(m, ratio):
     truth = torch.randint(0, 2, (40 * BATCH,), generator=random)
     for labels in truth.split(BATCH):
         residual = torch.rand(BATCH, generator=random) * 0.5 * (1 - 2 * labels)
-        shares = split_gradient(residual[None, :, None] * along[:, None], m, ratio, generator=generator).shares
+        shares = split(residual[None, :, None] * along[:, None], m, ratio, generator)
         for name, vectors in recombine(shares.numpy()).items():
             found.setdefault(name, []).append(vectors)
     rows = [(i,) for i in range(len(truth))]
@@ -244,7 +244,7 @@ def test_shares_that_met_tell_the_labels_of_all_batches_together(m, ratio):
 
 def test_the_loudest_combination_is_the_gradient_where_noise_is_weak():
     gradient = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0))
-    shares = split_gradient(gradient, 2, 1e-5, generator=SecureGenerator(bytes(32))).shares
+    shares = split(gradient, 2, 1e-5, SecureGenerator(bytes(32)))
     recovered = recombine(shares.numpy())["gradient loudest"].reshape(8, 2, 64).transpose(1, 0, 2)
     np.testing.assert_allclose(recovered, gradient.numpy(), atol=1e-3)
 

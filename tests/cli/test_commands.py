@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 import blindtune
+from blindtune.privacy.ledger import read_journal
 from tests.conftest import Server
 from tests.processes import run
 
@@ -81,9 +82,9 @@ def test_train_predict_and_audit_follow_each_other(recorded, notes, tiny_models,
     said = " ".join((refused.stdout + refused.stderr).split())
     assert "A padded adapter needs 2 operators that don't collude; 1 is given." in said
     assert "Remedy: Add an operator (--server); this holds for predictions too." in said
-    swapped = run("predict", out, *to(servers[::-1]), *columns(notes), check=False)
-    said = " ".join((swapped.stdout + swapped.stderr).split())
-    assert "over the operators that trained it, in their order" in said
+    sent = read_journal(out / "ledger.jsonl").messages("adapter")
+    run("predict", out, *to(servers[::-1]), *columns(notes))
+    assert read_journal(out / "ledger.jsonl").messages("adapter") == sent + 1, "the other half, under another pad"
 
     for server in servers:  # so that transcripts are complete
         server.stop()
@@ -281,7 +282,6 @@ def test_predictions_over_other_operators_are_counted_in_the_checkpoint(four_ser
     from typer.testing import CliRunner
 
     from blindtune.cli import app
-    from blindtune.privacy.ledger import read_journal
 
     def call(*arguments: object) -> int:
         result = CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "300"})

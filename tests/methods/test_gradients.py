@@ -62,17 +62,23 @@ def perturb(backbone):
                 b.normal_(std=0.05, generator=torch.Generator().manual_seed(1))
 
 
+def lattice_costs(shared):
+    """Relative error that rounding to the lattice makes in a parameter gradient: at most, for examples of norm C."""
+    return 3 * (2 * HIDDEN / 6) ** 0.5 * shared.lattice.step / shared.clip_norm
+
+
 def test_shares_at_two_operators_give_the_true_gradient(connect, film_sentences):
     backbone = connect(num_adapters=2)
     perturb(backbone)
     expected = gradients(backbone, film_sentences[:8])
-    for noise_ratio, tolerance in ((10.0, 1e-4), (100.0, 1e-3), (1000.0, 1e-2)):
+    for noise_ratio, float32_costs in ((10.0, 1e-4), (100.0, 1e-3), (1000.0, 1e-2)):
         backbone.channel = channel(noise_ratio=noise_ratio)
         found = gradients(backbone, film_sentences[:8])
+        tolerance = float32_costs + lattice_costs(backbone.channel)
         assert (found - expected).norm() / expected.norm() < tolerance, noise_ratio
 
 
-def test_servers_in_double_precision_keep_gradients_exact_under_large_noise(start_server, tiny_models, film_sentences):
+def test_servers_in_double_precision_keep_gradients_as_exact_as_the_lattice(start_server, tiny_models, film_sentences):
     with (
         start_server(tiny_models["bert"], dtype="float64") as a,
         start_server(tiny_models["bert"], dtype="float64") as b,
@@ -83,7 +89,7 @@ def test_servers_in_double_precision_keep_gradients_exact_under_large_noise(star
         backbone.channel = channel(noise_ratio=1000.0)
         found = gradients(backbone, film_sentences[:8])
         backbone.close()
-    assert (found - expected).norm() / expected.norm() < 1e-3
+    assert (found - expected).norm() / expected.norm() < 1e-4 + lattice_costs(backbone.channel)
 
 
 def test_gradients_above_the_clipping_norm_are_scaled_down_to_it(connect, film_sentences):
@@ -235,7 +241,7 @@ def test_the_ledger_counts_the_share_that_depends_on_the_gradient(connect, film_
         gradients(backbone, film_sentences[:4])
     assert shared.ledger.messages("share") == 20
     assert shared.ledger.guarantee().mu == pytest.approx(2 * (20 * 4) ** 0.5 / 1000)
-    assert 0.5 <= shared.ledger.used() < 0.95  # rows of norm C, whose carrier is now at one operator, now at the other
+    assert 0.45 < shared.ledger.used() < 0.95  # rows of norm C, whose carrier is now at one operator, now at the other
 
 
 def test_costs_belong_to_the_server_that_had_them_in_whichever_order_servers_come(operators, film_sentences, tmp_path):

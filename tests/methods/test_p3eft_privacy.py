@@ -10,6 +10,7 @@ import pytest
 
 from blindtune.audit import Recomputation, Row, View, read_view
 from blindtune.audit.labels import ATTACKS, Channel
+from blindtune.audit.labels.lattice import on_lattice
 from blindtune.audit.statistics import best_auc, mean_auc
 from blindtune.cli.options import make_lora_config
 from blindtune.client import Backbone
@@ -113,3 +114,14 @@ def test_under_p3eft_the_client_has_learned_what_operators_have_not(runs: dict[s
     labels = list(runs["p3eft"].labels.values())
     assert len(labels) == len(runs["p3eft"].own)
     assert score("spectral", runs["p3eft"].own, labels) > 0.8
+
+
+def test_what_p3eft_sends_lies_on_a_public_lattice_and_what_lora_sends_does_not(runs: dict[str, Run]):
+    """So its low-order bits tell nothing. The audit looks for that in every transcript."""
+    for name, lies in (("p3eft", True), ("lora", False)):
+        for view in runs[name].views:
+            found = on_lattice(view)
+            assert found.of_gradients >= STEPS // 2
+            assert found.of_adapters > 1
+            assert found.gradients == lies * found.of_gradients
+            assert found.adapters == lies * found.of_adapters

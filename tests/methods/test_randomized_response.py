@@ -169,7 +169,7 @@ def test_a_loaded_model_predicts_the_same_and_reports_epsilon(connect, film_exam
     again = load_model(tmp_path, connect(adapter=adapter_config(tmp_path))).eval()
     with torch.no_grad():
         assert torch.equal(model(texts[:9]).logits, again(texts[:9]).logits)
-    assert again.method.report() == {"label_epsilon": 2.0}
+    assert again.method.report() == {"label_epsilon": 2.0, "label_auc_bound": pytest.approx(0.8808, abs=1e-4)}
 
 
 @pytest.mark.parametrize("name", ["pslf", "randomized_response"])

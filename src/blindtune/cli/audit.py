@@ -184,6 +184,7 @@ def run_audit(
         unprotected_control,
     )
     from blindtune.audit.control import STEPS
+    from blindtune.audit.labels.lattice import on_lattice
     from blindtune.cli.progress import Bars
     from blindtune.errors import TranscriptError
     from blindtune.models import load_backbone
@@ -231,6 +232,9 @@ def run_audit(
             trained = next(view for view in views if audited_checkpoints(view, 1))
             task = progress.add_task("control: unprotected training", total=STEPS)
             control_findings = unprotected_control(trained, plan, recompute, lambda: progress.advance(task))
+    for view in views:
+        if view.gradients or view.moving:
+            console.print(f"{on_lattice(view)}.", soft_wrap=True)
     return Verdict(main, control_findings)
 
 

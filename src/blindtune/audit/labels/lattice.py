@@ -15,12 +15,14 @@ gradient, and all scores are equal. `public_step` recognizes such a share.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import fft
 
 from blindtune.audit.labels.registry import Declaration, observes_shares
-from blindtune.audit.observe import Features
+from blindtune.audit.observe import Features, View
 from blindtune.audit.statistics import Labels, Scores, auc
 
 DECLARATION = Declaration("lattice", "any share", "all other labels", ("how shares are made",))
@@ -401,3 +403,33 @@ def audit_shares(shares: Features, hypotheses: ArrayLike, labels: Labels) -> lis
         present = [k for k in range(len(margins)) if int((labels == k).sum()) > 0]
         values.append(float(np.mean([auc(margins[k], labels == k) for k in present])))
     return values
+
+
+@dataclass(frozen=True)
+class OnLattice:
+    """How many of the gradients and adapters that an operator received are multiples of one public step each.
+
+    Those that aren't were rounded after noise was added, if there was noise: then an operator that can compute
+    gradients for each label reads labels from them, whatever the size of the noise.
+    """
+
+    operator: str
+    gradients: int
+    of_gradients: int
+    adapters: int
+    of_adapters: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.operator}: {self.gradients} of {self.of_gradients} gradients and {self.adapters} of "
+            f"{self.of_adapters} adapters lie on a public lattice"
+        )
+
+
+def on_lattice(view: View, most_adapters: int = 8) -> OnLattice:
+    """Looks at all gradients of a view, and at its last adapters."""
+    shares = [share for found in view.gradients for share in found.shares]
+    names = [name for checkpoint in view.moving[-most_adapters:] for name in checkpoint.adapters]
+    adapters = [weights.numpy() for weights in view.load(names).values()]
+    found = [sum(public_step(values) is not None for values in kind) for kind in (shares, adapters)]
+    return OnLattice(view.operator, found[0], len(shares), found[1], len(adapters))
