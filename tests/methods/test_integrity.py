@@ -147,7 +147,7 @@ class TestPrecision:
     def test_follows_pads_and_amplification(self, connect, film_examples):
         found = {}
         for name, options in {
-            "default": {}, "large pads": {"pad_spread": 0.4}, "little budget": {"max_mu": 0.025},
+            "default": {}, "large pads": {"pad_spread": 0.4}, "little budget": {"max_mu": 0.05},
         }.items():  # fmt: skip
             model = start(connect(adapter=LAYERS), **options)
             model.prepare(*self.texts(film_examples))

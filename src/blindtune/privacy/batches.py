@@ -5,7 +5,7 @@ classes in a sampler, oversampling, undersampling and stratified batches break t
 in which they show:
 
 **Rates.** Shuffling sends each text once before it sends any text twice. Let B be the largest batch. When a text is
-sent for the c-th time (per copy in the set), at most (c - 1) B texts may have been sent fewer than c - 1 times (a
+sent for the c-th time (per copy in the set), texts may have missed c - 1 times at most (c - 1) B times in all (a
 loader that drops the last batch leaves fewer than B per epoch). Where this doesn't hold, classes must have been sent at
 one rate. Without a look at labels, labels are exchangeable among texts with equally many copies, whatever the sampler
 (with replacement, a fixed subset, epochs that are cut short). So for class k and any θ (Chernoff; Hoeffding 1963 for
@@ -195,7 +195,8 @@ class BatchMonitor:
             self._sent[ids] += 1
             times = times - 1
         for c in range(top + 1, len(self._levels) - 1):
-            self._uneven |= int(self._levels[: c - 1].sum()) > (c - 1) * self._largest if c > 1 else False
+            missed = int(self._levels[: c - 1] @ np.arange(c - 1, 0, -1)) if c > 1 else 0
+            self._uneven |= missed > (c - 1) * self._largest
 
     def _disperse(self, batch: int, known: Ints, counts: Ints, strange: bool) -> None:
         """Whether batches are stratified."""
