@@ -88,12 +88,29 @@ class Lattice:
         return discrete_gaussian(stream, self.steps, math.prod(shape)).reshape(tuple(shape))
 
     def round(self, values: Tensor, stream: Keystream) -> Tensor:
-        """The lattice points of real values, in steps, int64: rounded up or down at random, without bias.
-
-        A vector of D values gets longer by less than √D steps.
-        """
+        """The lattice points of real values, in steps, int64: rounded up or down at random, without bias."""
         scaled = values.double() / self.step
         return torch.floor(scaled + 1.0 - stream.uniform(*values.shape)).long()
+
+    def round_within(self, values: Tensor, most: float, stream: Keystream) -> tuple[Tensor, float]:
+        """As `round`, of values that are shrunk until their `cost` is at most `most`; and the factor that did it.
+
+        Rounding adds up to a quarter of a step squared to each value's square, on average; where it adds more than was
+        expected, the values are shrunk further, in the end to zero.
+        """
+        exact = values.double()
+        steps = math.sqrt(max(0.0, most * self.steps**2 - values.numel() / 4.0))
+        factor = min(1.0, steps * self.step / max(float(exact.norm()), 1e-30))
+        for _ in range(16):
+            points = self.round(exact * factor, stream)
+            if self.cost(points) <= most:
+                return points, factor
+            factor *= 0.9
+        return torch.zeros_like(values, dtype=torch.int64), 0.0
+
+    def cost(self, points: Tensor) -> float:
+        """|a|² / σ² of points, see `blindtune.privacy.accountant`."""
+        return float(points.double().square().sum()) / self.steps**2
 
     def values(self, points: Tensor) -> Tensor:
         """The real numbers of lattice points: float32, exact.
@@ -101,8 +118,8 @@ class Lattice:
         Raises:
             LatticeOverflow: a point is 2^24 steps or more away from zero.
         """
-        if points.numel() and int(points.abs().max()) >= EXACT:
-            raise LatticeOverflow(f"A value needs {int(points.abs().max())} steps; float32 holds {EXACT} exactly.")
+        if points.numel() and (int(points.max()) >= EXACT or int(points.min()) <= -EXACT):
+            raise LatticeOverflow(f"A value needs {points.double().abs().max():.0f} steps; {EXACT} are exact.")
         return (points.double() * self.step).float()
 
 

@@ -80,6 +80,13 @@ def undersampled(y: np.ndarray, size: int, seed: int) -> Batches:
     return ([int(rows[i]) for i in batch] for batch in epochs(RandomSampler(rows), size))
 
 
+def undersampled_anew(y: np.ndarray, size: int, seed: int) -> Batches:
+    rng, least = np.random.default_rng(seed), np.bincount(y).min()
+    while True:
+        order = rng.permutation(np.concatenate([rng.permutation(np.flatnonzero(y == k))[:least] for k in np.unique(y)]))
+        yield from (order[i : i + size].tolist() for i in range(0, len(order), size))
+
+
 def stratified(y: np.ndarray, size: int, seed: int) -> Batches:
     rng = np.random.default_rng(seed)
     while True:
@@ -160,6 +167,11 @@ def test_stratified_batches_are_refused(shares: list[float], size: int, within: 
     for seed in range(10):
         y = np.repeat(np.arange(len(shares)), np.round(np.array(shares) * 400).astype(int))
         assert first_refusal(stratified, y, size, seed, within) is not None, seed
+
+
+def test_what_each_epoch_leaves_out_adds_up_even_if_it_is_little_more_than_a_batch() -> None:
+    y = np.array([1] * 23 + [0] * 41)
+    assert all(first_refusal(undersampled_anew, y, 16, seed, 40) for seed in range(10))
 
 
 def test_weak_weights_are_refused_in_the_end() -> None:

@@ -325,6 +325,12 @@ def _run(
             f"[red]Stopped after step {trainer.done}.[/] Checkpoint: {output}. Go on with --resume.", soft_wrap=True
         )
         raise
+    if lost := method.report().get("nonfinite_messages"):
+        console.print(
+            f"[red]{lost} messages held zeros, because a loss or an adapter had NaN or infinity.[/] Lower --lr. "
+            "Nothing was broken off: that would have told something of labels.",
+            soft_wrap=True,
+        )
     trainer.save()
     result: dict[str, Any] = {"method": method.name, "steps": trainer.done, "train_examples": len(examples)}
     if held_out is not None:

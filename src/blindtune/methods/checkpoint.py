@@ -186,7 +186,7 @@ def load_model(
     method.load_state(secret)
     if method.ledger is not None:
         method.ledger.resume(folder)
-        method.no_replay()
+        method.on_load()
     for adapter, place in zip(backbone.lora_adapters(), _adapter_folders(folder, summary["adapters"]), strict=True):
         adapter.load_pretrained(place)
     return model

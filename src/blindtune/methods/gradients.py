@@ -14,8 +14,7 @@ from blindtune.client import OperatorPool, PlainChannel, RemoteBatch
 from blindtune.errors import ConfigError, NonFiniteTensor, SingleOperator
 from blindtune.lattice import Lattice
 from blindtune.privacy.accountant import allowance
-from blindtune.privacy.ledger import Entry, Ledger
-from blindtune.privacy.pads import bounded
+from blindtune.privacy.ledger import Ledger, Message
 from blindtune.privacy.randomness import SecureGenerator
 from blindtune.privacy.shares import Shares, combine, split_gradient
 from blindtune.wire import NoiseShare
@@ -34,10 +33,9 @@ class SharedGradients(PlainChannel):
     example brings an allowance of (C / σ)², and what a batch doesn't need is left for later ones. A batch that would
     cost more than that is scaled down, so C bounds the root mean square of all examples' gradients so far.
 
-    Shares are drawn from a keyed stream that is bound to the gradient, the texts, the adapters and the operators in
-    their order. A share that is noise alone travels as the seed that it is made of. A step that is repeated after a
-    crash sends each operator the same bytes again; another gradient, or another order of operators, never meets the
-    same noise, so no operator can collect two shares of one split.
+    Each call sends fresh shares, which count, also where the gradient is one that was sent before: whether two
+    gradients are equal depends on labels. A share that is noise alone travels as the seed that it is made of. Noise
+    follows from a key, the share's number in the ledger, and the gradient, so no two gradients meet the same noise.
 
     Attributes:
         ledger: counts shares, and whatever else an operator is sent that depends on labels.
@@ -55,6 +53,11 @@ class SharedGradients(PlainChannel):
     adapter_noise: float = 0.0
     """Standard deviation of noise on every weight of the adapters that travel (section 3.2): new noise for new weights.
     It hides what changed from step to step, and what is computed with it is that of the noisy adapter."""
+    silent: bool = False
+    """Whether a gradient with NaN or infinity is sent as zero, in place of an error: when a run breaks off because its
+    loss explodes, that tells something of labels."""
+    nonfinite: int = field(init=False, default=0)
+    """Gradients that were sent as zero for that reason."""
     ledger: Ledger = field(init=False)
     lattice: Lattice = field(init=False)
 
@@ -123,15 +126,20 @@ class SharedGradients(PlainChannel):
 
     def gradients(self, cotangent: Tensor, batch: RemoteBatch, pool: OperatorPool) -> Tensor:
         size = cotangent.shape[1]
-        if not bool(torch.isfinite(cotangent).all()):
-            raise NonFiniteTensor(
-                "The loss has a gradient with NaN or infinity; nothing was sent.",
-                remedy="Lower the learning rate; the last complete step is untouched.",
-            )
+        gradient = cotangent.double() * size
+        if not bool(torch.isfinite(gradient).all()):
+            if not self.silent:
+                raise NonFiniteTensor(
+                    "The loss has a gradient with NaN or infinity; nothing was sent.",
+                    remedy="Lower the learning rate; the last complete step is untouched.",
+                )
+            gradient = torch.zeros_like(gradient)
+            self.nonfinite += 1
+        self.ledger.enlist(pool.urls)
         if len(batch.operators) < self.m and not self.allow_single_operator:
             raise _too_few(self.m, len(batch.operators))
         parts = self._parts(batch, pool)
-        pieces = (cotangent * size).chunk(len(parts))
+        pieces = gradient.chunk(len(parts))
         if len(batch.operators) < self.m:  # the caller accepted that all shares meet here
             self._compromise()
         splits = [self._split(piece, part, pool) for piece, part in zip(pieces, parts, strict=True)]
@@ -164,30 +172,19 @@ class SharedGradients(PlainChannel):
 
     def _split(self, gradient: Tensor, batch: RemoteBatch, pool: OperatorPool) -> Shares:
         """The shares of a gradient `(n, B, ...)`, scaled down to what there is room for, and written to the ledger."""
-        self.ledger.enlist(pool.urls)
         operators = [pool.urls[index] for index in batch.operators]
-        context = [*_identity(gradient, batch), repr(self.lattice).encode(), *(o.encode() for o in operators)]
-        generator = self.generator.derive(b"shares", *context)
-        message = message_id(generator)
-        brought = 0.0 if self.ledger.compromised else gradient.shape[1] / self.noise_ratio**2
-        known = self.ledger.find(operators, message)
-        if known is None:
-            self.ledger.check(operators, brought)
-            room = math.inf if self.ledger.compromised else self.ledger.room(operators, brought)
-            steps = math.sqrt(min(room, MOST_COST)) * self.lattice.steps - math.sqrt(gradient.numel())
-            factor = bounded(gradient, max(0.0, steps) * self.lattice.step)[1]
-        else:
-            factor = known.factor
-        points = self.lattice.round(gradient.double() * factor, generator)
-        shares = split_gradient(points, self.m, self.lattice, generator=generator.bound_to(points))
-        if not self.ledger.compromised:
-            cost = float(points.double().square().sum()) / self.lattice.steps**2
-            self.ledger.record(
-                [
-                    Entry(operator, "share", message, brought, cost if j == shares.carrier else 0.0, factor)
-                    for j, operator in enumerate(operators)
-                ]
-            )
+        key = self.generator.derive(b"shares", str(self.ledger.count("share")).encode())
+        if self.ledger.compromised:
+            points = self.lattice.round_within(gradient, MOST_COST, key)[0]
+            return split_gradient(points, self.m, self.lattice, generator=key.bound_to(points))
+        brought = gradient.shape[1] / self.noise_ratio**2
+        self.ledger.check(operators, brought)
+        room = min(self.ledger.room(operators, brought), MOST_COST)
+        points, _ = self.lattice.round_within(gradient, room, key)
+        shares = split_gradient(points, self.m, self.lattice, generator=key.bound_to(points))
+        cost = self.lattice.cost(points)
+        costs = {operator: cost if j == shares.carrier else 0.0 for j, operator in enumerate(operators)}
+        self.ledger.record(Message("share", costs, brought, room))
         return shares
 
     def _compromise(self) -> None:
@@ -204,23 +201,11 @@ def noise_share(seed: bytes, lattice: Lattice) -> NoiseShare:
     return NoiseShare(seed=seed.hex(), exponent=lattice.exponent, steps=lattice.steps)
 
 
-def message_id(generator: SecureGenerator) -> str:
-    """What identifies a message in the ledger: a hash of the key of its randomness, which is bound to its content."""
-    return hashlib.sha256(generator.key).hexdigest()[:32]
-
-
 def _too_few(m: int, count: int) -> SingleOperator:
     return SingleOperator(
         f"{m} shares of one gradient need {m} operators that don't collude; {count} are given.",
         remedy="Add operators (--server), or accept no gradient privacy with allow_single_operator=True.",
     )
-
-
-def _identity(gradient: Tensor, batch: RemoteBatch) -> list[bytes]:
-    """What the noise is bound to, beside the operators."""
-    tensors = [gradient, *batch.tokens.tensors().values()]
-    adapters = b"".join(upload.sha256.encode() for upload in batch.uploads)
-    return [*(fingerprint(tensor) for tensor in tensors), adapters, str(batch.seed).encode()]
 
 
 def fingerprint(tensor: Tensor) -> bytes:

@@ -23,7 +23,7 @@ from blindtune.keystream import KEY_BYTES
 from blindtune.lattice import Lattice
 from blindtune.methods.gradients import noise_share
 from blindtune.methods.state import write_tensors
-from blindtune.privacy.ledger import Entry, Ledger
+from blindtune.privacy.ledger import Ledger, Message
 from blindtune.privacy.randomness import SecureGenerator
 
 MEMBERS = 2
@@ -68,8 +68,7 @@ class IntegrityCheck:
         share = noise_share(key.bytes(KEY_BYTES), shares)
         everybody = batch.operators
         urls = [pool.urls[index] for index in everybody]
-        message = f"check {self._steps}"
-        self.ledger.record([Entry(url, "check", message, 0.0, 0.0) for url in urls])
+        self.ledger.record(Message("check", dict.fromkeys(urls, 0.0)))
         holders = everybody[:MEMBERS]
         padded = pool.parallel([_forward(noise, pool, operator, retain=False) for operator in holders])
         self._compare("hidden states under an adapter of noise", noise, padded, urls, HIDDEN_TOLERANCE)

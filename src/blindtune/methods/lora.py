@@ -149,8 +149,5 @@ class LoRA:
     def probe(self, batch: RemoteBatch, pool: OperatorPool) -> dict[str, float]:
         return {}
 
-    def replay(self) -> None:
-        """Adapters in the clear tell all that they tell at once."""
-
-    def no_replay(self) -> None:
-        """See `replay`."""
+    def on_load(self) -> None:
+        """Adapters in the clear have no message of their own for predictions."""

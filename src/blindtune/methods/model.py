@@ -110,12 +110,8 @@ class Method(Protocol):
         """Measures what the defence costs in precision, on a few texts, and warns where that is much."""
         ...
 
-    def replay(self) -> None:
-        """A run goes on from an earlier step: what it sends again are the same bytes."""
-        ...
-
-    def no_replay(self) -> None:
-        """A loaded model is used: only what was sent last may be sent again as the same bytes."""
+    def on_load(self) -> None:
+        """The model comes from a checkpoint, and its ledger has been read."""
         ...
 
 

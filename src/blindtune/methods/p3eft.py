@@ -28,8 +28,8 @@ from blindtune.privacy.accountant import allowance
 from blindtune.privacy.ledger import Ledger
 from blindtune.privacy.randomness import SecureGenerator
 
-SPARE = 1.05
-"""A run is planned 5% longer than asked for: for steps that are repeated on another machine after a crash."""
+SPARE = 1.1
+"""A run is planned 10% longer than asked for: steps that are repeated after a crash are sent anew, and count."""
 
 MOST_ROUNDING, MOST_CURVATURE = 0.3, 0.5
 """Errors above these are said."""
@@ -99,7 +99,7 @@ class P3EFT(LoRA):
 
     @property
     def plan(self) -> PadPlan:
-        adapters = math.ceil(SPARE * (self.steps + 1))
+        adapters = math.ceil(SPARE * (self.steps + 2))  # of each step, of the end, and of predictions
         brought = (1.0 - self.gradient_part) * allowance(self.max_mu) / adapters
         return PadPlan(self.pad_spread, self.max_norm, brought, self.steps)
 
@@ -108,8 +108,9 @@ class P3EFT(LoRA):
         return self.channel.ledger
 
     def make_shares(self, generator: SecureGenerator) -> SharedGradients:
-        budget = None if self.allow_single_operator else self.max_mu
-        return SharedGradients(self.m, self.clip_norm, self.noise_ratio, generator, self.allow_single_operator, budget)
+        single = self.allow_single_operator
+        budget = None if single else self.max_mu
+        return SharedGradients(self.m, self.clip_norm, self.noise_ratio, generator, single, budget, silent=True)
 
     @property
     def watches_batches(self) -> bool:
@@ -151,10 +152,9 @@ class P3EFT(LoRA):
     def report(self) -> dict[str, float]:
         if self.allow_single_operator:
             return {}
-        return {**self.ledger.guarantee().report(), "mu_budget": self.max_mu, "budget_used": self.ledger.used()}
+        found = {**self.ledger.guarantee().report(), "mu_budget": self.max_mu, "budget_used": self.ledger.used()}
+        lost = self.channel.shares.nonfinite + self.channel.nonfinite
+        return {**found, "nonfinite_messages": lost} if lost else found
 
-    def replay(self) -> None:
-        self.channel.replay()
-
-    def no_replay(self) -> None:
-        self.channel.no_replay()
+    def on_load(self) -> None:
+        self.channel.loaded = True

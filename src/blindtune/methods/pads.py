@@ -7,20 +7,22 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from blindtune.client import OperatorPool, RemoteBatch
-from blindtune.errors import BudgetSpent, NonFiniteTensor, SingleOperator
-from blindtune.methods.gradients import SharedGradients, fingerprint, message_id
+from blindtune.errors import BudgetSpent, ConfigError, SingleOperator
+from blindtune.methods.gradients import MOST_COST, SharedGradients, fingerprint
 from blindtune.methods.integrity import MEMBERS, IntegrityCheck
 from blindtune.privacy.accountant import mu_of
-from blindtune.privacy.ledger import Entry, Ledger
-from blindtune.privacy.pads import PadScale, bounded, pad_pair, unpad
+from blindtune.privacy.ledger import Ledger, Message
+from blindtune.privacy.pads import PadScale, pad_pair, unpad
 from blindtune.privacy.randomness import SecureGenerator
 
 KNOWN_UPDATES = 64
+SMALLEST_RESOLUTION = 0.5
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,10 @@ class PaddedAdapters:
         client:           h' = h(x, 0) + s (h₊ − h₋)
 
     Gradients are asked for at θ = 0, where the model is the pretrained one, so what an operator differentiates has
-    nothing to do with labels either. The pad is bound to δ, the adapters' shape and the two operators in their order:
-    the same δ always travels as the same bytes, so a repeated step, an evaluation and the step after it are one view.
-    An *earlier* δ that comes back, such as that of the best checkpoint, gets a new pad and counts again: equal bytes
-    would tell which step was chosen.
+    nothing to do with labels either. Every call of `gradients` begins a new period; in each, δ travels under a new pad
+    and counts, also if it is what it was before: whether it changed depends on labels. Within a period, in which
+    nothing trains, the same δ travels as the same bytes, so evaluations and the step after them are one message. A
+    loaded model's predictions are one message, too.
 
     Attributes:
         shares: how gradients travel; its ledger counts adapters too.
@@ -86,8 +88,12 @@ class PaddedAdapters:
     generator: SecureGenerator
     plan: PadPlan
     integrity: IntegrityCheck
-    _earliest: int = field(init=False, default=0)
-    """Place in the ledger of the last update that was sent: none before it travels as the same bytes again."""
+    loaded: bool = False
+    """Whether the adapter comes from a checkpoint: then predictions have a message of their own."""
+    nonfinite: int = field(init=False, default=0)
+    """Adapters with NaN or infinity; zero was sent in their place."""
+    _period: dict[tuple[bytes, ...], _Pad] = field(init=False, repr=False, default_factory=dict[Any, Any])
+    """What was sent since the last gradient, by content and operators."""
     _factors: OrderedDict[bytes, float] = field(init=False, repr=False, default_factory=OrderedDict[bytes, float])
     _lock: Lock = field(init=False, repr=False, default_factory=Lock)
     """Of the ledger: inference asks for hidden states from several threads."""
@@ -102,14 +108,6 @@ class PaddedAdapters:
         sigma = self.plan.spread / (spec.scaling * spec.rank**0.5)
         limit = 1.0 if math.isinf(self.ledger.limit) else self.ledger.limit
         return PadScale.for_allowance(sigma, self.plan.max_norm / spec.scaling, self.plan.allowance, limit=limit)
-
-    def replay(self) -> None:
-        """A run is resumed from an earlier step: its adapters may be sent again as the same bytes, in their order."""
-        self._earliest = 0
-
-    def no_replay(self) -> None:
-        """Only the last adapter may be sent again as the same bytes."""
-        self._earliest = max(0, self.ledger.last)
 
     def choose(self, operators: int, step: int) -> tuple[int, ...]:
         return self.shares.choose(operators, step)
@@ -126,19 +124,19 @@ class PaddedAdapters:
 
     def hidden(self, batch: RemoteBatch, pool: OperatorPool, *, retain: bool) -> Tensor:
         self._check_members(len(batch.operators))
-        if not bool(torch.isfinite(batch.weights).all()):
-            raise NonFiniteTensor(
-                "The adapter holds NaN or infinity; nothing was sent.", remedy="Resume the last step."
-            )
+        self.ledger.enlist(pool.urls)
         if retain and len(batch.operators) >= MEMBERS:
             self.integrity.before_step(batch, pool, self.scale(batch).lattice, self.shares.lattice)
         with self._lock:
-            pad = self._pad(batch, pool)
+            pad = self._pad(batch, pool, predicting=self.loaded and not retain)
         return self._mixture(batch, pool, pad.plus, pad.minus, retain=retain)
 
     def gradients(self, cotangent: Tensor, batch: RemoteBatch, pool: OperatorPool) -> Tensor:
         self._check_room(batch, pool)
         factor = self._factors[fingerprint(batch.weights[0])]
+        with self._lock:
+            self._period.clear()
+            self.loaded = False
         return factor * self.shares.gradients(cotangent, at_zero(batch), pool)
 
     def probe(self, batch: RemoteBatch, pool: OperatorPool) -> Precision:
@@ -152,13 +150,11 @@ class PaddedAdapters:
         direction = key.normal(batch.weights.shape[1])
         delta = direction * (self.plan.max_norm / batch.spec.scaling / direction.norm())
         self.ledger.enlist(pool.urls)
-        self.ledger.record(
-            [Entry(url, "check", f"probe {message_id(key)}", 0.0, 0.0) for url in self._members(batch, pool)]
-        )
+        self.ledger.record(Message("check", dict.fromkeys(self._members(batch, pool), 0.0)))
         base = at_zero(batch).forward(pool, batch.operators[0])
         moved: list[Tensor] = []
         for factor, pad in ((1.0, b"p"), (2.0, b"p"), (1.0, b"q")):
-            points = scale.points(factor * delta, generator=key)
+            points = scale.lattice.round(factor * delta / (2.0 * scale.amplification), key)
             plus, minus = pad_pair(points, scale.lattice, generator=key.derive(pad))
             moved.append(self._mixture(batch, pool, plus, minus, retain=False) - (0 if base is None else base))
         once, twice, other = moved
@@ -201,46 +197,50 @@ class PaddedAdapters:
                 remedy="Add an operator (--server); this holds for predictions too.",
             )
 
-    def _pad(self, batch: RemoteBatch, pool: OperatorPool) -> _Pad:
+    def _pad(self, batch: RemoteBatch, pool: OperatorPool, *, predicting: bool) -> _Pad:
         """The two halves of the pad for the batch's δ, written to the ledger before they are sent."""
         scale, delta = self.scale(batch), batch.weights[0]
+        content = fingerprint(delta)
+        if not bool(torch.isfinite(delta).all()):  # an error would tell at which step; nobody sees what is sent
+            delta = torch.zeros_like(delta)
+            self.nonfinite += 1
+        members = self._members(batch, pool)
+        context = (content, repr((batch.spec.model_dump(), scale)).encode(), *(member.encode() for member in members))
+        if context in self._period:
+            return self._period[context]
         if len(batch.operators) < MEMBERS:
             self.ledger.compromise()
-        self.ledger.enlist(pool.urls)
-        members = self._members(batch, pool)
-        made_from = [fingerprint(delta), repr((batch.spec.model_dump(), scale)).encode()]
-        update, times = self._place(made_from)
-        generator = self.generator.derive(b"pad", *made_from, times, *(member.encode() for member in members))
-        message = message_id(generator)
-        known = self.ledger.find(members, message)
-        factor = known.factor if known else bounded(delta, self._longest(members, scale, delta.numel()))[1]
-        points = scale.points(delta.double() * factor, generator=generator)
-        if not self.ledger.compromised:
-            brought, cost = self.plan.allowance, scale.cost(points)
-            self.ledger.record([Entry(member, "adapter", message, brought, cost, factor, update) for member in members])
-            self._earliest = max(self._earliest, self.ledger.position(update) or 0)
-        self._factors[fingerprint(delta)] = factor
+        name = self.generator.derive(b"content", *context).key.hex()[:32] if predicting else ""
+        message = self.ledger.find_prediction(members, name) if predicting else None
+        number = self.ledger.count("adapter") if message is None else message.number
+        key = self.generator.derive(b"pad", str(number).encode())
+        if self.ledger.compromised:
+            points, factor = scale.points(delta, MOST_COST, generator=key)
+        elif message is not None:
+            points, factor = scale.points(delta, message.room, generator=key)
+        else:
+            self._check_size(scale, delta.numel())
+            self._check_budget(members)
+            room = self.ledger.room(members, self.plan.allowance)
+            points, factor = scale.points(delta, room, generator=key)
+            costs = dict.fromkeys(members, scale.lattice.cost(points))
+            self.ledger.record(Message("adapter", costs, self.plan.allowance, room, name))
+        plus, minus = pad_pair(points, scale.lattice, generator=key.bound_to(points))
+        self._period[context] = _Pad(plus, minus, factor)
+        self._factors[content] = factor
         while len(self._factors) > KNOWN_UPDATES:
             self._factors.popitem(last=False)
-        return _Pad(*pad_pair(points, scale.lattice, generator=generator.bound_to(points)), factor)
+        return self._period[context]
 
-    def _place(self, made_from: list[bytes]) -> tuple[str, bytes]:
-        """What identifies an update in the ledger, and how often it has come back after others."""
-        returned = 0
-        while True:
-            times = returned.to_bytes(8, "little")
-            update = message_id(self.generator.derive(b"update", *made_from, times))
-            place = self.ledger.position(update)
-            if place is None or place >= self._earliest:
-                return update, times
-            returned += 1
-
-    def _longest(self, members: list[str], scale: PadScale, size: int) -> float:
-        """The longest δ that may be sent now. Raises `BudgetSpent` if none may be."""
-        if self.ledger.compromised:
-            return math.inf
-        self._check_budget(members)
-        return scale.longest(self.ledger.room(members, self.plan.allowance), size)
+    def _check_size(self, scale: PadScale, size: int) -> None:
+        """Raises `ConfigError` for an adapter of so many values that rounding them takes most of what they may cost."""
+        left = scale.resolution(size, self.plan.allowance)
+        if left < SMALLEST_RESOLUTION:
+            raise ConfigError(
+                f"An adapter of {size} trained values is too large for {self.plan.steps} steps at "
+                f"μ = {mu_of(self.ledger.limit):.3g}: float32 has too few bits for its pad.",
+                remedy="Use a lower rank, fewer layers, fewer steps, or a larger max_mu.",
+            )
 
     def _check_room(self, batch: RemoteBatch, pool: OperatorPool) -> None:
         """Raises `BudgetSpent` if the adapter that a step leads to could never be sent, not even to predict."""

@@ -5,12 +5,12 @@ classes in a sampler, oversampling, undersampling and stratified batches break t
 in which they show:
 
 **Rates.** Shuffling sends each text once before it sends any text twice. Let B be the largest batch. When a text is
-sent for the c-th time (per copy in the set), texts may have missed c - 1 times at most (c - 1) B times in all (a
-loader that drops the last batch leaves fewer than B per epoch). Where this doesn't hold, classes must have been sent at
-one rate. Without a look at labels, labels are exchangeable among texts with equally many copies, whatever the sampler
-(with replacement, a fixed subset, epochs that are cut short). So for class k and any θ (Chernoff; Hoeffding 1963 for
-draws without replacement), where s_j is how often text j was sent, and G_m are the texts with m copies, n_km of them
-in class k,
+sent for the c-th time (per copy in the set), at most (c - 1) B more may be missing for all texts to have been sent
+c - 1 times (a loader that drops the last batch leaves fewer than B per epoch). Where this doesn't hold, classes must
+have been sent at one rate. Without a look at labels, labels are exchangeable among texts with equally many copies,
+whatever the sampler (with replacement, a fixed subset, epochs that are cut short). So for class k and any θ (Chernoff;
+Hoeffding 1963 for draws without replacement), where s_j is how often text j was sent, and G_m are the texts with m
+copies, n_km of them in class k,
 
     P(Σ_{j in k} s_j ≥ x) ≤ exp(Σ_m n_km ln mean_{j in G_m} exp(θ s_j) - θ x),    and the same for ≤ x with θ < 0.
 

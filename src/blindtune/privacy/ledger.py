@@ -1,15 +1,16 @@
 """The ledger of a run: what each operator has been sent, and what that can tell; written before anything is sent.
 
-Every message that depends on labels brings a public allowance and costs what it really tells (both are |a|² / σ², see
-`blindtune.privacy.accountant`). The ledger is the filter of the guarantee:
+Every message that depends on labels has a public number, brings a public allowance, and costs what it really tells
+(allowance and cost are |a|² / σ², see `blindtune.privacy.accountant`). The ledger is the filter of the guarantee:
 
     Σ cost ≤ Σ allowance ≤ A        at every operator, at every moment, for any labels
 
 The left side holds because senders shrink a message that would cost more than `room`; nothing of that is visible. The
-right side is a matter of counting messages, which depends on no label: `open` refuses the one that would exceed it.
+right side is a matter of counting messages, which depends on no label: `check` refuses the one that would exceed it.
+No message is left out because it equals an earlier one: whether two secrets are equal depends on labels.
 
-A journal makes the ledger outlive the process: each line is on the disk (fsync) before the message leaves. A line that
-a crash cut off was never sent.
+A journal makes the ledger outlive the process: each message is one line, which is on the disk (fsync) before the
+message leaves. A line that a crash cut off was never sent.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import json
 import math
 import os
 import secrets
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,32 +35,32 @@ TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One message to one operator.
+class Message:
+    """What is sent to several operators at once.
 
     Attributes:
         kind: `adapter`, `share`, or `check` (label-free).
-        message: what identifies it; equal ids are equal bytes, which count once.
-        allowance: what it brings, public.
-        cost: |a|² / σ² of what is really sent.
-        factor: by which its sender shrank it, so that a repetition is the same.
-        update: of an adapter: what it was made from; the same for all operators.
+        costs: operator -> |a|² / σ² of what it is really sent.
+        allowance: what the message brings at each of these operators, public.
+        room: what it could have cost at most; with the number it makes the same bytes again.
+        content: of an adapter for predictions: a keyed hash of what it was made of. The same adapter is sent as the
+            same bytes to the same operators then.
+        number: its place among the messages of its kind.
     """
 
-    operator: str
     kind: str
-    message: str
-    allowance: float
-    cost: float
-    factor: float = 1.0
-    update: str = ""
+    costs: dict[str, float]
+    allowance: float = 0.0
+    room: float = 0.0
+    content: str = ""
+    number: int = 0
 
 
 @dataclass
 class _Account:
     allowance: float = 0.0
     cost: float = 0.0
-    entries: dict[str, Entry] = field(default_factory=dict[str, Entry])
+    kinds: Counter[str] = field(default_factory=Counter[str])
 
 
 class Ledger:
@@ -75,37 +77,28 @@ class Ledger:
         """Whether messages that must be kept apart went to one operator: then nothing is private."""
         self.journals: list[Path] = []
         self._accounts: dict[str, _Account] = {}
-        self._order: dict[str, int] = {}
+        self._numbers = Counter[str]()
+        self._predictions: list[Message] = []
+        self._operators: frozenset[str] | None = None
         self._lines: list[dict[str, Any]] = []
 
     def enlist(self, operators: Sequence[str]) -> None:
-        """Names the operators of this process.
+        """Names the operators of this process, before anything is sent.
 
-        An address that is new in a run that had others may be another name of one of them: it inherits the largest
-        account.
+        Where they are others than before, an address may be a new name of any operator that there was. So all accounts,
+        old and new, are raised to the largest allowance and the largest cost.
         """
-        unknown = [operator for operator in operators if operator not in self._accounts]
-        if not unknown:
-            return
-        inherited = max(self._accounts.values(), key=lambda account: account.allowance, default=_Account())
-        lines = [
-            {"operator": operator, "allowance": inherited.allowance, "cost": inherited.cost} for operator in unknown
-        ]
-        self._write(lines)
+        if frozenset(operators) != self._operators:
+            self._write([{"operators": list(operators)}])
 
-    def find(self, operators: Iterable[str], message: str) -> Entry | None:
-        """The entry of a message that all these operators have been sent already."""
-        found = [self._account(operator).entries.get(message) for operator in operators]
-        return found[0] if found and all(found) else None
+    def count(self, kind: str) -> int:
+        """Messages of a kind so far: the number of the next one."""
+        return self._numbers[kind]
 
-    def position(self, update: str) -> int | None:
-        """The place of an update in the order in which they were first sent."""
-        return self._order.get(update)
-
-    @property
-    def last(self) -> int:
-        """The place of the last update; -1 before the first."""
-        return len(self._order) - 1
+    def find_prediction(self, operators: Sequence[str], content: str) -> Message | None:
+        """The adapter with this content that these operators have been sent to predict, if they have."""
+        wanted = (list(operators), content)
+        return next((m for m in self._predictions if (list(m.costs), m.content) == wanted), None)
 
     def room(self, operators: Iterable[str], allowance: float) -> float:
         """What a message to all these operators may cost if it brings this allowance."""
@@ -123,20 +116,21 @@ class Ledger:
                 "a run begins.",
             )
 
-    def record(self, entries: Sequence[Entry]) -> None:
-        """Writes messages down, before they are sent; those that an operator has had already don't count again.
+    def record(self, message: Message) -> Message:
+        """Writes a message down, before it is sent; returns it with its number.
 
         Raises:
             BudgetSpent: the limit would be exceeded.
-            ValueError: a message costs more than there is room for.
+            ValueError: it costs more than there is room for.
             CheckpointError: the journal can't be written; nothing must be sent then.
         """
-        new = [e for e in entries if e.message not in self._account(e.operator).entries]
-        for entry in new:
-            self.check([entry.operator], entry.allowance)
-            if entry.cost > self.room([entry.operator], entry.allowance) + TOLERANCE:
-                raise ValueError(f"A message costs {entry.cost}, more than there is room for.")
-        self._write([asdict(entry) for entry in new])
+        self.check(message.costs, message.allowance)
+        for operator, cost in message.costs.items():
+            if cost > self.room([operator], message.allowance) + TOLERANCE:
+                raise ValueError(f"A message costs {cost}, more than there is room for.")
+        numbered = replace(message, number=self.count(message.kind))
+        self._write([asdict(numbered)])
+        return numbered
 
     def compromise(self) -> None:
         """Messages that must be kept apart are about to meet at one operator."""
@@ -156,9 +150,8 @@ class Ledger:
         return max((a.cost / a.allowance for a in self._accounts.values() if a.allowance > 0), default=0.0)
 
     def messages(self, kind: str) -> int:
-        """Different messages of a kind that one operator has seen, where they are most."""
-        counts = [sum(entry.kind == kind for entry in a.entries.values()) for a in self._accounts.values()]
-        return max(counts, default=0)
+        """Messages of a kind that one operator has seen, where they are most."""
+        return max((account.kinds[kind] for account in self._accounts.values()), default=0)
 
     def attach(self, folder: str | Path) -> None:
         """Keeps a journal in this folder from now on, with all that has been counted so far.
@@ -181,15 +174,18 @@ class Ledger:
         self.journals.append(path)
 
     def resume(self, folder: str | Path) -> None:
-        """Goes on from the journal of this folder, if it has one, and in it.
+        """Goes on from the journal of this folder, and in it.
 
         Raises:
-            CheckpointError: a damaged journal.
+            CheckpointError: there is none, or it is damaged.
         """
         path = Path(folder).resolve() / JOURNAL
-        if not path.exists():
-            return
-        self.load(read_lines(path))
+        if not path.is_file():
+            raise CheckpointError(
+                f"There is no {path}, so nobody knows what operators have seen of this run.",
+                remedy="Put the file back. Without it, count the whole budget of the run as spent, and train anew.",
+            )
+        self.load(read_lines(path, mend=True))
         self.journals.append(path)
 
     def load(self, lines: Iterable[dict[str, Any]]) -> None:
@@ -202,11 +198,13 @@ class Ledger:
                 self._apply(line)
 
     def _account(self, operator: str) -> _Account:
-        return self._accounts.setdefault(operator, _Account())
+        if operator not in self._accounts:
+            raise ValueError(f"{operator} was not enlisted.")
+        return self._accounts[operator]
 
     def _write(self, lines: Sequence[dict[str, Any]]) -> None:
         """To the journals first, then into memory."""
-        for path in self.journals if lines else ():
+        for path in self.journals:
             try:
                 append_lines(path, lines)
             except OSError as error:
@@ -218,28 +216,40 @@ class Ledger:
     def _apply(self, line: dict[str, Any]) -> None:
         if "compromised" in line:
             self.compromised = True
-        elif "message" in line:
-            entry = Entry(**line)
-            account = self._account(entry.operator)
-            if entry.message not in account.entries:
-                account.entries[entry.message] = entry
-                account.allowance += entry.allowance
-                account.cost += entry.cost
-                if entry.update:
-                    self._order.setdefault(entry.update, len(self._order))
-        elif line["operator"] not in self._accounts:
-            self._accounts[line["operator"]] = _Account(line["allowance"], line["cost"])
+        elif "operators" in line:
+            self._enlist(line["operators"])
+        else:
+            message = Message(**line)
+            self._numbers[message.kind] = max(self._numbers[message.kind], message.number + 1)
+            if message.content:
+                self._predictions.append(message)
+            for operator, cost in message.costs.items():
+                account = self._account(operator)
+                account.allowance += message.allowance
+                account.cost += cost
+                account.kinds[message.kind] += 1
+
+    def _enlist(self, operators: Sequence[str]) -> None:
+        known = self._accounts.values()
+        allowance = max((account.allowance for account in known), default=0.0)
+        cost = max((account.cost for account in known), default=0.0)
+        for operator in operators:
+            self._accounts.setdefault(operator, _Account())
+        for account in self._accounts.values():
+            account.allowance, account.cost = allowance, cost
+        self._operators = frozenset(operators)
 
 
 def append_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Adds lines to a journal, for its owner's eyes alone; they are on the disk when this returns."""
+    """Adds lines to a journal, for its owner's eyes alone; they are on the disk when this returns, or none of them."""
     new = not path.exists()
     content = "".join(json.dumps(line) + "\n" for line in lines).encode()
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, PRIVATE)
     try:
-        written = os.write(descriptor, content)
-        if written != len(content):
-            raise OSError(f"{written} of {len(content)} bytes were written")
+        end = os.fstat(descriptor).st_size
+        if os.write(descriptor, content) != len(content):
+            os.ftruncate(descriptor, end)
+            raise OSError("the disk is full")
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -247,15 +257,17 @@ def append_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
         sync_folder(path.parent)
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a journal; what a crash left of a last one is cut off.
+def read_lines(path: Path, *, mend: bool = False) -> list[dict[str, Any]]:
+    """The complete lines of a journal, without what a crash left of a last one.
 
+    Args:
+        mend: cuts that off in the file too.
     Raises:
         CheckpointError: a damaged journal, or one of another version.
     """
     content = path.read_bytes()
     end = content.rfind(b"\n") + 1
-    if end != len(content):
+    if mend and end != len(content):
         os.truncate(path, end)
     try:
         lines: list[dict[str, Any]] = [json.loads(line) for line in content[:end].splitlines()]

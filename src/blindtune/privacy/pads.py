@@ -57,25 +57,16 @@ class PadScale:
         lattice = Lattice.for_sigma(sigma, largest=sigma * math.sqrt(limit))
         return PadScale(lattice, norm / (2.0 * lattice.sigma * math.sqrt(allowance)))
 
-    def longest(self, room: float, size: int) -> float:
-        """The largest |δ| of `size` values that costs at most `room`, however its rounding falls."""
-        steps = math.sqrt(max(0.0, room)) * self.lattice.steps - math.sqrt(size)
-        return max(0.0, steps) * self.lattice.step * 2.0 * self.amplification
+    def points(self, delta: Tensor, room: float, *, generator: SecureGenerator) -> tuple[Tensor, float]:
+        """δ/2s on the lattice, in steps, int64 `(P,)`, and the factor by which it was shrunk to cost at most `room`.
 
-    def points(self, delta: Tensor, *, generator: SecureGenerator) -> Tensor:
-        """δ/2s on the lattice, in steps, int64 `(P,)`: rounded at random."""
-        return self.lattice.round(delta.double() / (2.0 * self.amplification), generator)
+        Values are rounded at random, without bias.
+        """
+        return self.lattice.round_within(delta.double() / (2.0 * self.amplification), room, generator)
 
-    def cost(self, points: Tensor) -> float:
-        """|δ/2s|² / σ² of what is really sent."""
-        return float(points.double().square().sum()) / self.lattice.steps**2
-
-
-def bounded(delta: Tensor, max_norm: float) -> tuple[Tensor, float]:
-    """δ `(P,)` in float64, scaled down to `max_norm` if it is longer, and the factor that did it."""
-    exact = delta.double()
-    factor = min(1.0, max_norm / max(float(exact.norm()), 1e-30))
-    return exact * factor, factor
+    def resolution(self, size: int, allowance: float) -> float:
+        """The part of an allowance that is left for δ itself, of so many values, once rounding has had its part."""
+        return 1.0 - size / 4.0 / (allowance * self.lattice.steps**2)
 
 
 def pad_pair(points: Tensor, lattice: Lattice, *, generator: SecureGenerator) -> tuple[Tensor, Tensor]:

@@ -130,7 +130,8 @@ class Trainer:
         assert output.loss is not None  # noqa: S101 - labels were given
         self.optimizer.zero_grad()
         output.loss.backward()
-        self.optimizer.step()
+        if all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in self.model.parameters()):
+            self.optimizer.step()  # else the step is lost; where that must not show, it was sent like any other
         self.done += 1
         after = self.model.backbone.traffic
         return Step(
@@ -161,7 +162,6 @@ class Trainer:
                 remedy="Resume with the same options and file, or start anew without --resume.",
             )
         self.model.method.load_state({**self.model.method.state(), **method})
-        self.model.method.replay()
         with torch.no_grad():  # from the one file that was written at once
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(state[f"parameter.{name}"])
