@@ -95,17 +95,17 @@ class Lattice:
     def round_within(self, values: Tensor, most: float, stream: Keystream) -> tuple[Tensor, float]:
         """As `round`, of values that are shrunk until their `cost` is at most `most`; and the factor that did it.
 
-        Rounding adds up to a quarter of a step squared to each value's square, on average; where it adds more than was
-        expected, the values are shrunk further, in the end to zero.
+        Rounding adds at most a quarter of a step squared to each value's square, on average. Where it adds more than
+        that, the values are shrunk further, in the end to zero.
         """
         exact = values.double()
-        steps = math.sqrt(max(0.0, most * self.steps**2 - values.numel() / 4.0))
+        steps = max(0.0, math.sqrt(max(0.0, most * self.steps**2 - values.numel() / 4.0)) - 2.0)
         factor = min(1.0, steps * self.step / max(float(exact.norm()), 1e-30))
-        for _ in range(16):
+        for _ in range(32):
             points = self.round(exact * factor, stream)
             if self.cost(points) <= most:
                 return points, factor
-            factor *= 0.9
+            factor *= 0.97
         return torch.zeros_like(values, dtype=torch.int64), 0.0
 
     def cost(self, points: Tensor) -> float:

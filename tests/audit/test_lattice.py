@@ -362,3 +362,10 @@ def test_noise_mass_counts_every_float32(alpha: float):
         inside = ~(hits[:, 0] | hits[:, -1]) & (np.abs(nearest) > 1e-30)
         assert inside.mean() > 0.99
         assert ((noise_mass(carrier, hypothesis, alpha) > 0) == hits.any(1))[inside].all()
+
+
+def test_a_public_step_is_found_whatever_zeros_there_are():
+    share = np.array([0.0, 3.0, -5.0, 0.0, 64.0]) * 2.0**-40
+    assert public_step(share.astype(np.float32)) == -40
+    assert public_step(np.zeros(5, np.float32)) is None
+    assert public_step(np.array([1.0, 2.0**-30], np.float32)) is None

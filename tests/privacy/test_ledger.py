@@ -12,99 +12,147 @@ import pytest
 from blindtune.errors import BudgetSpent, CheckpointError
 from blindtune.privacy.accountant import allowance
 from blindtune.privacy.history import LabelHistory, total_mu
-from blindtune.privacy.ledger import JOURNAL, Entry, Ledger, read_journal
+from blindtune.privacy.ledger import JOURNAL, Ledger, Message, read_journal
 
 A, B = "https://a.example", "https://b.example"
 
 
-def entry(operator: str = A, message: str = "m", *, brings: float = 0.01, costs: float = 0.005, **more) -> Entry:
-    return Entry(operator, more.pop("kind", "adapter"), message, brings, costs, **more)
+def message(*operators: str, brings: float = 0.01, costs: float = 0.005, kind: str = "adapter", **more) -> Message:
+    return Message(kind, dict.fromkeys(operators or (A,), costs), brings, **more)
+
+
+def make(limit: float = math.inf) -> Ledger:
+    ledger = Ledger(limit)
+    ledger.enlist([A, B])
+    return ledger
 
 
 class TestCounting:
-    def test_adds_up_at_each_operator_and_equal_messages_count_once(self):
-        ledger = Ledger(allowance(1.0))
-        ledger.record([entry(A, "x"), entry(B, "x")])
-        ledger.record([entry(A, "x"), entry(A, "y")])
-        assert ledger.allowance() == pytest.approx(0.02)
-        assert ledger.guarantee().mu == pytest.approx(2 * math.sqrt(0.02))
+    def test_adds_up_at_each_operator_and_numbers_messages_of_a_kind(self):
+        ledger = make(allowance(1.0))
+        sent = [ledger.record(message(A, B)), ledger.record(message(A)), ledger.record(message(kind="share"))]
+        assert [m.number for m in sent] == [0, 1, 0]
+        assert ledger.allowance() == pytest.approx(0.03)
+        assert ledger.guarantee().mu == pytest.approx(2 * math.sqrt(0.03))
         assert ledger.used() == pytest.approx(0.5)
-        assert ledger.messages("adapter") == 2
+        assert (ledger.messages("adapter"), ledger.count("adapter"), ledger.count("share")) == (2, 2, 1)
+
+    def test_charges_equal_messages_as_often_as_they_come(self):
+        """Whether two secrets are equal depends on labels; a count that knows it would tell."""
+        ledger = make(allowance(1.0))
+        for _ in range(3):
+            ledger.record(message())
+        assert ledger.allowance() == pytest.approx(0.03)
 
     def test_keeps_what_was_not_needed_for_later(self):
-        ledger = Ledger(allowance(1.0))
-        ledger.record([entry(message="x", brings=0.01, costs=0.002)])
+        ledger = make(allowance(1.0))
+        ledger.record(message(brings=0.01, costs=0.002))
         assert ledger.room([A], 0.01) == pytest.approx(0.018)
-        ledger.record([entry(message="y", brings=0.01, costs=0.018)])
+        ledger.record(message(brings=0.01, costs=0.018))
         assert ledger.room([A], 0.01) == pytest.approx(0.01)
         with pytest.raises(ValueError, match="more than there is room for"):
-            ledger.record([entry(message="z", brings=0.01, costs=0.02)])
+            ledger.record(message(brings=0.01, costs=0.02))
 
     def test_refuses_a_message_too_many_and_the_reason_depends_on_no_label(self):
         """By what messages bring, which is public; never by what they cost."""
-        ledger = Ledger(0.02)
-        for message in "xy":
-            ledger.record([entry(message=message, brings=0.01, costs=0.0)])
+        ledger = make(0.02)
+        for _ in range(2):
+            ledger.record(message(brings=0.01, costs=0.0))
         with pytest.raises(BudgetSpent, match=r"the budget is 0\.28"):
-            ledger.record([entry(message="z", brings=0.01, costs=0.0)])
-        ledger.record([entry(message="x")])
-        ledger.record([entry(B, "z")])
+            ledger.record(message(brings=0.01, costs=0.0))
+        ledger.record(message(B))
 
     def test_the_room_of_a_message_to_two_is_that_of_the_one_with_less(self):
-        ledger = Ledger(1.0)
-        ledger.record([entry(A, "x", brings=0.1, costs=0.1), entry(B, "y", brings=0.1, costs=0.0)])
+        ledger = make(1.0)
+        ledger.record(message(A, brings=0.1, costs=0.1))
+        ledger.record(message(B, brings=0.1, costs=0.0))
         assert ledger.room([A, B], 0.0) == pytest.approx(0.0)
         assert ledger.room([B], 0.0) == pytest.approx(0.1)
 
     def test_nothing_is_guaranteed_once_messages_have_met(self):
-        ledger = Ledger()
+        ledger = make()
         ledger.compromise()
         assert ledger.guarantee().epsilon == math.inf
+
+    def test_nobody_is_sent_anything_who_was_not_enlisted(self):
+        with pytest.raises(ValueError, match="not enlisted"):
+            make().record(message("https://c.example"))
+
+    def test_other_addresses_may_be_new_names_of_any_operator_there_was(self):
+        """So all accounts are raised, to the largest allowance and the largest cost; also those of addresses that
+        come back."""
+        ledger = make(1.0)
+        ledger.record(Message("share", {A: 0.1, B: 0.0}, 0.2))
+        ledger.record(message(B, brings=0.2, costs=0.05))
+        ledger.enlist([A, "https://alias.example"])
+        for operator in (A, B, "https://alias.example"):
+            assert ledger.room([operator], 0.0) == pytest.approx(0.4 - 0.1)
+        ledger.record(message("https://alias.example", brings=0.1, costs=0.0))
+        ledger.enlist([A, B])
+        assert ledger.room([A], 0.0) == pytest.approx(0.5 - 0.1)
+        before = ledger.allowance()
+        ledger.enlist([B, A])
+        assert ledger.allowance() == before, "the same ones in another order"
 
 
 class TestJournal:
     def test_holds_a_message_before_it_could_be_sent(self, tmp_path, monkeypatch):
         """If it can't be written, nothing is counted and the caller never sends."""
-        ledger = Ledger(1.0)
+        ledger = make(1.0)
         ledger.attach(tmp_path)
-        ledger.record([entry(message="x")])
-        assert "x" in (tmp_path / JOURNAL).read_text()
+        ledger.record(message(content="x"))
+        assert '"content": "x"' in (tmp_path / JOURNAL).read_text()
 
         def full(*_: object) -> int:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(os, "write", full)
         with pytest.raises(CheckpointError, match=r"ledger\.jsonl can't be written: .*No space left"):
-            ledger.record([entry(message="y")])
+            ledger.record(message())
         assert ledger.messages("adapter") == 1
+
+    def test_has_nothing_of_a_line_that_was_cut_by_a_full_disk(self, tmp_path, monkeypatch):
+        ledger = make(1.0)
+        ledger.attach(tmp_path)
+        before, write = (tmp_path / JOURNAL).read_bytes(), os.write
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", lambda descriptor, content: write(descriptor, content[:20]))
+            with pytest.raises(CheckpointError, match="the disk is full"):
+                ledger.record(message())
+        assert (tmp_path / JOURNAL).read_bytes() == before
+        ledger.record(message())
+        assert read_journal(tmp_path / JOURNAL).messages("adapter") == 1
 
     def test_is_on_the_disk_and_not_in_a_buffer(self, tmp_path, monkeypatch):
         synced: list[int] = []
         original = os.fsync
         monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(descriptor) or original(descriptor))
-        ledger = Ledger(1.0)
+        ledger = make(1.0)
         ledger.attach(tmp_path)
         before = len(synced)
-        ledger.record([entry(message="x")])
+        ledger.record(message(A, B))
         assert len(synced) == before + 1
 
     def test_is_for_its_owner_alone(self, tmp_path):
-        ledger = Ledger(1.0)
-        ledger.attach(tmp_path)
+        make(1.0).attach(tmp_path)
         assert stat.S_IMODE((tmp_path / JOURNAL).stat().st_mode) == 0o600
 
     def test_goes_on_after_a_crash_that_cut_off_its_last_line(self, tmp_path):
-        ledger = Ledger(1.0)
+        ledger = make(1.0)
         ledger.attach(tmp_path)
-        ledger.record([entry(message="x", update="u", factor=0.5)])
+        sent = ledger.record(message(A, B, content="u", room=0.5))
         with (tmp_path / JOURNAL).open("ab") as file:
-            file.write(b'{"operator": "https://a.exam')
+            file.write(b'{"kind": "adapter", "costs": {"https://a.exam')
+        assert read_journal(tmp_path / JOURNAL).messages("adapter") == 1
+        assert (tmp_path / JOURNAL).read_bytes().endswith(b"a.exam"), "to look at it changes nothing"
         again = Ledger(1.0)
         again.resume(tmp_path)
         assert (again.run, again.allowance()) == (ledger.run, ledger.allowance())
-        assert again.find([A], "x") == entry(message="x", update="u", factor=0.5)
-        assert again.find([A, B], "x") is None
-        again.record([entry(message="y")])
+        assert again.find_prediction([A, B], "u") == sent
+        assert again.find_prediction([B, A], "u") is None
+        assert again.find_prediction([A, B], "v") is None
+        again.enlist([A, B])
+        assert again.record(message()).number == 1
         assert read_journal(tmp_path / JOURNAL).messages("adapter") == 2
 
     @pytest.mark.parametrize(
@@ -115,37 +163,28 @@ class TestJournal:
         with pytest.raises(CheckpointError, match="is damaged"):
             Ledger().resume(tmp_path)
 
+    def test_that_is_gone_is_missed(self, tmp_path):
+        with pytest.raises(CheckpointError, match="nobody knows what operators have seen"):
+            Ledger().resume(tmp_path)
+
     def test_of_an_earlier_run_in_the_same_folder_is_set_aside(self, tmp_path):
-        first, second = Ledger(1.0), Ledger(1.0)
+        first, second = make(1.0), make(1.0)
         first.attach(tmp_path)
-        first.record([entry(message="x")])
+        first.record(message())
         second.attach(tmp_path)
         assert read_journal(tmp_path / f"ledger-{first.run}.jsonl").messages("adapter") == 1
         assert read_journal(tmp_path / JOURNAL).run == second.run
 
     def test_has_what_was_counted_before_it_was_there_and_follows_to_a_second_folder(self, tmp_path):
-        ledger = Ledger(1.0)
-        ledger.enlist([A])
-        ledger.record([entry(message="x")])
+        ledger = make(1.0)
+        ledger.record(message())
         for name in "ab":
             ledger.attach(tmp_path / name)
-        ledger.record([entry(message="y")])
+        ledger.record(message())
         ledger.compromise()
         for name in "ab":
             found = read_journal(tmp_path / name / JOURNAL)
             assert (found.messages("adapter"), found.compromised) == (2, True)
-
-    def test_of_several_processes_knows_an_operator_by_a_new_name_as_the_worst_that_it_may_be(self, tmp_path):
-        first = Ledger(1.0)
-        first.attach(tmp_path)
-        first.enlist([A, B])
-        first.record([entry(A, "x", brings=0.1), entry(B, "y", brings=0.3)])
-        again = Ledger(1.0)
-        again.resume(tmp_path)
-        again.enlist([A, "https://alias.example"])
-        assert again.room(["https://alias.example"], 0.0) == pytest.approx(0.3 - 0.005)
-        third = read_journal(tmp_path / JOURNAL)
-        assert third.room(["https://alias.example"], 0.0) == pytest.approx(0.3 - 0.005)
 
 
 class TestHistory:
@@ -155,10 +194,10 @@ class TestHistory:
     def test_adds_up_runs_that_share_a_text(self, tmp_path):
         history, ledgers = LabelHistory(tmp_path / "home"), []
         for number, texts in enumerate((self.texts(1, 2, 3), self.texts(3, 4), self.texts(5))):
-            ledger = Ledger(allowance(0.5))
+            ledger = make(allowance(0.5))
             ledger.attach(tmp_path / f"run{number}")
             history.register(ledger.run, tmp_path / f"run{number}", 0.5, texts)
-            ledger.record([entry(message="x", brings=allowance(0.3))])
+            ledger.record(message(brings=allowance(0.3)))
             ledgers.append(ledger)
         found = history.earlier(self.texts(2, 3), but=ledgers[1].run)
         assert [(run.run, run.shared) for run in found] == [(ledgers[0].run, 2)]
@@ -174,10 +213,10 @@ class TestHistory:
 
     def test_finds_the_ledger_of_a_run_whose_folder_was_used_again(self, tmp_path):
         history = LabelHistory(tmp_path / "home")
-        first = Ledger(allowance(1.0))
+        first = make(allowance(1.0))
         first.attach(tmp_path / "run")
         history.register(first.run, tmp_path / "run", 1.0, self.texts(1))
-        first.record([entry(message="x", brings=allowance(0.2))])
+        first.record(message(brings=allowance(0.2)))
         Ledger().attach(tmp_path / "run")
         assert history.earlier(self.texts(1))[0].mu == pytest.approx(0.2)
 

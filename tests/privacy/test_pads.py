@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from blindtune.lattice import Lattice, LatticeOverflow
-from blindtune.privacy.pads import PadScale, bounded, pad_pair, unpad
+from blindtune.privacy.pads import PadScale, pad_pair, unpad
 from blindtune.privacy.randomness import SecureGenerator
 
 HALF_ULP = 2.0**-24
@@ -32,7 +32,7 @@ def make(sigma: float, amplification: float) -> PadScale:
 
 
 def padded(delta: Tensor, scale: PadScale, key: SecureGenerator) -> tuple[Tensor, Tensor]:
-    return pad_pair(scale.points(delta, generator=key), scale.lattice, generator=key)
+    return pad_pair(scale.points(delta, math.inf, generator=key)[0], scale.lattice, generator=key)
 
 
 def of_norm(length: float, size: int, seed: int = 0) -> Tensor:
@@ -72,21 +72,10 @@ class TestArithmetic:
         assert torch.allclose(found.double(), at_pad, atol=1e-3)
         assert float(h(pad).norm()) > 0.1, "the pad itself moves h"
 
-    def test_a_shorter_update_stays_and_a_longer_one_is_scaled_down_to_the_bound(self):
-        delta = of_norm(3.0, 40).float()
-        same, factor = bounded(delta, 4.0)
-        assert (factor, same.dtype) == (1.0, torch.float64)
-        assert torch.equal(same, delta.double())
-        shorter, factor = bounded(delta, 1.5)
-        assert factor == pytest.approx(0.5, rel=1e-6)
-        assert float(shorter.norm()) == pytest.approx(1.5)
-        assert torch.allclose(shorter, delta.double() / 2)
-        assert bounded(torch.zeros(3), 1.0)[0].tolist() == [0.0, 0.0, 0.0]
-
     def test_halves_are_exact_and_on_the_lattice(self):
         """Their difference is twice δ/2s on the lattice, to the last bit: nothing was rounded after the pad came."""
         scale, delta = make(0.02, 37.0), of_norm(1.0, 1000)
-        points = scale.points(delta, generator=generator())
+        points = scale.lattice.round(delta / 74.0, generator())
         plus, minus = pad_pair(points, scale.lattice, generator=generator(b"pad"))
         steps = [(half.double() / scale.lattice.step) for half in (plus, minus)]
         assert all(torch.equal(s, s.round()) for s in steps)
@@ -105,20 +94,29 @@ class TestBudget:
     def test_is_what_an_update_of_that_norm_costs(self, sigma: float, norm: float, allowance: float):
         scale = PadScale.for_allowance(sigma, norm, allowance)
         assert scale.lattice.sigma == pytest.approx(sigma, rel=1e-5)
-        assert scale.cost(scale.points(of_norm(norm, 300), generator=generator())) == pytest.approx(allowance, rel=0.02)
-        longest = scale.longest(allowance, 300)
-        assert 0.9 * norm < longest < norm
-        for key in range(20):
-            points = scale.points(of_norm(longest, 300, key), generator=generator(bytes([key])))
-            assert scale.cost(points) <= allowance
-        assert scale.longest(0.0, 300) == 0.0
+        points, factor = scale.points(of_norm(norm, 300), 1.0, generator=generator())
+        assert (scale.lattice.cost(points), factor) == (pytest.approx(allowance, rel=0.02), 1.0)
+        assert 0.9 < scale.resolution(300, allowance) < 1
+
+    @pytest.mark.parametrize("length", [0.1, 1.0, 30.0])
+    def test_is_never_exceeded_however_long_the_update_is_and_however_its_rounding_falls(self, length: float):
+        scale = PadScale.for_allowance(0.01, 1.0, 1e-5)
+        for key in range(40):
+            delta = of_norm(length, 3000, key)
+            points, factor = scale.points(delta, 1e-5, generator=generator(bytes([key])))
+            assert scale.lattice.cost(points) <= 1e-5
+            assert factor == (1.0 if length < 1 else pytest.approx(1 / length, rel=0.2))
+            found = points.double() * scale.lattice.step * 2 * scale.amplification
+            assert float((found - factor * delta).norm()) < 0.2 * factor * length if length >= 1 else True
+        points, factor = scale.points(of_norm(1.0, 300), 0.0, generator=generator())
+        assert (int(points.abs().max()), factor) == (0, 0.0)
 
     def test_is_in_units_of_the_divergence_from_a_pad_alone(self):
         """Kullback-Leibler divergence of N(a, σ²) from N(0, σ²): half the cost."""
         scale, delta = make(0.3, 5.0), of_norm(2.0, 6)
         alone = torch.distributions.Normal(torch.zeros(6), 0.3)
         divergence = torch.distributions.kl_divergence(torch.distributions.Normal(delta / 10.0, 0.3), alone)
-        cost = scale.cost(scale.points(delta, generator=generator()))
+        cost = scale.lattice.cost(scale.points(delta, 1.0, generator=generator())[0])
         assert cost / 2 == pytest.approx(float(divergence.sum()), rel=1e-4)
 
     @pytest.mark.parametrize("wrong", [0.0, -1.0, math.nan])

@@ -35,7 +35,8 @@ class SharedGradients(PlainChannel):
 
     Each call sends fresh shares, which count, also where the gradient is one that was sent before: whether two
     gradients are equal depends on labels. A share that is noise alone travels as the seed that it is made of. Noise
-    follows from a key, the share's number in the ledger, and the gradient, so no two gradients meet the same noise.
+    follows from a key, the share's number in the ledger, the operators in their order, and the gradient, so no two
+    gradients meet the same noise, and no operator collects two shares of one split.
 
     Attributes:
         ledger: counts shares, and whatever else an operator is sent that depends on labels.
@@ -173,7 +174,8 @@ class SharedGradients(PlainChannel):
     def _split(self, gradient: Tensor, batch: RemoteBatch, pool: OperatorPool) -> Shares:
         """The shares of a gradient `(n, B, ...)`, scaled down to what there is room for, and written to the ledger."""
         operators = [pool.urls[index] for index in batch.operators]
-        key = self.generator.derive(b"shares", str(self.ledger.count("share")).encode())
+        context = [str(self.ledger.count("share")), repr(self.lattice), *operators]
+        key = self.generator.derive(b"shares", *(part.encode() for part in context))
         if self.ledger.compromised:
             points = self.lattice.round_within(gradient, MOST_COST, key)[0]
             return split_gradient(points, self.m, self.lattice, generator=key.bound_to(points))

@@ -31,7 +31,7 @@ from blindtune.privacy.randomness import SecureGenerator
 SPARE = 1.1
 """A run is planned 10% longer than asked for: steps that are repeated after a crash are sent anew, and count."""
 
-MOST_ROUNDING, MOST_CURVATURE = 0.3, 0.5
+MOST_ROUNDING, MOST_CURVATURE = 0.4, 0.5
 """Errors above these are said."""
 
 
@@ -101,7 +101,7 @@ class P3EFT(LoRA):
     def plan(self) -> PadPlan:
         adapters = math.ceil(SPARE * (self.steps + 2))  # of each step, of the end, and of predictions
         brought = (1.0 - self.gradient_part) * allowance(self.max_mu) / adapters
-        return PadPlan(self.pad_spread, self.max_norm, brought, self.steps)
+        return PadPlan(self.pad_spread, self.max_norm, brought, allowance(self.max_mu), self.steps)
 
     @property
     def ledger(self) -> Ledger:

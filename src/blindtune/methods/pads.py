@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from blindtune.client import OperatorPool, RemoteBatch
 from blindtune.errors import BudgetSpent, ConfigError, SingleOperator
-from blindtune.methods.gradients import MOST_COST, SharedGradients, fingerprint
+from blindtune.methods.gradients import SharedGradients, fingerprint
 from blindtune.methods.integrity import MEMBERS, IntegrityCheck
 from blindtune.privacy.accountant import mu_of
 from blindtune.privacy.ledger import Ledger, Message
@@ -33,12 +32,14 @@ class PadPlan:
         spread: standard deviation of what a pad adds to a layer's output, in units of the layer's input.
         max_norm: bound on the root mean square of |scaling · δ| over all updates that were sent so far.
         allowance: |δ/2s|² / σ² that each new padded adapter brings.
-        steps: of training; an adapter more is sent at the end.
+        limit: most that one padded adapter may ever cost.
+        steps: of training; adapters more are sent at the end, and for predictions.
     """
 
     spread: float
     max_norm: float
     allowance: float
+    limit: float
     steps: int
 
 
@@ -106,8 +107,8 @@ class PaddedAdapters:
         """The run's public numbers for adapters of this shape."""
         spec = batch.spec
         sigma = self.plan.spread / (spec.scaling * spec.rank**0.5)
-        limit = 1.0 if math.isinf(self.ledger.limit) else self.ledger.limit
-        return PadScale.for_allowance(sigma, self.plan.max_norm / spec.scaling, self.plan.allowance, limit=limit)
+        norm = self.plan.max_norm / spec.scaling
+        return PadScale.for_allowance(sigma, norm, self.plan.allowance, limit=self.plan.limit)
 
     def choose(self, operators: int, step: int) -> tuple[int, ...]:
         return self.shares.choose(operators, step)
@@ -213,9 +214,10 @@ class PaddedAdapters:
         name = self.generator.derive(b"content", *context).key.hex()[:32] if predicting else ""
         message = self.ledger.find_prediction(members, name) if predicting else None
         number = self.ledger.count("adapter") if message is None else message.number
-        key = self.generator.derive(b"pad", str(number).encode())
+        parts = [str(number), repr(scale), *members]
+        key = self.generator.derive(b"pad", *(part.encode() for part in parts))
         if self.ledger.compromised:
-            points, factor = scale.points(delta, MOST_COST, generator=key)
+            points, factor = scale.points(delta, self.plan.limit, generator=key)
         elif message is not None:
             points, factor = scale.points(delta, message.room, generator=key)
         else:

@@ -124,7 +124,7 @@ def public_step(share: ArrayLike) -> int | None:
     integers = np.ldexp(mantissas, 53).astype(np.int64)[mantissas != 0]
     trailing = np.frexp((integers & -integers).astype(np.float64))[1] - 1
     lowest = int((exponents[mantissas != 0] - 53 + trailing).min())
-    highest = int(exponents.max())  # all are below 2^highest
+    highest = int(exponents[mantissas != 0].max())  # all are below 2^highest
     return lowest if highest - lowest <= 25 and float(np.abs(share).max()) * 2.0**-lowest < EXACT else None
 
 
