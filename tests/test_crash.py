@@ -9,13 +9,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
-from blindtune.privacy.ledger import JOURNAL, read_lines
+from blindtune.privacy.ledger import JOURNAL, read_journal
 from blindtune.training import Examples
 from blindtune.wire import Transcript
 from tests.conftest import StartServer
@@ -56,27 +55,20 @@ def test_the_ledger_counts_at_least_what_operators_have_recorded(
             client.send_signal(signal.SIGKILL)
             client.communicate()
         urls = dict(zip(folders, (server.url for server in servers), strict=True))
-    entries = defaultdict(list)
-    for line in read_lines(out / JOURNAL):
-        if "message" in line:
-            entries[line["operator"]].append(line)
+    ledger = read_journal(out / JOURNAL)
     for name, folder in folders.items():
         transcript = Transcript(folder)
-        adapters = set()
+        adapters, shares = set(), set()
         for event in transcript.events:
             if event.kind == "adapter" and torch.count_nonzero(transcript.tensors(event)["weights"]):
                 adapters.add(event.adapters[0])
-        shares = {
-            hashed(transcript.tensors(event)["cotangents"]) for event in transcript.events if event.kind == "backward"
-        }
-        counted = entries[urls[name]]
-        of_adapters = [line for line in counted if line["kind"] == "adapter"]
-        label_free = [line for line in counted if line["kind"] == "check"]
+            if event.kind == "backward":
+                shares.add(hashed(transcript.tensors(event)["cotangents"]))
+        account = ledger.seen(urls[name])
         assert len(adapters) > KILLS * 2
-        assert len(adapters) <= len(of_adapters) + 3 * len(label_free)  # a probe sends three
-        carriers = len([line for line in counted if line["kind"] == "share"])
-        assert len(shares) <= carriers + len(label_free)
-        assert sum(line["cost"] for line in counted) <= sum(line["allowance"] for line in counted)
+        assert len(adapters) <= account["adapter"] + 3 * account["check"]  # a probe sends three
+        assert len(shares) <= account["share"] + account["check"]
+    assert 0 < ledger.used() <= 1
 
 
 def lines(out: Path) -> int:

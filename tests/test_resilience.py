@@ -147,7 +147,8 @@ def test_the_client_waits_for_a_killed_operator_and_the_run_ends_the_same(
 def test_a_run_that_lost_patience_goes_on_when_the_operator_is_back(
     urls: list[str], mortal: Mortal, examples: Examples, undisturbed: dict[str, Tensor]
 ):
-    """The step that failed has changed nothing but the count of views, and is repeated with the same bytes."""
+    """The step that failed has changed nothing of the model. It is repeated with fresh pads and shares, which count, so
+    the weights are the same but for what noise costs in precision."""
     with ExitStack() as stack:
         run = prepare(urls, examples, stack, patience=Patience(connect=2, answer=60, total=0.5))
         steps = run.steps()
@@ -162,4 +163,8 @@ def test_a_run_that_lost_patience_goes_on_when_the_operator_is_back(
         assert_equal(run.outcome(), before)
         mortal.raise_again()
         assert list(run.steps()) == [4, 5, 6, 7]
-        assert_equal(run.outcome(), undisturbed)  # the adapter of step 4 was one view, sent twice
+        outcome = run.outcome()
+        assert run.trainer.model.method.ledger.messages("share") == STEPS + 1
+    for name in (name for name in undisturbed if name.startswith("model.") and undisturbed[name].is_floating_point()):
+        apart = (outcome[name] - undisturbed[name]).norm() / undisturbed[name].norm().clamp_min(1e-6)
+        assert float(apart) < 0.2, name

@@ -307,7 +307,7 @@ class TestPadsAndTokenNoise:
     def halves(self, updates: Array, sigma: float, key: SecureGenerator) -> tuple[PadScale, Array, Array, Array]:
         """(scale, p + δ/2s, p − δ/2s, δ/2s as rounded), each `(N, d)`."""
         scale = PadScale(Lattice.for_sigma(sigma, largest=4 * sigma), self.AMPLIFICATION)
-        points = scale.points(torch.from_numpy(updates), generator=key)
+        points = scale.lattice.round(torch.from_numpy(updates) / (2 * scale.amplification), key)
         plus, minus = pad_pair(points, scale.lattice, generator=key)
         return scale, plus.numpy(), minus.numpy(), points.double().numpy() * scale.lattice.step
 

@@ -850,9 +850,8 @@ def test_callers_in_many_threads_do_not_overspend(connect, film_sentences, monke
     backbone = connect(adapter=LAYERS)
     backbone.set_adapters(1, a_seed="00" * 32)
     integrity = IntegrityCheck(SecureGenerator(KEY), shares.ledger, 0)
-    channel = PaddedAdapters(
-        shares, SecureGenerator(KEY), PadPlan(0.16, 16.0, allowance(1.0) / 5, allowance(1.0), 4), integrity
-    )
+    plan = PadPlan(0.16, 16.0, allowance(1.0) / 5, allowance(1.0), 4)
+    channel = PaddedAdapters(shares, SecureGenerator(KEY), plan, integrity)
     move(backbone, 1.0)
     batch = backbone.batch(backbone.rows(film_sentences[:1]), (0, 1), None)
     others = [batch.with_weights(batch.weights * (1 + index)) for index in range(8)]

@@ -149,6 +149,10 @@ class Ledger:
         """Part of the allowances that was needed, at the operator where it is largest."""
         return max((a.cost / a.allowance for a in self._accounts.values() if a.allowance > 0), default=0.0)
 
+    def seen(self, operator: str) -> Counter[str]:
+        """Messages that an operator has seen, by kind."""
+        return Counter(self._account(operator).kinds)
+
     def messages(self, kind: str) -> int:
         """Messages of a kind that one operator has seen, where they are most."""
         return max((account.kinds[kind] for account in self._accounts.values()), default=0)
