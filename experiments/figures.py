@@ -31,24 +31,23 @@ def demo_table() -> str:
     summary = read("experiments/results/demo/summary.json")
     attacked = ("spectral, norm, k-means", "all without labels", "gradients", "64 known labels")
     lines = [
-        *header("", "test accuracy", *attacked, "μ", "bits"),
+        *header("", "test accuracy", *attacked, "μ", "ε"),
         f"| frozen model | {span(summary['frozen_accuracy'], 3)} | – | {span(summary['frozen_attack_auc'])} | – "
         f"| {span(summary['frozen_few_label_auc'])} | – | – |",
     ]
     for method, name in (("lora", "plain LoRA"), ("p3eft", "P3EFT")):
         n = summary[method]
-        mu = span(n["gradient_channel_mu"], 3) if "gradient_channel_mu" in n else "none"
-        bits = span(n["information_bits"]) if "information_bits" in n else "all"
+        mu, epsilon = (span(n[name]) if name in n else "none" for name in ("mu", "epsilon"))
         lines.append(
             f"| {name} | {span(n['accuracy'], 3)} | {span(n['published_attacks_auc'])} "
             f"| {span(n['activations_and_shifts_auc'])} | {span(n['gradients_auc'])} "
-            f"| {span(n['few_label_auc'])} | {mu} | {bits} |"
+            f"| {span(n['few_label_auc'])} | {mu} | {epsilon} |"
         )
     lines.append("")
     lines.append(
         f"Mean (range) over {len(summary['seeds'])} seeds; accuracy lost to LoRA: {span(summary['accuracy_lost'], 3)}. "
         "Attacks on activations and shifts are taken at their best moment of the run, on either operator; 0.5 is "
-        "guessing. Bits: what everything that one operator sees tells at most about all 4,800 labels together. "
+        "guessing. μ, and ε at δ = 1e-5: bounds on what one operator can learn about all 4,800 labels. "
         "`python -m experiments.demo_seeds` makes these numbers."
     )
     return "\n".join(lines)

@@ -376,3 +376,24 @@ def test_public_names_are_sorted_documented_and_importable():
         assert getattr(blindtune, name).__doc__, name
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = blindtune.nothing
+
+
+def test_runs_on_the_same_labels_add_up_in_the_plan(four_servers, notes, tmp_path):
+    """Also of other methods and seeds: what one operator saw of all of them is what counts."""
+    from typer.testing import CliRunner
+
+    from blindtune.cli import app
+
+    plans = []
+    for number, seed in enumerate((0, 1, 2)):
+        output = tmp_path / str(number)
+        command = ["train", *to(four_servers[:2]), *map(str, columns(notes)), *SMALL, "--output", str(output)]
+        result = CliRunner().invoke(app, [*command, "--seed", str(seed)], env={"COLUMNS": "300"})
+        assert result.exit_code == 0, result.output
+        plans.append(result.output.partition("frozen features")[0])
+    assert "earlier run" not in plans[0]
+    for count, plan in enumerate(plans[1:], 1):
+        found = re.search(rf"{count} earlier run\(s\) on this machine used labels.*: μ = ([\d.]+), ε = [\d.]+", plan)
+        assert found, plan
+        spent = [read_journal(tmp_path / str(number) / "ledger.jsonl").guarantee().mu for number in range(count)]
+        assert float(found[1]) == pytest.approx((0.25**2 + sum(mu**2 for mu in spent)) ** 0.5, abs=0.002)
