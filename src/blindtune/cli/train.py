@@ -119,7 +119,7 @@ def train(
     ] = None,
     layers: Annotated[str, typer.Option(help="all, upper (the upper half), or numbers such as 3-5,8.")] = "upper",
     seed: Annotated[int, typer.Option(help="Seed of batches, splits and the adapters' initial weights.")] = 0,
-    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 10,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --output.")] = False,
     model: options.Model = None,
     token: options.Token = None,

@@ -130,7 +130,7 @@ class GuardedTrainer:
         *,
         summary: dict[str, Any] | None = None,
         checkpoint: Path | None = None,
-        save_every: int = 50,
+        save_every: int = 10,
         meter: Callable[[], Costs] = Costs,
         key: bytes | None = None,
     ) -> None:

@@ -80,7 +80,7 @@ class Trainer:
         config: TrainConfig,
         *,
         checkpoint: Path | None = None,
-        save_every: int = 50,
+        save_every: int = 10,
     ) -> None:
         self.model, self.train, self.config = model, train, config
         self.checkpoint, self.save_every = checkpoint, save_every
