@@ -104,6 +104,10 @@ class LocalOperator:
         self._recorder = Recorder(record, self.id, {NAME: backbone})
         self._seen: set[str] = set()
 
+    @property
+    def name(self) -> str:
+        return f"{self.transport.url} {self.id}"
+
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(
             self._backbone.tokenizer, pad_token_id=self.info.pad_token_id, with_types=self.info.token_type_ids

@@ -18,10 +18,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blindtune.client import Backbone, OperatorPool
-from blindtune.methods import P3EFT, LinearHead, PrivateModel
+from blindtune.errors import BudgetSpent, LabelDependentBatches
+from blindtune.methods import P3EFT, LinearHead, PrivateModel, load_model
 from blindtune.models import FrozenBackbone
+from blindtune.privacy.accountant import mu_of
 from blindtune.privacy.randomness import SecureGenerator
 from blindtune.training import BatchPlan, Examples, TrainConfig, Trainer
+from blindtune.wire import AdapterUpload, decode
 from experiments.local import LocalOperator
 
 BATCH = 8
@@ -34,12 +37,14 @@ class Malicious(LocalOperator):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.seen: list[tuple[str, str]] = []
+        self.adapters: dict[str, Tensor] = {}
         self.lie: Answer | None = None
         self.fail_backward = False
 
     def forward(self, tokens, uploads, pooling, seed, *, retain=False, want_hidden=True):
         if not retain:
             self.seen.append(("adapter", "".join(upload.sha256 for upload in uploads)))
+            self.adapters |= {upload.sha256: decode(upload.body, AdapterUpload)[1]["weights"] for upload in uploads}
         hidden = super().forward(tokens, uploads, pooling, seed, retain=retain, want_hidden=want_hidden)
         if retain and self.lie is not None and hidden is not None:
             return self.lie(tokens, hidden)
@@ -173,3 +178,222 @@ def test_labels_that_are_fitted_leave_no_trace_under_a_loss_that_reaches_zero(wo
         patterns.append(victim.operator.pattern(since))
     assert patterns[0] == patterns[1]
     assert len(set(patterns[0])) == len(patterns[0]) == 8
+
+
+class Sessions:
+    """One run after the other on the same checkpoints, each over servers that may be restarted or moved."""
+
+    def __init__(self, backbone: FrozenBackbone, folder: Path, texts: list[str]):
+        self.backbone, self.folder, self.texts = backbone, folder, texts
+        self.count = 0
+        self.seen: list[tuple[str, str]] = []
+        self.operators: list[Malicious] = []
+
+    def pool(self, places: dict[str, str]) -> OperatorPool:
+        """Servers by name, at these addresses."""
+        self.count, lock = self.count + 1, RLock()
+        self.operators = [Malicious(self.backbone, self.folder / f"{name}{self.count}", lock) for name in places]
+        for operator, (name, url) in zip(self.operators, places.items(), strict=True):
+            operator.id, operator.transport.url = name, url
+            operator.seen = self.seen if name == "a" else []
+        return OperatorPool(self.operators)  # type: ignore[arg-type]
+
+    def client(self, places: dict[str, str] | None = None) -> Backbone:
+        pool = self.pool(places or {"a": "https://1.example", "b": "https://2.example"})
+        return Backbone(pool, adapter=LoraConfig(r=4, lora_alpha=8), max_length=32, num_adapters=0)
+
+    def start(self, labels: list[int], **options: Any) -> PrivateModel:
+        client = self.client()
+        method = P3EFT(steps=50, batch_size=BATCH, check_every=0, predictions=5)
+        model = PrivateModel(client, LinearHead(client.hidden_size, 2), method, **options)
+        model.prepare(self.texts, labels)
+        return model
+
+    def load(self, name: str, places: dict[str, str] | None = None) -> PrivateModel:
+        return load_model(self.folder / name, self.client(places))
+
+    def predict(self, model: PrivateModel) -> None:
+        model.eval()
+        with torch.no_grad():
+            model.backbone.infer(self.texts[:4])
+
+    def step(self, model: PrivateModel, labels: list[int], after_backward: Callable[[], None] = lambda: None) -> None:
+        model.train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
+        loss = model(self.texts[:BATCH], labels[:BATCH]).loss
+        assert loss is not None
+        loss.backward()
+        after_backward()
+        optimizer.step()
+
+    def lie(self, model: PrivateModel, guess: list[int]) -> Answer:
+        """Hidden states that fit a guess of all labels, so that the gradient is zero if it is right."""
+        head = LinearHead(model.backbone.hidden_size, 2)
+        head.fit(model.backbone.frozen(self.texts), torch.tensor(guess))
+        along = ((head.linear.weight[1] - head.linear.weight[0]) / head.scale).detach()
+        known = {row.ids: 2.0 * g - 1 for row, g in zip(model.backbone.rows(self.texts), guess, strict=True)}
+
+        def answer(tokens: Any, hidden: Tensor) -> Tensor:
+            ids = [tuple(i[:n]) for i, n in zip(tokens.input_ids.tolist(), tokens.lengths.tolist(), strict=True)]
+            signs = torch.tensor([known[row] for row in ids])
+            return (head.mean + 1e8 * signs[:, None] * along / along.norm()).reshape(hidden.shape)
+
+        return answer
+
+    def pattern(self) -> list[tuple[str, int]]:
+        numbers: dict[str, int] = {}
+        return [(kind, numbers.setdefault(name, len(numbers))) for kind, name in self.seen]
+
+
+def with_label(labels: list[int], label: int, place: int = 3) -> list[int]:
+    return [*labels[:place], label, *labels[place + 1 :]]
+
+
+def test_a_server_at_the_others_address_gets_no_other_half_of_the_same_pad(world, tmp_path):
+    """Tunnels that were opened in the other order: servers keep their names. One server got p + δ/2s and p − δ/2s."""
+    backbone, texts, labels = world
+    sessions = Sessions(backbone, tmp_path, texts)
+    model = sessions.start(labels)
+    with torch.no_grad():
+        model.head.linear.weight.mul_(50)
+    sessions.step(model, labels)
+    model.save_pretrained(tmp_path / "out")
+    delta = model.backbone.lora_adapters()[0].vector().detach().double()
+    received: list[Tensor] = []
+    spent: list[float] = []
+    for places in (("a", "b"), ("a", "b"), ("b", "a")):
+        urls = dict(zip(places, ("https://1.example", "https://2.example"), strict=True))
+        model = sessions.load("out", urls)
+        sessions.predict(model)
+        received += [
+            weights.double().flatten()
+            for operator in sessions.operators
+            if operator.id == "a"
+            for weights in operator.adapters.values()
+            if weights.any()
+        ]
+        spent.append(model.method.ledger.allowance())
+    assert torch.equal(received[0], received[1])
+    assert spent[0] == spent[1] < spent[2], "servers as before get the same bytes, others a message of their own"
+    batch = model.backbone.batch(model.backbone.rows(texts[:1]), (0, 1), None)
+    scale = model.method.channel.scale(batch).amplification
+    for apart in (received[0] - received[2], received[2] - received[0]):
+        assert abs(float(F.cosine_similarity(scale * apart, delta, 0))) < 0.2
+
+
+def test_predictions_before_and_after_a_step_are_always_two_messages(world, tmp_path):
+    """Load, predict, step, save, load, predict: where the step changed nothing, nothing was sent the second time."""
+    backbone, texts, labels = world
+    patterns, messages = [], []
+    for label in (0, 1):
+        sessions = Sessions(backbone, tmp_path / str(label), texts)
+        own = with_label(labels, label)
+        sessions.start(own).save_pretrained(sessions.folder / "out")
+        model = sessions.load("out")
+        sessions.seen.clear()
+        sessions.predict(model)
+        sessions.operators[0].lie = sessions.lie(model, with_label(labels, 0))
+        before = model.backbone.lora_adapters()[0].vector().clone()
+        sessions.step(model, own)
+        assert torch.equal(model.backbone.lora_adapters()[0].vector(), before) == (label == 0), "the lie works"
+        model.save_pretrained(sessions.folder / "out")
+        model = sessions.load("out")
+        sessions.predict(model)
+        patterns.append(sessions.pattern())
+        messages.append(model.method.ledger.messages("adapter"))
+    assert patterns[0] == patterns[1]
+    assert messages[0] == messages[1]
+
+
+@pytest.mark.parametrize("way", ["evaluated before the step", "averaged weights"])
+def test_a_loop_of_ones_own_may_ask_between_any_two_writes(world, tmp_path, way):
+    """Two adapters in what was one period; whether they are equal depends on a label."""
+    backbone, texts, labels = world
+    patterns = []
+    for label in (0, 1):
+        sessions = Sessions(backbone, tmp_path / str(label), texts)
+        own = with_label(labels, label)
+        model = sessions.start(own)
+        sessions.operators[0].lie = sessions.lie(model, with_label(labels, 0))
+        sessions.seen.clear()
+        average = [parameter.detach().clone() for parameter in model.backbone.parameters()]
+        for _ in range(2):
+            if way == "evaluated before the step":
+                sessions.step(model, own, lambda: sessions.predict(model))  # noqa: B023 - called at once
+                continue
+            sessions.step(model, own)
+            current = [parameter.detach().clone() for parameter in model.backbone.parameters()]
+            with torch.no_grad():
+                for mean, parameter in zip(average, model.backbone.parameters(), strict=True):
+                    parameter.copy_(mean.lerp_(parameter, 0.1))
+                sessions.predict(model)
+                for parameter, value in zip(model.backbone.parameters(), current, strict=True):
+                    parameter.copy_(value)
+        patterns.append(sessions.pattern())
+    assert patterns[0] == patterns[1]
+
+
+def test_two_branches_of_a_checkpoint_never_send_the_same_bytes(world, tmp_path):
+    """They did where the same secrets met the same noise: whether they are the same depends on labels."""
+    backbone, texts, labels = world
+    for label in (0, 1):
+        own = with_label(labels, label)
+        first = Sessions(backbone, tmp_path / str(label), texts)
+        first.start(own, loss=F.multi_margin_loss).save_pretrained(first.folder / "out")
+        sent: list[set[str]] = []
+        for _ in range(2):
+            model = first.load("out")
+            model.loss = F.multi_margin_loss
+            first.operators[0].lie = first.lie(model, with_label(labels, 0))
+            first.seen.clear()
+            first.step(model, own)
+            sent.append({name for kind, name in first.seen if kind == "share" or name})
+        assert len(sent[0]) == len(sent[1]) == 2
+        assert not sent[0] & sent[1]
+
+
+def test_branches_of_a_checkpoint_share_one_budget(world, tmp_path):
+    """A checkpoint that was saved on the way and goes on later: its ledger knew nothing of what came after it."""
+    backbone, texts, labels = world
+    sessions = Sessions(backbone, tmp_path, texts)
+    client = sessions.client()
+    method = P3EFT(steps=6, batch_size=BATCH, check_every=0, predictions=1)
+    model = PrivateModel(client, LinearHead(client.hidden_size, 2), method, ledger=tmp_path / "out")
+    model.prepare(texts, labels)
+    for _ in range(3):
+        sessions.step(model, labels)
+    model.save_pretrained(tmp_path / "best")
+    steps = 3
+    for name in ("out", "best"):
+        model = sessions.load("best") if name == "best" else model
+        with pytest.raises(BudgetSpent):  # noqa: PT012 - after some of them
+            for _ in range(20):
+                sessions.step(model, labels)
+                steps += 1
+    assert steps <= 7
+    shares = {name for kind, name in sessions.seen if kind == "share"}
+    assert len(shares) * BATCH / method.noise_ratio**2 <= model.method.ledger.limit * (1 + 1e-9)
+    assert model.method.ledger.guarantee().mu <= 0.25 * (1 + 1e-9)
+    assert mu_of(model.method.ledger.allowance()) > 0.2
+    assert [round(run.mu, 6) for run in model.history.earlier(texts) if run.run == model.run] == [
+        round(model.method.ledger.guarantee().mu or 0.0, 6)
+    ]
+
+
+def test_our_own_loop_is_never_broken_off_for_labels_that_fit_its_batches(world, film_sentences, tmp_path):
+    """Its batches are public. A labeling that looks as if batches were stratified by it must not show."""
+    backbone, texts = world[0], list(dict.fromkeys(str(text) for text in film_sentences[:400]))[:320]
+    strange = [number % 2 for number in range(len(texts))]
+    order = BatchPlan([len(row) for row in Victim(backbone, tmp_path / "0", texts, strange).trainer.rows], BATCH, 0)
+    for step in range(len(texts) // BATCH):
+        for place, index in enumerate(order.batch(step)):
+            strange[index] = place % 2
+    victim = Victim(backbone, tmp_path / "1", texts, strange)
+    steps = victim.trainer.steps()
+    for _ in range(len(texts) // BATCH):
+        next(steps)
+    monitored = Sessions(backbone, tmp_path / "2", texts)
+    model = monitored.start(strange)
+    with pytest.raises(LabelDependentBatches):  # noqa: PT012 - the same batches in a loop that is watched
+        for step in range(len(texts) // BATCH):
+            model([texts[index] for index in order.batch(step)], [strange[index] for index in order.batch(step)])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import stat
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -28,14 +30,16 @@ def make(limit: float = math.inf) -> Ledger:
 
 
 class TestCounting:
-    def test_adds_up_at_each_operator_and_numbers_messages_of_a_kind(self):
+    def test_adds_up_at_each_operator_and_counts_messages_of_a_kind(self):
         ledger = make(allowance(1.0))
-        sent = [ledger.record(message(A, B)), ledger.record(message(A)), ledger.record(message(kind="share"))]
-        assert [m.number for m in sent] == [0, 1, 0]
+        sent = [message(A, B), message(A), message(kind="share")]
+        for one in sent:
+            ledger.record(one)
+        assert len({one.id for one in sent}) == 3
         assert ledger.allowance() == pytest.approx(0.03)
         assert ledger.guarantee().mu == pytest.approx(2 * math.sqrt(0.03))
         assert ledger.used() == pytest.approx(0.5)
-        assert (ledger.messages("adapter"), ledger.count("adapter"), ledger.count("share")) == (2, 2, 1)
+        assert (ledger.messages("adapter"), ledger.messages("share"), ledger.seen(B)["adapter"]) == (2, 1, 1)
 
     def test_charges_equal_messages_as_often_as_they_come(self):
         """Whether two secrets are equal depends on labels; a count that knows it would tell."""
@@ -140,7 +144,8 @@ class TestJournal:
     def test_goes_on_after_a_crash_that_cut_off_its_last_line(self, tmp_path):
         ledger = make(1.0)
         ledger.attach(tmp_path)
-        sent = ledger.record(message(A, B, content="u", room=0.5))
+        sent = message(A, B, content="u", room=0.5)
+        ledger.record(sent)
         with (tmp_path / JOURNAL).open("ab") as file:
             file.write(b'{"kind": "adapter", "costs": {"https://a.exam')
         assert read_journal(tmp_path / JOURNAL).messages("adapter") == 1
@@ -152,11 +157,17 @@ class TestJournal:
         assert again.find_prediction([B, A], "u") is None
         assert again.find_prediction([A, B], "v") is None
         again.enlist([A, B])
-        assert again.record(message()).number == 1
+        again.record(message())
         assert read_journal(tmp_path / JOURNAL).messages("adapter") == 2
 
     @pytest.mark.parametrize(
-        "content", ['{"format": 1, "run": "r"}\nnonsense\n', '{"format": 7, "run": "r"}\n', "[]\n"]
+        "content",
+        [
+            '{"format": 2, "run": "r"}\nnonsense\n',
+            '{"format": 1, "run": "r"}\n',
+            '{"format": 2, "run": "r"}\n{"kind": "share", "costs": {}}\n',
+            "[]\n",
+        ],
     )
     def test_that_is_damaged_is_refused(self, tmp_path, content):
         (tmp_path / JOURNAL).write_text(content)
@@ -187,16 +198,126 @@ class TestJournal:
             assert (found.messages("adapter"), found.compromised) == (2, True)
 
 
+class TestCopiesOfARun:
+    """Checkpoints beside each other, processes, threads: on one machine they are one account."""
+
+    def start(self, tmp_path, **options) -> Ledger:
+        ledger = Ledger(allowance(1.0))
+        ledger.follow(tmp_path / "home")
+        ledger.attach(tmp_path / "out")
+        ledger.enlist([A, B])
+        ledger.record(message(A, B))
+        return ledger
+
+    def again(self, tmp_path, folder: str) -> Ledger:
+        ledger = Ledger(allowance(1.0))
+        ledger.follow(tmp_path / "home")
+        ledger.resume(tmp_path / folder)
+        ledger.enlist([A, B])
+        return ledger
+
+    def test_an_earlier_checkpoint_counts_what_was_sent_after_it(self, tmp_path):
+        ledger = self.start(tmp_path)
+        shutil.copytree(tmp_path / "out", tmp_path / "best")
+        ledger.record(message(A, B))
+        best = self.again(tmp_path, "best")
+        assert best.messages("adapter") == 2
+        best.record(message(A, B))
+        ledger.record(message(A, B))
+        for folder in ("out", "best"):
+            assert self.again(tmp_path, folder).messages("adapter") == 4
+        assert read_journal(tmp_path / "best" / JOURNAL).allowance() == pytest.approx(0.04)
+
+    def test_the_budget_is_one_for_all(self, tmp_path):
+        ledger = Ledger(0.02)
+        ledger.follow(tmp_path / "home")
+        ledger.attach(tmp_path / "out")
+        ledger.enlist([A, B])
+        copy = self.again(tmp_path, "out")
+        copy.limit = 0.02
+        ledger.record(message())
+        copy.record(message())
+        with pytest.raises(BudgetSpent):
+            ledger.record(message())
+        assert ledger.room([A], 0.0) == copy.room([A], 0.0)
+
+    def test_a_checkpoint_that_was_away_brings_what_it_sent_there(self, tmp_path):
+        """Copied to another machine, where it goes on, and back, while the run went on here too."""
+        ledger = self.start(tmp_path)
+        shutil.copytree(tmp_path / "out", tmp_path / "there")
+        there = Ledger(allowance(1.0))
+        there.follow(tmp_path / "another home")
+        there.resume(tmp_path / "there")
+        there.enlist(["https://c.example"])
+        there.record(message("https://c.example", brings=0.05))
+        ledger.record(message(A, B, brings=0.02))
+        back = self.again(tmp_path, "there")
+        assert back.messages("adapter") == 3
+        assert back.allowance() == pytest.approx(0.01 + 0.02 + 0.05), "C may be a new name of A"
+        ledger.record(message(A, B, brings=0.0))
+        assert ledger.messages("adapter") == 4
+
+    def test_a_journal_of_the_same_run_is_taken_over_and_not_set_aside(self, tmp_path):
+        ledger = self.start(tmp_path)
+        shutil.copytree(tmp_path / "out", tmp_path / "best")
+        best = Ledger(allowance(1.0))
+        best.resume(tmp_path / "best")
+        best.enlist([A, B])
+        best.record(message(A, B))
+        best.attach(tmp_path / "out")
+        assert read_journal(tmp_path / "out" / JOURNAL).messages("adapter") == 2
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [JOURNAL]
+        assert self.again(tmp_path, "out").messages("adapter") == 2
+        ledger.record(message(A, B))
+
+    def test_journals_that_are_set_aside_never_take_each_others_place(self, tmp_path):
+        first = make(1.0)
+        first.attach(tmp_path)
+        old = (tmp_path / JOURNAL).read_bytes()
+        for _ in range(2):
+            make(1.0).attach(tmp_path)
+            (tmp_path / JOURNAL).write_bytes(old)
+        make(1.0).attach(tmp_path)
+        assert len(list(tmp_path.glob(f"ledger-{first.run}*.jsonl"))) == 3
+
+    def test_threads_and_copies_never_spend_the_same_room(self, tmp_path):
+        """Each looks at the room and takes all of it, in several threads and two copies: nobody takes too much."""
+        ledger = self.start(tmp_path)
+        copy = self.again(tmp_path, "out")
+
+        def spend(which: Ledger) -> None:
+            for _ in range(20):
+                with which.exclusive():
+                    room = which.room([A, B], 0.001)
+                    which.record(message(A, B, brings=0.001, costs=room))
+
+        with ThreadPoolExecutor(4) as threads:
+            for done in [threads.submit(spend, which) for which in (ledger, copy, ledger, copy)]:
+                done.result()
+        found = read_journal(tmp_path / "out" / JOURNAL)
+        assert found.messages("adapter") == 81
+        assert found.used() == pytest.approx(1.0)
+
+    def test_the_copy_that_was_cut_off_while_writing_is_mended(self, tmp_path):
+        self.start(tmp_path)
+        journal = next((tmp_path / "home").glob("*.jsonl"))
+        with journal.open("ab") as file:
+            file.write(b'{"kind": "adapter", "costs"')
+        again = self.again(tmp_path, "out")
+        again.record(message(A, B))
+        assert read_journal(journal).messages("adapter") == 2
+
+
 class TestHistory:
     def texts(self, *numbers: int) -> list[str]:
         return [f"note {number}" for number in numbers]
 
     def test_adds_up_runs_that_share_a_text(self, tmp_path):
         history, ledgers = LabelHistory(tmp_path / "home"), []
-        for number, texts in enumerate((self.texts(1, 2, 3), self.texts(3, 4), self.texts(5))):
+        for texts in (self.texts(1, 2, 3), self.texts(3, 4), self.texts(5)):
             ledger = make(allowance(0.5))
-            ledger.attach(tmp_path / f"run{number}")
-            history.register(ledger.run, tmp_path / f"run{number}", 0.5, texts)
+            ledger.follow(history.home)
+            history.register(ledger.run, 0.5, texts)
             ledger.record(message(brings=allowance(0.3)))
             ledgers.append(ledger)
         found = history.earlier(self.texts(2, 3), but=ledgers[1].run)
@@ -207,22 +328,21 @@ class TestHistory:
 
     def test_counts_the_whole_budget_of_a_run_whose_ledger_is_gone(self, tmp_path):
         history = LabelHistory(tmp_path / "home")
-        history.register("r1", tmp_path / "gone", 0.7, self.texts(1))
-        history.register("r2", tmp_path / "gone", math.inf, self.texts(1))
+        history.register("r1", 0.7, self.texts(1))
+        history.register("r2", math.inf, self.texts(1))
         assert sorted(run.mu for run in history.earlier(self.texts(1))) == [0.7, math.inf]
 
-    def test_finds_the_ledger_of_a_run_whose_folder_was_used_again(self, tmp_path):
-        history = LabelHistory(tmp_path / "home")
-        first = make(allowance(1.0))
-        first.attach(tmp_path / "run")
-        history.register(first.run, tmp_path / "run", 1.0, self.texts(1))
-        first.record(message(brings=allowance(0.2)))
-        Ledger().attach(tmp_path / "run")
-        assert history.earlier(self.texts(1))[0].mu == pytest.approx(0.2)
+    def test_takes_nothing_of_the_ledger_of_a_run_whose_adapters_travel_in_the_clear(self, tmp_path):
+        """It counts shares alone."""
+        history, ledger = LabelHistory(tmp_path / "home"), make()
+        ledger.follow(history.home)
+        history.register(ledger.run, math.inf, self.texts(1))
+        ledger.record(message(kind="share", brings=allowance(0.2)))
+        assert history.earlier(self.texts(1))[0].mu == math.inf
 
     def test_knows_pairs_of_texts_and_holds_no_text(self, tmp_path):
         history = LabelHistory(tmp_path / "home")
-        history.register("r", tmp_path, 0.5, [("one", "two"), "three"])
+        history.register("r", 0.5, [("one", "two"), "three"])
         assert len(history.earlier([("one", "two")])) == 1
         assert history.earlier([("one", "three"), "one"]) == []
         written = b"".join(path.read_bytes() for path in (tmp_path / "home").iterdir())

@@ -2,7 +2,6 @@
 
 import csv
 import json as json_module
-import math
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -348,15 +347,13 @@ def _run(
 
 def _print_earlier(private: "PrivateModel", examples: "Examples") -> None:
     """What runs on the same labels tell together."""
-    from blindtune.privacy.accountant import gaussian_guarantee, mu_of
+    from blindtune.privacy.accountant import gaussian_guarantee
     from blindtune.privacy.history import total_mu
 
-    ledger = private.method.ledger
     runs = private.earlier_runs(examples.texts)
     if not runs:
         return
-    budget = math.inf if ledger is None else mu_of(ledger.limit)
-    together = gaussian_guarantee(total_mu(runs, budget))
+    together = gaussian_guarantee(total_mu(runs, private.method.label_mu))
     console.print(
         f"  {len(runs)} earlier run(s) on this machine used labels of these texts. One operator that saw all of them "
         f"and sees this one: μ = {together.mu:.3g}, ε = {together.epsilon:.3g} at δ = {together.delta:g}.",

@@ -243,9 +243,10 @@ class Backbone(nn.Module):
         adapters = self.lora_adapters()
         with torch.no_grad():
             weights = torch.stack([adapter.vector() for adapter in adapters])
+        version = sum(parameter._version for adapter in adapters for parameter in adapter.parameters())
         spec = adapters[0].layout.spec
         tokens = self.tokenizer.pad(rows)
-        return RemoteBatch(tuple(rows), tokens, self.info.name, spec, weights, self.pooling, seed, operators)
+        return RemoteBatch(tuple(rows), tokens, self.info.name, spec, weights, self.pooling, seed, operators, version)
 
     def backward_batch(self, batch: RemoteBatch, cotangent: Tensor) -> list[Tensor | None]:
         """Gradients for every adapter parameter, in the order of `parameters()`, for a cotangent `(n, B, d)`."""

@@ -19,7 +19,7 @@ from blindtune.models.tokenizer import TokenRow
 from blindtune.wire import LoraSpec, NoiseShare, Pooling
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RemoteBatch:
     """One pass over B texts with n adapters.
 
@@ -29,6 +29,7 @@ class RemoteBatch:
         weights: `(n, P)` float32, as the client holds them.
         seed: of dropout; none without.
         operators: who takes part.
+        version: changes whenever the adapters are written to, also if their values stay the same.
     """
 
     rows: tuple[TokenRow, ...]
@@ -39,6 +40,7 @@ class RemoteBatch:
     pooling: Pooling
     seed: int | None
     operators: tuple[int, ...]
+    version: int = 0
 
     @cached_property
     def uploads(self) -> tuple[Upload, ...]:

@@ -74,6 +74,11 @@ class Operator:
         self._precision = torch.float64 if self.info.dtype == "float64" else torch.float32
         self._uploaded: OrderedDict[str, None] = OrderedDict()
 
+    @property
+    def name(self) -> str:
+        """Address and identity: another server behind the same address has another name."""
+        return f"{self.transport.url} {self.id}"
+
     def tokenizer(self) -> Tokenizer:
         file = self._read(TokenizerFile, f"{self.path}/tokenizer")
         if hashlib.sha256(file.tokenizer.encode()).hexdigest() != file.sha256:
@@ -235,6 +240,11 @@ class OperatorPool:
     def urls(self) -> list[str]:
         """The operators' addresses, in their order."""
         return [operator.transport.url for operator in self.operators]
+
+    @property
+    def names(self) -> list[str]:
+        """The operators' names, in their order."""
+        return [operator.name for operator in self.operators]
 
     def parallel(self, calls: Sequence[Callable[[], T]]) -> list[T]:
         """Runs the calls at the same time and waits for all; raises the first error. Calls may call this again.

@@ -14,7 +14,7 @@ from blindtune.client import OperatorPool, PlainChannel, RemoteBatch
 from blindtune.errors import ConfigError, NonFiniteTensor, SingleOperator
 from blindtune.lattice import Lattice
 from blindtune.privacy.accountant import allowance
-from blindtune.privacy.ledger import Ledger, Message
+from blindtune.privacy.ledger import Ledger, Message, new_id
 from blindtune.privacy.randomness import SecureGenerator
 from blindtune.privacy.shares import Shares, combine, split_gradient
 from blindtune.wire import NoiseShare
@@ -35,8 +35,8 @@ class SharedGradients(PlainChannel):
 
     Each call sends fresh shares, which count, also where the gradient is one that was sent before: whether two
     gradients are equal depends on labels. A share that is noise alone travels as the seed that it is made of. Noise
-    follows from a key, the share's number in the ledger, the operators in their order, and the gradient, so no two
-    gradients meet the same noise, and no operator collects two shares of one split.
+    follows from a key, the message's salt, the operators in their order, and the gradient, so no two messages have the
+    same noise, and no operator collects two shares of one split.
 
     Attributes:
         ledger: counts shares, and whatever else an operator is sent that depends on labels.
@@ -136,7 +136,7 @@ class SharedGradients(PlainChannel):
                 )
             gradient = torch.zeros_like(gradient)
             self.nonfinite += 1
-        self.ledger.enlist(pool.urls)
+        self.ledger.enlist(pool.names)
         if len(batch.operators) < self.m and not self.allow_single_operator:
             raise _too_few(self.m, len(batch.operators))
         parts = self._parts(batch, pool)
@@ -173,20 +173,21 @@ class SharedGradients(PlainChannel):
 
     def _split(self, gradient: Tensor, batch: RemoteBatch, pool: OperatorPool) -> Shares:
         """The shares of a gradient `(n, B, ...)`, scaled down to what there is room for, and written to the ledger."""
-        operators = [pool.urls[index] for index in batch.operators]
-        context = [str(self.ledger.count("share")), repr(self.lattice), *operators]
+        operators, salt = [pool.names[index] for index in batch.operators], new_id()
+        context = [salt, repr(self.lattice), *operators]
         key = self.generator.derive(b"shares", *(part.encode() for part in context))
         if self.ledger.compromised:
             points = self.lattice.round_within(gradient, MOST_COST, key)[0]
             return split_gradient(points, self.m, self.lattice, generator=key.bound_to(points))
         brought = gradient.shape[1] / self.noise_ratio**2
-        self.ledger.check(operators, brought)
-        room = min(self.ledger.room(operators, brought), MOST_COST)
-        points, _ = self.lattice.round_within(gradient, room, key)
-        shares = split_gradient(points, self.m, self.lattice, generator=key.bound_to(points))
-        cost = self.lattice.cost(points)
-        costs = {operator: cost if j == shares.carrier else 0.0 for j, operator in enumerate(operators)}
-        self.ledger.record(Message("share", costs, brought, room))
+        with self.ledger.exclusive():
+            self.ledger.check(operators, brought)
+            room = min(self.ledger.room(operators, brought), MOST_COST)
+            points, _ = self.lattice.round_within(gradient, room, key)
+            shares = split_gradient(points, self.m, self.lattice, generator=key.bound_to(points))
+            cost = self.lattice.cost(points)
+            costs = {operator: cost if j == shares.carrier else 0.0 for j, operator in enumerate(operators)}
+            self.ledger.record(Message("share", costs, brought, room, id=salt))
         return shares
 
     def _compromise(self) -> None:

@@ -19,3 +19,7 @@ class HeadOnly(LoRA):
     @property
     def num_adapters(self) -> int:
         return 0
+
+    @property
+    def label_mu(self) -> float:
+        return 0.0

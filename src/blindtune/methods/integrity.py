@@ -68,7 +68,7 @@ class IntegrityCheck:
         share = noise_share(key.bytes(KEY_BYTES), shares)
         everybody = batch.operators
         urls = [pool.urls[index] for index in everybody]
-        self.ledger.record(Message("check", dict.fromkeys(urls, 0.0)))
+        self.ledger.record(Message("check", dict.fromkeys([pool.names[index] for index in everybody], 0.0)))
         holders = everybody[:MEMBERS]
         padded = pool.parallel([_forward(noise, pool, operator, retain=False) for operator in holders])
         self._compare("hidden states under an adapter of noise", noise, padded, urls, HIDDEN_TOLERANCE)

@@ -5,6 +5,7 @@ Gradients travel in the clear, or in m shares to m operators (P3EFT, Algorithm 1
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -109,6 +110,10 @@ class LoRA:
     def ledger(self) -> Ledger | None:
         """Counts what operators are sent; None where everything travels in the clear."""
         return None if self.shares is None else self.shares.ledger
+
+    @property
+    def label_mu(self) -> float:
+        return math.inf
 
     @property
     def watches_batches(self) -> bool:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Protocol, cast
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,9 @@ from blindtune.client import Backbone, OperatorPool, RemoteBatch
 from blindtune.errors import BadLabels
 from blindtune.methods.head import LinearHead
 from blindtune.models.tokenizer import Text, TokenRow
-from blindtune.privacy.accountant import mu_of
 from blindtune.privacy.batches import BatchMonitor
 from blindtune.privacy.history import EarlierRun, LabelHistory
-from blindtune.privacy.ledger import Ledger
+from blindtune.privacy.ledger import Ledger, new_id
 from blindtune.privacy.randomness import SecureGenerator
 
 PROBE_TEXTS = 16
@@ -45,6 +44,11 @@ class Method(Protocol):
     @property
     def ledger(self) -> Ledger | None:
         """Counts what operators are sent; None where nothing bounds what that tells."""
+        ...
+
+    @property
+    def label_mu(self) -> float:
+        """μ of one label in everything that operators may see of the run; infinite where nothing bounds it."""
         ...
 
     @property
@@ -168,22 +172,41 @@ class PrivateModel(nn.Module):
         public = torch.Generator().manual_seed(seed)
         a_seed = hashlib.sha256(b"blindtune A" + seed.to_bytes(8, "little", signed=True)).hexdigest()
         backbone.set_adapters(method.num_adapters, generator=public, a_seed=a_seed if method.fixed_a else None)
-        if ledger is not None and method.ledger is not None:
-            method.ledger.attach(ledger)
+        self.history = LabelHistory()
+        self._run = new_id()
+        if method.ledger is not None:
+            method.ledger.follow(self.history.home)
+            if ledger is not None:
+                method.ledger.attach(ledger)
 
-    def prepare(self, texts: Sequence[Text] | Sequence[TokenRow], labels: Sequence[int] | Tensor) -> None:
+    @property
+    def run(self) -> str:
+        """The name of the run, in the history of this machine."""
+        return self._run if self.method.ledger is None else self.method.ledger.run
+
+    def prepare(
+        self,
+        texts: Sequence[Text] | Sequence[TokenRow],
+        labels: Sequence[int] | Tensor,
+        *,
+        watch_batches: bool = True,
+    ) -> None:
         """Fetches the frozen features of the training texts and starts the head and the method from them.
 
         Each text goes to one operator once; labels stay here. A `LinearHead` is fitted on the frozen features (linear
-        probing, then fine-tuning); other heads keep their initial weights. A run whose ledger has a folder is
-        registered among those on the same labels (`blindtune.privacy.history`).
+        probing, then fine-tuning); other heads keep their initial weights. The run is registered among those on the
+        same labels (`blindtune.privacy.history`).
+
+        Args:
+            watch_batches: whether the batches to come are watched, where the method's guarantee needs ones that don't
+                depend on labels. False for batches that are known not to.
         """
         target = self._labels(labels)
-        self._register(texts)
+        self.register(texts)
         rows = self.backbone.rows(texts)
         features = self.backbone.frozen(rows)
         self.method.prepare(features, target)
-        if self.method.watches_batches:
+        if watch_batches and self.method.watches_batches:
             self._monitor = BatchMonitor([row.ids for row in rows], target.tolist())
         self._probe(rows)
         shown = self.method.adapter_labels(rows, target)
@@ -233,8 +256,13 @@ class PrivateModel(nn.Module):
 
     def earlier_runs(self, texts: Sequence[Text]) -> list[EarlierRun]:
         """Other runs of this machine that have used labels of these texts."""
-        ledger = self.method.ledger
-        return LabelHistory().earlier(texts, but="" if ledger is None else ledger.run)
+        return self.history.earlier(texts, but=self.run)
+
+    def register(self, texts: Sequence[Text] | Sequence[TokenRow]) -> None:
+        """Notes in the history of this machine that the run uses labels of these texts."""
+        if self.method.label_mu > 0:
+            named = [repr(text.ids) if isinstance(text, TokenRow) else text for text in texts]
+            self.history.register(self.run, self.method.label_mu, named)
 
     def _probe(self, rows: Sequence[TokenRow]) -> None:
         """On a few texts in a random order: nothing about labels decides which."""
@@ -244,13 +272,6 @@ class PrivateModel(nn.Module):
         operators = self.backbone.channel.choose(len(self.backbone.pool), 0)
         batch = self.backbone.batch([rows[index] for index in order], operators, None)
         self.precision = self.method.probe(batch, self.backbone.pool)
-
-    def _register(self, texts: Sequence[Text] | Sequence[TokenRow]) -> None:
-        ledger = self.method.ledger
-        if ledger is None or not ledger.journals or not texts or isinstance(texts[0], TokenRow):
-            return
-        budget = mu_of(ledger.limit)
-        LabelHistory().register(ledger.run, ledger.journals[0].parent, budget, cast("Sequence[Text]", texts))
 
     def _labels(self, labels: Sequence[int] | Tensor) -> Tensor:
         target = torch.as_tensor(labels)

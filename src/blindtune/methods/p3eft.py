@@ -17,6 +17,9 @@ import warnings
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
+from torch import Tensor
+
 from blindtune.client import Backbone, OperatorPool, RemoteBatch
 from blindtune.errors import ConfigError
 from blindtune.methods.gradients import SharedGradients
@@ -46,6 +49,8 @@ class P3EFT(LoRA):
     Args:
         max_mu: the budget: everything that one operator sees of the run is μ-differentially private in the labels.
         steps, batch_size: length of the run, and texts in a step. Noise is made for so many; a longer run is refused.
+        predictions: how often the trained model may meet new servers, or restarted ones, to predict. Over servers that
+            have predicted with it before and still run, there is no limit.
         pad_spread: standard deviation of what a pad adds to a layer's output, in units of the layer's input. Large pads
             disturb the model, small ones ask more of the operators' floating point.
         max_norm: bound on the trained update |scaling · B|, as a root mean square over all updates that were sent so
@@ -63,6 +68,7 @@ class P3EFT(LoRA):
     m: int = 2
     steps: int = 1000
     batch_size: int = 32
+    predictions: int = 20
     max_mu: float = 0.25  # pyright: ignore[reportIncompatibleVariableOverride] - a number, never None
     pad_spread: float = 0.05
     max_norm: float = 12.0
@@ -78,7 +84,7 @@ class P3EFT(LoRA):
     channel: PaddedAdapters = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        check_counts(steps=self.steps, batch_size=self.batch_size)
+        check_counts(steps=self.steps, batch_size=self.batch_size, predictions=self.predictions)
         check_positive(max_mu=self.max_mu, pad_spread=self.pad_spread, max_norm=self.max_norm)
         if self.check_every != 0:
             check_counts(check_every=self.check_every)
@@ -99,7 +105,7 @@ class P3EFT(LoRA):
 
     @property
     def plan(self) -> PadPlan:
-        adapters = math.ceil(SPARE * (self.steps + 2))  # of each step, of the end, and of predictions
+        adapters = math.ceil(SPARE * (self.steps + 2)) + self.predictions  # of each step, and of the end
         brought = (1.0 - self.gradient_part) * allowance(self.max_mu) / adapters
         return PadPlan(self.pad_spread, self.max_norm, brought, allowance(self.max_mu), self.steps)
 
@@ -111,6 +117,10 @@ class P3EFT(LoRA):
         single = self.allow_single_operator
         budget = None if single else self.max_mu
         return SharedGradients(self.m, self.clip_norm, self.noise_ratio, generator, single, budget, silent=True)
+
+    @property
+    def label_mu(self) -> float:
+        return math.inf if self.allow_single_operator else self.max_mu
 
     @property
     def watches_batches(self) -> bool:
@@ -155,6 +165,15 @@ class P3EFT(LoRA):
         found = {**self.ledger.guarantee().report(), "mu_budget": self.max_mu, "budget_used": self.ledger.used()}
         lost = self.channel.shares.nonfinite + self.channel.nonfinite
         return {**found, "nonfinite_messages": lost} if lost else found
+
+    def state(self) -> dict[str, Tensor]:
+        period = torch.frombuffer(bytearray.fromhex(self.channel.period), dtype=torch.uint8)
+        return {**super().state(), "period": period}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        super().load_state(state)
+        if "period" in state:
+            self.channel.period = bytes(state["period"].numpy()).hex()
 
     def on_load(self) -> None:
         self.channel.loaded = True

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from threading import Lock
-from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -16,11 +14,10 @@ from blindtune.errors import BudgetSpent, ConfigError, SingleOperator
 from blindtune.methods.gradients import SharedGradients, fingerprint
 from blindtune.methods.integrity import MEMBERS, IntegrityCheck
 from blindtune.privacy.accountant import mu_of
-from blindtune.privacy.ledger import Ledger, Message
+from blindtune.privacy.ledger import Ledger, Message, new_id
 from blindtune.privacy.pads import PadScale, pad_pair, unpad
 from blindtune.privacy.randomness import SecureGenerator
 
-KNOWN_UPDATES = 64
 SMALLEST_RESOLUTION = 0.5
 
 
@@ -75,10 +72,10 @@ class PaddedAdapters:
         client:           h' = h(x, 0) + s (h₊ − h₋)
 
     Gradients are asked for at θ = 0, where the model is the pretrained one, so what an operator differentiates has
-    nothing to do with labels either. Every call of `gradients` begins a new period; in each, δ travels under a new pad
-    and counts, also if it is what it was before: whether it changed depends on labels. Within a period, in which
-    nothing trains, the same δ travels as the same bytes, so evaluations and the step after them are one message. A
-    loaded model's predictions are one message, too.
+    nothing to do with labels either. Every call of `gradients`, and every write to the adapters, begins a new period.
+    In each, δ travels under a new pad and counts, also if it is what it was before: whether it changed depends on
+    labels. Within a period δ travels as the same bytes, so evaluations and the step after them are one message.
+    Predictions of a loaded model are one message for each name that its operators have, over all processes.
 
     Attributes:
         shares: how gradients travel; its ledger counts adapters too.
@@ -93,11 +90,15 @@ class PaddedAdapters:
     """Whether the adapter comes from a checkpoint: then predictions have a message of their own."""
     nonfinite: int = field(init=False, default=0)
     """Adapters with NaN or infinity; zero was sent in their place."""
-    _period: dict[tuple[bytes, ...], _Pad] = field(init=False, repr=False, default_factory=dict[Any, Any])
-    """What was sent since the last gradient, by content and operators."""
-    _factors: OrderedDict[bytes, float] = field(init=False, repr=False, default_factory=OrderedDict[bytes, float])
-    _lock: Lock = field(init=False, repr=False, default_factory=Lock)
-    """Of the ledger: inference asks for hidden states from several threads."""
+    period: str = field(init=False, default_factory=new_id)
+    """A random name for the time in which the adapter stays what it is; a checkpoint keeps it."""
+    _version: int | None = field(init=False, repr=False, default=None)
+    """The adapter's, in this period; None before anything was sent."""
+    _sent: dict[tuple[bytes, ...], _Pad] = field(init=False, repr=False, default_factory=dict[tuple[bytes, ...], _Pad])
+    """What was sent in this period, by content and operators."""
+    _factors: WeakKeyDictionary[RemoteBatch, float] = field(
+        init=False, repr=False, default_factory=WeakKeyDictionary[RemoteBatch, float]
+    )
 
     @property
     def ledger(self) -> Ledger:
@@ -125,18 +126,19 @@ class PaddedAdapters:
 
     def hidden(self, batch: RemoteBatch, pool: OperatorPool, *, retain: bool) -> Tensor:
         self._check_members(len(batch.operators))
-        self.ledger.enlist(pool.urls)
+        self.ledger.enlist(pool.names)
         if retain and len(batch.operators) >= MEMBERS:
             self.integrity.before_step(batch, pool, self.scale(batch).lattice, self.shares.lattice)
-        with self._lock:
+        with self.ledger.exclusive():
             pad = self._pad(batch, pool, predicting=self.loaded and not retain)
+            self._factors[batch] = pad.factor
         return self._mixture(batch, pool, pad.plus, pad.minus, retain=retain)
 
     def gradients(self, cotangent: Tensor, batch: RemoteBatch, pool: OperatorPool) -> Tensor:
         self._check_room(batch, pool)
-        factor = self._factors[fingerprint(batch.weights[0])]
-        with self._lock:
-            self._period.clear()
+        factor = self._factors[batch]
+        with self.ledger.exclusive():
+            self._begin_period()
             self.loaded = False
         return factor * self.shares.gradients(cotangent, at_zero(batch), pool)
 
@@ -150,7 +152,7 @@ class PaddedAdapters:
         key = self.generator.derive(b"probe", *(fingerprint(tensor) for tensor in batch.tokens.tensors().values()))
         direction = key.normal(batch.weights.shape[1])
         delta = direction * (self.plan.max_norm / batch.spec.scaling / direction.norm())
-        self.ledger.enlist(pool.urls)
+        self.ledger.enlist(pool.names)
         self.ledger.record(Message("check", dict.fromkeys(self._members(batch, pool), 0.0)))
         base = at_zero(batch).forward(pool, batch.operators[0])
         moved: list[Tensor] = []
@@ -206,16 +208,18 @@ class PaddedAdapters:
             delta = torch.zeros_like(delta)
             self.nonfinite += 1
         members = self._members(batch, pool)
+        if self._version not in (None, batch.version):
+            self._begin_period()
+        self._version = batch.version
         context = (content, repr((batch.spec.model_dump(), scale)).encode(), *(member.encode() for member in members))
-        if context in self._period:
-            return self._period[context]
+        if context in self._sent:
+            return self._sent[context]
         if len(batch.operators) < MEMBERS:
             self.ledger.compromise()
-        name = self.generator.derive(b"content", *context).key.hex()[:32] if predicting else ""
+        name = self.generator.derive(b"content", self.period.encode(), *context).key.hex()[:32] if predicting else ""
         message = self.ledger.find_prediction(members, name) if predicting else None
-        number = self.ledger.count("adapter") if message is None else message.number
-        parts = [str(number), repr(scale), *members]
-        key = self.generator.derive(b"pad", *(part.encode() for part in parts))
+        salt = new_id() if message is None else message.id
+        key = self.generator.derive(b"pad", *(part.encode() for part in (salt, repr(scale), *members)))
         if self.ledger.compromised:
             points, factor = scale.points(delta, self.plan.limit, generator=key)
         elif message is not None:
@@ -226,13 +230,15 @@ class PaddedAdapters:
             room = self.ledger.room(members, self.plan.allowance)
             points, factor = scale.points(delta, room, generator=key)
             costs = dict.fromkeys(members, scale.lattice.cost(points))
-            self.ledger.record(Message("adapter", costs, self.plan.allowance, room, name))
+            self.ledger.record(Message("adapter", costs, self.plan.allowance, room, name, salt))
         plus, minus = pad_pair(points, scale.lattice, generator=key.bound_to(points))
-        self._period[context] = _Pad(plus, minus, factor)
-        self._factors[content] = factor
-        while len(self._factors) > KNOWN_UPDATES:
-            self._factors.popitem(last=False)
-        return self._period[context]
+        self._sent[context] = _Pad(plus, minus, factor)
+        return self._sent[context]
+
+    def _begin_period(self) -> None:
+        self._sent.clear()
+        self._version = None
+        self.period = new_id()
 
     def _check_size(self, scale: PadScale, size: int) -> None:
         """Raises `ConfigError` for an adapter of so many values that rounding them takes most of what they may cost."""
@@ -256,14 +262,14 @@ class PaddedAdapters:
             raise BudgetSpent(
                 f"The run was planned for {self.plan.steps} steps, and its budget of "
                 f"μ = {mu_of(self.ledger.limit):.3g} is spent.",
-                remedy="What was learned can be used over the operators that trained it, in their order. For a longer "
-                "run, plan more steps (steps=…) before it begins.",
+                remedy="What was learned can be used where it was used before: over the same servers, in their order, "
+                "as long as they run. For a longer run, plan more steps (steps=…, predictions=…) before it begins.",
             ) from None
 
     @staticmethod
     def _members(batch: RemoteBatch, pool: OperatorPool) -> list[str]:
-        """Addresses of the two operators that see the adapter."""
-        return [pool.urls[index] for index in batch.operators[:MEMBERS]]
+        """Names of the two operators that see the adapter."""
+        return [pool.names[index] for index in batch.operators[:MEMBERS]]
 
 
 def at_zero(batch: RemoteBatch) -> RemoteBatch:

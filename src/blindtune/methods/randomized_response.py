@@ -64,6 +64,10 @@ class RandomizedResponse(LoRA):
         return f"only labels that were randomised with epsilon {self.epsilon:g}, delta 0"
 
     @property
+    def label_mu(self) -> float:
+        return PureAccountant(float(self.epsilon)).mu
+
+    @property
     def watches_batches(self) -> bool:
         return True
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Protocol, cast
 
 from scipy.optimize import brentq
+from scipy.special import expit
 from scipy.stats import norm
 
 DELTA = 1e-5
@@ -73,6 +74,15 @@ class PureAccountant:
     """ε-differential privacy that steps and operators don't add to, as of randomised response."""
 
     epsilon: float
+
+    @property
+    def mu(self) -> float:
+        """The μ-GDP that follows from ε-DP: 2 Φ⁻¹(e^ε / (1 + e^ε)).
+
+        Both trade-off functions go through (0, 1) and have this fixed point; that of ε-DP is straight between them, and
+        that of μ-GDP, which is convex, lies below.
+        """
+        return 2.0 * float(norm.isf(expit(-self.epsilon)))
 
     def guarantee(self, delta: float = DELTA) -> Guarantee:
         return Guarantee(self.epsilon, 0.0, 1.0 / (1.0 + math.exp(-self.epsilon)))

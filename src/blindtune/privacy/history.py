@@ -1,8 +1,8 @@
 """Which runs have used the same labels: what they tell adds up, over seeds, searches and methods.
 
-Each run on this machine is registered before it sends anything: where its ledger is, its budget, and hashes of its
-texts. A run has used the same labels as another if they share a text. For runs that one operator sees one after the
-other, μ² = Σ μ_i² (Gaussian differential privacy composes so).
+Each run on this machine is registered before it sends anything that depends on labels: its budget, and hashes of its
+texts. Its ledger keeps a journal beside that (`Ledger.follow`). A run has used the same labels as another if they share
+a text. For runs that one operator sees one after the other, μ² = Σ μ_i² (Gaussian differential privacy composes so).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from blindtune.errors import CheckpointError
 from blindtune.files import PRIVATE, replace_file
-from blindtune.privacy.ledger import JOURNAL, read_journal
+from blindtune.privacy.ledger import read_journal
 
 HOME_VARIABLE = "BLINDTUNE_HOME"
 Text = str | Sequence[str]
@@ -31,12 +31,12 @@ class EarlierRun:
     """A run on some of the same texts.
 
     Attributes:
-        mu: of everything that one operator saw of it; its whole budget where its ledger is gone.
+        mu: of everything that one operator saw of it; its whole budget where its ledger is gone, and infinite for a run
+            that sent adapters in the clear.
         shared: texts in common.
     """
 
     run: str
-    folder: Path
     mu: float
     shared: int
 
@@ -52,16 +52,17 @@ class LabelHistory:
         base = os.environ.get(HOME_VARIABLE) or Path.home() / ".local" / "share" / "blindtune"
         self.home = Path(home) if home is not None else Path(base) / "runs"
 
-    def register(self, run: str, folder: str | Path, budget: float, texts: Iterable[Text]) -> None:
+    def register(self, run: str, budget: float, texts: Iterable[Text]) -> None:
         """Notes a run before it sends anything.
 
         Args:
-            folder: where its ledger is.
-            budget: μ that it may spend; infinite without a budget.
+            run: the name of its ledger, if it has one.
+            budget: μ that it may spend; infinite if nothing bounds what it tells.
+            texts: as strings, or pairs of strings.
         Raises:
             CheckpointError: the record can't be written.
         """
-        record = {"run": run, "folder": str(Path(folder).resolve()), "budget": None if math.isinf(budget) else budget}
+        record = {"run": run, "budget": None if math.isinf(budget) else budget}
         try:
             self.home.mkdir(parents=True, exist_ok=True)
             replace_file(self.home / f"{run}.texts", _hashes(texts).tobytes(), PRIVATE)
@@ -84,27 +85,22 @@ class LabelHistory:
                 continue
             shared = len(np.intersect1d(mine, theirs, assume_unique=True))
             if shared and record["run"] != but:
-                folder, budget = Path(record["folder"]), record["budget"]
-                mu = _spent(folder, record["run"], math.inf if budget is None else budget)
-                found.append(EarlierRun(record["run"], folder, mu, shared))
+                budget = record["budget"]
+                mu = math.inf if budget is None else self._spent(record["run"], budget)
+                found.append(EarlierRun(record["run"], mu, shared))
         return found
+
+    def _spent(self, run: str, budget: float) -> float:
+        try:
+            mu = read_journal(self.home / f"{run}.jsonl").guarantee().mu
+        except (OSError, CheckpointError):
+            return budget
+        return budget if mu is None else mu
 
 
 def total_mu(runs: Iterable[EarlierRun], budget: float) -> float:
     """μ of a run with this budget and all earlier ones together."""
     return math.sqrt(budget**2 + sum(run.mu**2 for run in runs))
-
-
-def _spent(folder: Path, run: str, budget: float) -> float:
-    for path in (folder / JOURNAL, folder / f"ledger-{run}.jsonl"):
-        try:
-            ledger = read_journal(path)
-        except (OSError, CheckpointError):
-            continue
-        if ledger.run == run:
-            mu = ledger.guarantee().mu
-            return budget if mu is None else mu
-    return budget
 
 
 def _hashes(texts: Iterable[Text]) -> NDArray[np.uint64]:

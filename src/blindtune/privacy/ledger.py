@@ -1,16 +1,20 @@
 """The ledger of a run: what each operator has been sent, and what that can tell; written before anything is sent.
 
-Every message that depends on labels has a public number, brings a public allowance, and costs what it really tells
-(allowance and cost are |a|² / σ², see `blindtune.privacy.accountant`). The ledger is the filter of the guarantee:
+Every message that depends on labels brings a public allowance, and costs what it really tells (allowance and cost are
+|a|² / σ², see `blindtune.privacy.accountant`). The ledger is the filter of the guarantee:
 
     Σ cost ≤ Σ allowance ≤ A        at every operator, at every moment, for any labels
 
 The left side holds because senders shrink a message that would cost more than `room`; nothing of that is visible. The
 right side is a matter of counting messages, which depends on no label: `check` refuses the one that would exceed it.
-No message is left out because it equals an earlier one: whether two secrets are equal depends on labels.
+No message is left out because it equals an earlier one: whether two secrets are equal depends on labels. Every message
+has a random salt of its own, from which its noise follows, so no noise is used for two messages, whatever copies of a
+run there are.
 
-A journal makes the ledger outlive the process: each message is one line, which is on the disk (fsync) before the
-message leaves. A line that a crash cut off was never sent.
+Journals make the ledger outlive the process: each message is one line, which is on the disk (fsync) before the message
+leaves. A line that a crash cut off was never sent. A run has one journal in each folder that it is saved in, so that it
+can go on elsewhere, and one in a folder of this machine (`follow`), which all copies of the run on this machine share:
+threads, processes, and checkpoints that were saved beside each other are one account.
 """
 
 from __future__ import annotations
@@ -20,18 +24,27 @@ import math
 import os
 import secrets
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from threading import RLock
 from typing import Any
+
+from filelock import FileLock
 
 from blindtune.errors import BudgetSpent, CheckpointError
 from blindtune.files import PRIVATE, sync_folder
 from blindtune.privacy.accountant import DELTA, Guarantee, gaussian_guarantee, mu_of
 
 JOURNAL = "ledger.jsonl"
-FORMAT = 1
+FORMAT = 2
 TOLERANCE = 1e-9
+
+
+def new_id() -> str:
+    """128 random bits, in hex."""
+    return secrets.token_hex(16)
 
 
 @dataclass(frozen=True)
@@ -42,10 +55,10 @@ class Message:
         kind: `adapter`, `share`, or `check` (label-free).
         costs: operator -> |a|² / σ² of what it is really sent.
         allowance: what the message brings at each of these operators, public.
-        room: what it could have cost at most; with the number it makes the same bytes again.
+        room: what it could have cost at most.
         content: of an adapter for predictions: a keyed hash of what it was made of. The same adapter is sent as the
-            same bytes to the same operators then.
-        number: its place among the messages of its kind.
+            same bytes to the same operators then; salt and room make these again.
+        id: the salt of its noise; no two messages have the same.
     """
 
     kind: str
@@ -53,7 +66,7 @@ class Message:
     allowance: float = 0.0
     room: float = 0.0
     content: str = ""
-    number: int = 0
+    id: str = field(default_factory=new_id)
 
 
 @dataclass
@@ -64,7 +77,7 @@ class _Account:
 
 
 class Ledger:
-    """Counts messages for each operator, by its address.
+    """Counts messages for each operator, by its name: its address, and after a space what the server calls itself.
 
     Args:
         limit: A, the sum of allowances that no operator exceeds; infinite without a budget.
@@ -72,28 +85,55 @@ class Ledger:
 
     def __init__(self, limit: float = math.inf) -> None:
         self.limit = limit
-        self.run = secrets.token_hex(16)
+        self.run = new_id()
         self.compromised = False
         """Whether messages that must be kept apart went to one operator: then nothing is private."""
         self.journals: list[Path] = []
+        """In the run's folders."""
+        self._home: Path | None = None
+        self._lock = RLock()
+        self._held = 0
+        self._read = 0
+        """Bytes of this machine's journal that are known."""
         self._accounts: dict[str, _Account] = {}
-        self._numbers = Counter[str]()
         self._predictions: list[Message] = []
         self._operators: frozenset[str] | None = None
-        self._lines: list[dict[str, Any]] = []
+        self._lines: dict[str, dict[str, Any]] = {}
+
+    @contextmanager
+    def exclusive(self) -> Generator[None]:
+        """Nothing else of this machine counts messages of this run meanwhile, and all that was counted is known.
+
+        From looking at `room` to `record`, hold this. It can be held several times by one thread.
+        """
+        with self._lock:
+            if self._home is None or self._held:
+                yield
+                return
+            path = self._machine_journal()
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                lock = FileLock(path.with_suffix(".lock"), mode=PRIVATE, thread_local=False)
+                lock.acquire()
+            except OSError as error:
+                raise unwritable(path, error) from None
+            self._held += 1
+            try:
+                self._refresh(path)
+                yield
+            finally:
+                self._held -= 1
+                lock.release()
 
     def enlist(self, operators: Sequence[str]) -> None:
         """Names the operators of this process, before anything is sent.
 
-        Where they are others than before, an address may be a new name of any operator that there was. So all accounts,
-        old and new, are raised to the largest allowance and the largest cost.
+        Where they are others than before, a name may be a new one of any operator that there was. So all accounts, old
+        and new, are raised to the largest allowance and the largest cost.
         """
-        if frozenset(operators) != self._operators:
-            self._write([{"operators": list(operators)}])
-
-    def count(self, kind: str) -> int:
-        """Messages of a kind so far: the number of the next one."""
-        return self._numbers[kind]
+        with self.exclusive():
+            if frozenset(operators) != self._operators:
+                self._write([{"id": new_id(), "operators": list(operators)}])
 
     def find_prediction(self, operators: Sequence[str], content: str) -> Message | None:
         """The adapter with this content that these operators have been sent to predict, if they have."""
@@ -116,26 +156,26 @@ class Ledger:
                 "a run begins.",
             )
 
-    def record(self, message: Message) -> Message:
-        """Writes a message down, before it is sent; returns it with its number.
+    def record(self, message: Message) -> None:
+        """Writes a message down, before it is sent.
 
         Raises:
             BudgetSpent: the limit would be exceeded.
             ValueError: it costs more than there is room for.
             CheckpointError: the journal can't be written; nothing must be sent then.
         """
-        self.check(message.costs, message.allowance)
-        for operator, cost in message.costs.items():
-            if cost > self.room([operator], message.allowance) + TOLERANCE:
-                raise ValueError(f"A message costs {cost}, more than there is room for.")
-        numbered = replace(message, number=self.count(message.kind))
-        self._write([asdict(numbered)])
-        return numbered
+        with self.exclusive():
+            self.check(message.costs, message.allowance)
+            for operator, cost in message.costs.items():
+                if cost > self.room([operator], message.allowance) + TOLERANCE:
+                    raise ValueError(f"A message costs {cost}, more than there is room for.")
+            self._write([asdict(message)])
 
     def compromise(self) -> None:
         """Messages that must be kept apart are about to meet at one operator."""
-        if not self.compromised:
-            self._write([{"compromised": True}])
+        with self.exclusive():
+            if not self.compromised:
+                self._write([{"id": new_id(), "compromised": True}])
 
     def guarantee(self, delta: float = DELTA) -> Guarantee:
         """Of all that was sent so far, at the operator where it is largest: from allowances, which are public."""
@@ -149,18 +189,27 @@ class Ledger:
         """Part of the allowances that was needed, at the operator where it is largest."""
         return max((a.cost / a.allowance for a in self._accounts.values() if a.allowance > 0), default=0.0)
 
-    def seen(self, operator: str) -> Counter[str]:
-        """Messages that an operator has seen, by kind."""
-        return Counter(self._account(operator).kinds)
+    def seen(self, url: str) -> Counter[str]:
+        """Messages that an address has been sent, by kind."""
+        found = Counter[str]()
+        for name, account in self._accounts.items():
+            if name.split(" ")[0] == url:
+                found += account.kinds
+        return found
 
     def messages(self, kind: str) -> int:
-        """Messages of a kind that one operator has seen, where they are most."""
-        return max((account.kinds[kind] for account in self._accounts.values()), default=0)
+        """Messages of a kind in the whole run, whoever they went to."""
+        return sum(line.get("kind") == kind for line in self._lines.values())
+
+    def follow(self, folder: Path) -> None:
+        """Shares one account with all copies of this run on this machine, whose journals are in this folder."""
+        self._home = folder
 
     def attach(self, folder: str | Path) -> None:
         """Keeps a journal in this folder from now on, with all that has been counted so far.
 
-        The journal of another run in this folder is set aside under that run's name.
+        The journal of another run in this folder is set aside under that run's name. What one of the same run has
+        counted, such as that of an earlier checkpoint, is taken over.
 
         Raises:
             CheckpointError: it can't be written.
@@ -168,17 +217,19 @@ class Ledger:
         path = Path(folder).resolve() / JOURNAL
         if path in self.journals:
             return
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists():
-                path.rename(path.with_name(f"ledger-{read_run(path) or 'empty'}.jsonl"))
-            append_lines(path, [{"format": FORMAT, "run": self.run}, *self._lines])
-        except OSError as error:
-            raise unwritable(path, error) from None
-        self.journals.append(path)
+        with self.exclusive():
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                other = read_run(path) if path.exists() else self.run
+                if other != self.run:
+                    path.rename(_aside(path, other or "empty"))
+                self._join(path)
+            except OSError as error:
+                raise unwritable(path, error) from None
+            self.journals.append(path)
 
     def resume(self, folder: str | Path) -> None:
-        """Goes on from the journal of this folder, and in it.
+        """Goes on from the journal of this folder, and in it; with all that copies of the run have counted here.
 
         Raises:
             CheckpointError: there is none, or it is damaged.
@@ -189,17 +240,49 @@ class Ledger:
                 f"There is no {path}, so nobody knows what operators have seen of this run.",
                 remedy="Put the file back. Without it, count the whole budget of the run as spent, and train anew.",
             )
-        self.load(read_lines(path, mend=True))
-        self.journals.append(path)
+        run = read_run(path)
+        if run is None:
+            raise damaged(path)
+        self.run = run
+        with self.exclusive():
+            self._join(path)
+            if self._home is not None:
+                self._join(self._machine_journal())
+                self._read = self._machine_journal().stat().st_size
+            self.journals.append(path)
 
     def load(self, lines: Iterable[dict[str, Any]]) -> None:
         """Counts the lines of a journal."""
         for line in lines:
             if "run" in line:
                 self.run = line["run"]
-            else:
-                self._lines.append(line)
+            elif line["id"] not in self._lines:
+                self._lines[line["id"]] = line
                 self._apply(line)
+
+    def _machine_journal(self) -> Path:
+        assert self._home is not None  # noqa: S101 - whoever asks has looked
+        return self._home / f"{self.run}.jsonl"
+
+    def _refresh(self, path: Path) -> None:
+        """Counts what others of this machine have written down since."""
+        if path.exists() and path.stat().st_size != self._read:
+            lines = read_lines(path, mend=True)
+            new = [line for line in lines[1:] if line["id"] not in self._lines]
+            self.load(lines)
+            for journal in self.journals:  # so that the folder alone is enough elsewhere
+                append_lines(journal, new)
+            self._read = path.stat().st_size
+
+    def _join(self, path: Path) -> None:
+        """Takes over what a journal has, and adds to it what it lacks."""
+        lines = read_lines(path, mend=True) if path.exists() else []
+        known = {line["id"] for line in lines[1:]}
+        if not known <= self._lines.keys():
+            self._operators = None  # two histories meet here: the next operators may be any of both
+        self.load(lines)
+        header = [] if lines else [{"format": FORMAT, "run": self.run}]
+        append_lines(path, header + [line for name, line in self._lines.items() if name not in known])
 
     def _account(self, operator: str) -> _Account:
         if operator not in self._accounts:
@@ -208,14 +291,19 @@ class Ledger:
 
     def _write(self, lines: Sequence[dict[str, Any]]) -> None:
         """To the journals first, then into memory."""
-        for path in self.journals:
+        paths = list(self.journals)
+        if self._home is not None:
+            paths.insert(0, self._machine_journal())
+        for path in paths:
             try:
-                append_lines(path, lines)
+                new = path not in self.journals and not path.exists()
+                header = [{"format": FORMAT, "run": self.run}, *self._lines.values()] if new else []
+                append_lines(path, [*header, *lines])
             except OSError as error:
                 raise unwritable(path, error) from None
-        self._lines.extend(lines)
-        for line in lines:
-            self._apply(line)
+        if self._home is not None:
+            self._read = self._machine_journal().stat().st_size
+        self.load(lines)
 
     def _apply(self, line: dict[str, Any]) -> None:
         if "compromised" in line:
@@ -224,7 +312,6 @@ class Ledger:
             self._enlist(line["operators"])
         else:
             message = Message(**line)
-            self._numbers[message.kind] = max(self._numbers[message.kind], message.number + 1)
             if message.content:
                 self._predictions.append(message)
             for operator, cost in message.costs.items():
@@ -246,6 +333,8 @@ class Ledger:
 
 def append_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     """Adds lines to a journal, for its owner's eyes alone; they are on the disk when this returns, or none of them."""
+    if not lines:
+        return
     new = not path.exists()
     content = "".join(json.dumps(line) + "\n" for line in lines).encode()
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, PRIVATE)
@@ -277,12 +366,24 @@ def read_lines(path: Path, *, mend: bool = False) -> list[dict[str, Any]]:
         lines: list[dict[str, Any]] = [json.loads(line) for line in content[:end].splitlines()]
         if lines and lines[0]["format"] != FORMAT:
             raise KeyError("format")
+        if any("id" not in line for line in lines[1:]):
+            raise KeyError("id")
     except (ValueError, KeyError, TypeError):
-        raise CheckpointError(
-            f"{path} is damaged, so nobody knows any more what operators have seen.",
-            remedy="Use another copy of it. Without one, count the whole budget of that run as spent.",
-        ) from None
+        raise damaged(path) from None
     return lines
+
+
+def damaged(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is damaged, so nobody knows any more what operators have seen.",
+        remedy="Use another copy of it. Without one, count the whole budget of that run as spent.",
+    )
+
+
+def _aside(path: Path, run: str) -> Path:
+    """A name beside a journal that no other has."""
+    names = (f"ledger-{run}{suffix}.jsonl" for suffix in ("", *(f"-{number}" for number in range(2, 10**6))))
+    return next(other for other in map(path.with_name, names) if not other.exists())
 
 
 def read_journal(path: Path) -> Ledger:

@@ -103,7 +103,7 @@ class Trainer:
 
     def prepare(self) -> None:
         """Frozen features, the head's start, the method's statistics. Not needed when resuming."""
-        self.model.prepare(self.train.texts, self.labels)
+        self.model.prepare(self.train.texts, self.labels, watch_batches=False)  # a public seed shuffles them
 
     def steps(self) -> Iterator[Step]:
         """Runs the remaining steps, one at each `next`. A step that fails changes nothing that a checkpoint holds."""
@@ -112,7 +112,7 @@ class Trainer:
             method, sent = self.model.method.snapshot(), self.model.backbone.steps
             try:
                 step = self._step()
-            except BaseException:  # as if the step had never begun: repeated, it sends the same bytes
+            except BaseException:  # nothing of it stays but what the ledger has
                 self.model.method.load_state(method)
                 self.model.backbone.steps = sent
                 raise
@@ -161,6 +161,7 @@ class Trainer:
                 "The checkpoint comes from a run with other data, seed, batch size, steps or learning rates.",
                 remedy="Resume with the same options and file, or start anew without --resume.",
             )
+        self.model.register(self.train.texts)
         self.model.method.load_state({**self.model.method.state(), **method})
         with torch.no_grad():  # from the one file that was written at once
             for name, parameter in self.model.named_parameters():
