@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 from dp_accounting.pld import privacy_loss_distribution
+from scipy.stats import norm
 from sklearn.metrics import roc_auc_score
 
 from blindtune.privacy.accountant import (
@@ -69,6 +70,21 @@ def test_randomised_response_has_the_same_forms_where_they_exist():
     assert set(found.report()) == {"epsilon", "delta", "auc_bound"}
     truth = 1 / (1 + math.exp(-1.0))  # the answer is true so often, and that is all that can be known
     assert found.auc_bound == pytest.approx(truth)
+
+
+@pytest.mark.parametrize("eps", [0.1, 1.0, 4.0])
+def test_randomised_response_is_as_private_as_some_gaussian_mechanism(eps):
+    """No test of its answer is better than one of N(0, 1) against N(μ, 1); a smaller μ would be too small."""
+    mu = PureAccountant(eps).mu
+
+    def gaussian(alpha):
+        return norm.cdf(norm.isf(alpha) - mu)
+
+    alphas = np.linspace(0, 1, 1001)[1:-1]
+    pure = np.maximum.reduce([np.zeros_like(alphas), 1 - math.exp(eps) * alphas, math.exp(-eps) * (1 - alphas)])
+    assert (gaussian(alphas) <= pure + 1e-12).all()
+    fixed = 1 / (1 + math.exp(eps))
+    assert gaussian(fixed) == pytest.approx(fixed)
 
 
 def test_epsilon_agrees_with_the_definition_of_gdp():

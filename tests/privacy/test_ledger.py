@@ -201,7 +201,7 @@ class TestJournal:
 class TestCopiesOfARun:
     """Checkpoints beside each other, processes, threads: on one machine they are one account."""
 
-    def start(self, tmp_path, **options) -> Ledger:
+    def start(self, tmp_path) -> Ledger:
         ledger = Ledger(allowance(1.0))
         ledger.follow(tmp_path / "home")
         ledger.attach(tmp_path / "out")
