@@ -264,7 +264,7 @@ def test_costs_belong_to_the_server_that_had_them_in_whichever_order_servers_com
             gradients(backbone, film_sentences[:1])
         backbone.close()
     lines = [json.loads(line) for line in (tmp_path / JOURNAL).read_text().splitlines()]
-    counts = Counter(url for line in lines for url, cost in line.get("costs", {}).items() if cost)
+    counts = Counter(name.split()[0] for line in lines for name, cost in line.get("costs", {}).items() if cost)
     assert counts == {u: n for u, n in true.items() if n}
     assert again.ledger.messages("share") == 12
 

@@ -348,7 +348,7 @@ class TestHiddenStates:
             move(backbone, length)
             with torch.no_grad():
                 found.append(backbone(film_sentences[:8]) - backbone.frozen(film_sentences[:8]))
-        assert error(found[1], found[0]) < 0.02
+        assert error(found[1], found[0]) < 0.05
 
     def test_under_dropout_have_the_same_mask_at_both_operators(self, connect, film_sentences):
         """Or s would amplify what masks do, here 86 times. (A seed switches the model's own dropout on, too.)"""
@@ -538,7 +538,7 @@ class TestMessages:
         """The same bytes as in training would tell which step's adapter it is."""
         texts, labels = some(film_examples, 16)
         trained = connect(adapter=LAYERS)
-        model = start(trained, P3EFT(steps=2))
+        model = start(trained, P3EFT(steps=2, predictions=0))
         learn(model, texts, labels, steps=2)
         with tapped(trained) as taps:
             chances = predict(model, texts)
@@ -591,7 +591,7 @@ class TestBudget:
     def test_ends_before_anything_of_one_adapter_too_many_is_sent(self, connect, film_examples):
         texts, labels = some(film_examples, 8)
         backbone = connect(adapter=LAYERS)
-        model = start(backbone, P3EFT(steps=2, batch_size=8))
+        model = start(backbone, P3EFT(steps=2, batch_size=8, predictions=0))
         learn(model, texts, labels, steps=3)  # 1.1 · 2 steps are planned, so 3; and 5 adapters
         for seed in range(2):
             predict(model, texts)
@@ -613,7 +613,7 @@ class TestBudget:
         """A longer run than planned stops while its adapter may still be sent, so that it can predict."""
         texts, labels = some(film_examples, 8)
         backbone = connect(adapter=LAYERS)
-        model = start(backbone, P3EFT(steps=2, batch_size=8))
+        model = start(backbone, P3EFT(steps=2, batch_size=8, predictions=0))
         with pytest.raises(BudgetSpent):
             learn(model, texts, labels, steps=9)
         secret = delta(backbone)
@@ -628,7 +628,7 @@ class TestBudget:
 
     def test_covers_adapters_and_shares_together(self, connect, film_examples):
         texts, labels = some(film_examples, 8)
-        method = P3EFT(steps=19, batch_size=8, max_mu=0.5)
+        method = P3EFT(steps=19, batch_size=8, max_mu=0.5, predictions=0)
         model = start(connect(adapter=LAYERS), method)
         assert method.report()["mu"] == 0.0
         for step in range(1, 20):
@@ -645,7 +645,7 @@ class TestBudget:
     def test_is_the_same_for_every_shape_of_adapter(self, connect, film_sentences):
         for config in (LAYERS, LoraConfig(r=2, lora_alpha=1), LoraConfig(r=4, lora_alpha=64, use_rslora=True)):
             backbone = connect(adapter=config)
-            model = start(backbone, P3EFT(steps=9, max_mu=2.0))
+            model = start(backbone, P3EFT(steps=9, max_mu=2.0, predictions=0))
             predict(model, film_sentences[:2])
             assert model.method.report()["mu"] == pytest.approx(mu_of(allowance(2.0) / 2 / 13))
 
@@ -653,7 +653,7 @@ class TestBudget:
     def test_is_never_exceeded_by_what_is_really_sent(self, connect, film_sentences, length):
         """However long the update is: it is scaled down to what there is room for, and nobody can see that."""
         backbone = connect(adapter=LAYERS)
-        model = start(backbone, P3EFT(steps=9))
+        model = start(backbone, P3EFT(steps=9, predictions=0))
         spent = []
         for seed in range(9):
             move(backbone, length, seed)
@@ -674,7 +674,7 @@ class TestOneOperator:
     def test_is_refused_for_predictions_before_anything_is_sent(self, connect, film_examples, tmp_path, gradient):
         """Also with gradient switched on, as in any loop that forgets to switch it off."""
         texts, labels = some(film_examples, 8)
-        model = start(connect(adapter=LAYERS), P3EFT(steps=2))
+        model = start(connect(adapter=LAYERS), P3EFT(steps=2, predictions=0))
         learn(model, texts, labels, steps=2)
         save_model(model, tmp_path)
         backbone = connect(count=1, adapter=adapter_config(tmp_path))

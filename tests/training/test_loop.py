@@ -1,4 +1,4 @@
-"""Resume: an interrupted run ends with the weights of an uninterrupted one, bit for bit."""
+"""Resume: an interrupted run ends with the weights of an uninterrupted one: bit for bit, or but for noise."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def weights(trainer: Trainer) -> torch.Tensor:
 @pytest.mark.parametrize("stopped", ["after a checkpoint", "at a checkpoint"])
 @pytest.mark.parametrize("algorithm", METHODS, ids=NAMES)
 def test_resume_continues_to_the_same_weights(connect, film_examples, tmp_path, algorithm, stopped):  # noqa: F811
-    """To the last bit where no step is repeated, or where nothing is hidden under noise.
+    """To the last bit where nothing is hidden under noise; noise is never used twice, and costs a little precision.
 
     A step that is repeated sends fresh shares, which count: equal ones would tell that the gradient is equal.
     """
@@ -79,12 +79,12 @@ def test_resume_continues_to_the_same_weights(connect, film_examples, tmp_path, 
     repeated = stopped == "after a checkpoint"
     assert [step.step for step in resumed.steps()] == list(range(4 if repeated else 6, 9))
     ledger = model.method.ledger
-    if ledger is None or not repeated:
+    if ledger is None:
         assert torch.equal(weights(resumed), weights(whole))
         assert resumed.model.method.report() == whole.model.method.report()
     else:
-        assert (weights(resumed) - weights(whole)).norm() < 0.05 * weights(whole).norm()
-        assert ledger.messages("share") == 8 + 2
+        assert 0 < (weights(resumed) - weights(whole)).norm() < 0.05 * weights(whole).norm()
+        assert ledger.messages("share") == 8 + (2 if repeated else 0)
 
 
 @pytest.mark.parametrize("algorithm", [padded, published])
@@ -101,8 +101,11 @@ def test_a_step_that_fails_leaves_no_trace(connect, film_examples, algorithm):  
     with pytest.raises(ConnectionError):
         next(steps)
     channel.gradients = gradients
-    list(flaky.steps())
-    assert torch.equal(weights(flaky), weights(whole))
+    method, sent = flaky.model.method.snapshot(), flaky.model.backbone.steps
+    assert (flaky.done, sent) == (1, 1)
+    assert all(torch.equal(value, flaky.model.method.snapshot()[name]) for name, value in method.items())
+    assert len(list(flaky.steps())) == 7
+    assert (weights(flaky) - weights(whole)).norm() < 0.05 * weights(whole).norm()
 
 
 def _fail(*_):
@@ -180,7 +183,10 @@ def test_the_learning_rate_rises_and_falls():
 
 @pytest.mark.parametrize(
     ("algorithm", "steps"),
-    [(P3EFT(steps=4, batch_size=8, max_mu=0.12), 5), (PublishedP3EFT(noise_ratio=100.0, max_mu=0.12), 4)],
+    [
+        (P3EFT(steps=4, batch_size=8, max_mu=0.12, predictions=0), 5),
+        (PublishedP3EFT(noise_ratio=100.0, max_mu=0.12), 4),
+    ],
 )
 def test_a_budget_ends_the_run_before_the_step_that_would_exceed_it(
     connect,  # noqa: F811

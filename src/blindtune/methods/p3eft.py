@@ -68,7 +68,7 @@ class P3EFT(LoRA):
     m: int = 2
     steps: int = 1000
     batch_size: int = 32
-    predictions: int = 20
+    predictions: int = 10
     max_mu: float = 0.25  # pyright: ignore[reportIncompatibleVariableOverride] - a number, never None
     pad_spread: float = 0.05
     max_norm: float = 12.0
@@ -84,7 +84,7 @@ class P3EFT(LoRA):
     channel: PaddedAdapters = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        check_counts(steps=self.steps, batch_size=self.batch_size, predictions=self.predictions)
+        check_counts(steps=self.steps, batch_size=self.batch_size, predictions=self.predictions + 1)
         check_positive(max_mu=self.max_mu, pad_spread=self.pad_spread, max_norm=self.max_norm)
         if self.check_every != 0:
             check_counts(check_every=self.check_every)
@@ -157,6 +157,7 @@ class P3EFT(LoRA):
                     PrecisionWarning,
                     stacklevel=4,
                 )
+                break  # rounding that is so large hides what pads do
         return {"rounding_error": found.rounding, "pad_error": found.curvature}
 
     def report(self) -> dict[str, float]:

@@ -198,8 +198,8 @@ class Ledger:
         return found
 
     def messages(self, kind: str) -> int:
-        """Messages of a kind in the whole run, whoever they went to."""
-        return sum(line.get("kind") == kind for line in self._lines.values())
+        """Messages of a kind that one operator has been sent, where they are most."""
+        return max((account.kinds[kind] for account in self._accounts.values()), default=0)
 
     def follow(self, folder: Path) -> None:
         """Shares one account with all copies of this run on this machine, whose journals are in this folder."""
