@@ -84,6 +84,10 @@ class SharedGradients(PlainChannel):
         """Standard deviation of the noise; public."""
         return self.lattice.sigma
 
+    def brought(self, rows: int) -> float:
+        """The allowance that the shares of so many examples bring."""
+        return rows / self.noise_ratio**2
+
     def check_operators(self, count: int, dtype: str) -> None:
         """Raises `SingleOperator` if shares would meet, `ConfigError` if the servers' precision would destroy them."""
         if count < self.m and not self.allow_single_operator:
@@ -179,7 +183,7 @@ class SharedGradients(PlainChannel):
         if self.ledger.compromised:
             points = self.lattice.round_within(gradient, MOST_COST, key)[0]
             return split_gradient(points, self.m, self.lattice, generator=key.bound_to(points))
-        brought = gradient.shape[1] / self.noise_ratio**2
+        brought = self.brought(gradient.shape[1])
         with self.ledger.exclusive():
             self.ledger.check(operators, brought)
             room = min(self.ledger.room(operators, brought), MOST_COST)

@@ -135,7 +135,7 @@ class PaddedAdapters:
         return self._mixture(batch, pool, pad.plus, pad.minus, retain=retain)
 
     def gradients(self, cotangent: Tensor, batch: RemoteBatch, pool: OperatorPool) -> Tensor:
-        self._check_room(batch, pool)
+        self._check_room(batch, pool, cotangent.shape[1])
         factor = self._factors[batch]
         with self.ledger.exclusive():
             self._begin_period()
@@ -250,14 +250,15 @@ class PaddedAdapters:
                 remedy="Use a lower rank, fewer layers, fewer steps, or a larger max_mu.",
             )
 
-    def _check_room(self, batch: RemoteBatch, pool: OperatorPool) -> None:
+    def _check_room(self, batch: RemoteBatch, pool: OperatorPool, rows: int) -> None:
         """Raises `BudgetSpent` if the adapter that a step leads to could never be sent, not even to predict."""
         if not self.ledger.compromised:
-            self._check_budget(self._members(batch, pool))
+            self._check_budget(self._members(batch, pool), self.shares.brought(rows))
 
-    def _check_budget(self, members: list[str]) -> None:
+    def _check_budget(self, members: list[str], before: float = 0.0) -> None:
+        """Raises `BudgetSpent` if no adapter may be sent any more once messages have brought `before`."""
         try:
-            self.ledger.check(members, self.plan.allowance)
+            self.ledger.check(members, before + self.plan.allowance)
         except BudgetSpent:
             raise BudgetSpent(
                 f"The run was planned for {self.plan.steps} steps, and its budget of "
