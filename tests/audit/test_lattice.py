@@ -30,7 +30,6 @@ from blindtune.audit.statistics import auc
 from blindtune.lattice import Lattice
 from blindtune.privacy.pads import PadScale, pad_pair
 from blindtune.privacy.randomness import SecureGenerator
-from blindtune.privacy.randomness import SecureGenerator
 from blindtune.privacy.token_noise import add_token_noise, clip_rows
 from tests.audit.constructions import (
     Array,
