@@ -44,9 +44,11 @@ def table() -> str:
     for spread in SPREADS:
         cells = [span(accuracies(arm(budget, spread)), 3) for budget in BUDGETS]
         lines.append(f"| {spread:g} | {' | '.join(cells)} |")
+    counts = sorted({len(runs(arm(budget, spread))) for budget in BUDGETS for spread in SPREADS})
+    seeds = " or ".join(map(str, counts)) + (" seed" if counts == [1] else " seeds")
     lines += [
         "",
-        f"Mean (range) of validation accuracy over {len(SEEDS)} seeds; plain LoRA in the same setting "
+        f"Mean (range) of validation accuracy over {seeds}; plain LoRA in the same setting "
         f"{span(accuracies(LORA), 3)}. The standard error of one accuracy is .013. "
         "`python -m experiments.labels.budget` makes this table and the figure.",
     ]

@@ -210,7 +210,7 @@ def bars(tasks: dict[str, dict[str, Arm]]) -> Figure:
                 range(len(order)), [NAMES[arm.method] for arm in order], rotation=40, ha="right", fontsize=7
             )
             lowest = min((min(arm.values(accuracy)) for arm in order), default=0.5)
-            axis.set_ylim(*((max(0.0, lowest - 0.1), min(1.0, lowest + 0.35)) if row == 0 else (0.5, 1.03)))
+            axis.set_ylim(*((max(0.0, lowest - 0.1), 1.03) if row == 0 else (0.5, 1.03)))
             floor = [value for arm in order for value in arm.values(few_frozen)] if read is few else []
             if read is any_leak:
                 floor = [value for arm in order if arm.method == "p3eft" for value in arm.values(chance)]
