@@ -98,6 +98,11 @@ def attacks() -> str:
     for a in catalogue():
         name = "XGBoost, or boosted trees without it" if a.name == boosting.NAME else a.name
         parts.append(f"| {name} | {a.observes} | {a.knows} | {', '.join(a.needs) or '–'} |\n")
+    parts.append(
+        "\n`blindtune audit` looks whether noise lies on a public lattice, and says how many gradients and adapters do: "
+        "there `lattice` has nothing to go by. The attack itself needs the gradients that each label would give "
+        "(`blindtune.audit.labels.lattice.audit_shares`).\n"
+    )
     parts.append("\n## On texts (split models)\n\n| attack | observes | needs |\n|---|---|---|\n")
     for a in inputs.ATTACKS.values():
         parts.append(f"| {a.name} | {', '.join(a.observes) or 'nothing'} | {', '.join(a.needs) or '–'} |\n")
