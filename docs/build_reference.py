@@ -99,7 +99,7 @@ def attacks() -> str:
         name = "XGBoost, or boosted trees without it" if a.name == boosting.NAME else a.name
         parts.append(f"| {name} | {a.observes} | {a.knows} | {', '.join(a.needs) or '–'} |\n")
     parts.append(
-        "\n`blindtune audit` looks whether noise lies on a public lattice, and says how many gradients and adapters do: "
+        "\n`blindtune audit` looks whether noise lies on a public lattice, and says how many messages do: "
         "there `lattice` has nothing to go by. The attack itself needs the gradients that each label would give "
         "(`blindtune.audit.labels.lattice.audit_shares`).\n"
     )
