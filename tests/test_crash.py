@@ -21,7 +21,7 @@ from tests.conftest import StartServer
 
 KILLS = int(os.environ.get("BLINDTUNE_KILLS", "4"))
 """Twenty take four minutes: `BLINDTUNE_KILLS=20 pytest tests/test_crash.py`."""
-STEPS = 60
+STEPS = 15 * KILLS
 LAUNCH = "from blindtune.cli import main; main()"
 
 

@@ -6,6 +6,7 @@ They don't read what is hidden under noise. They ask whether two messages are eq
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from threading import RLock
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 from blindtune.client import Backbone, OperatorPool
 from blindtune.errors import BudgetSpent, LabelDependentBatches
 from blindtune.methods import P3EFT, LinearHead, PrivateModel, load_model
+from blindtune.methods.pads import UnseenWrite
 from blindtune.models import FrozenBackbone
 from blindtune.privacy.accountant import mu_of
 from blindtune.privacy.randomness import SecureGenerator
@@ -217,9 +219,15 @@ class Sessions:
         with torch.no_grad():
             model.backbone.infer(self.texts[:4])
 
-    def step(self, model: PrivateModel, labels: list[int], after_backward: Callable[[], None] = lambda: None) -> None:
+    def step(
+        self,
+        model: PrivateModel,
+        labels: list[int],
+        after_backward: Callable[[], None] = lambda: None,
+        fused: bool = False,
+    ) -> None:
         model.train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0, fused=fused)
         loss = model(self.texts[:BATCH], labels[:BATCH]).loss
         assert loss is not None
         loss.backward()
@@ -305,7 +313,7 @@ def test_predictions_before_and_after_a_step_are_always_two_messages(world, tmp_
     assert messages[0] == messages[1]
 
 
-@pytest.mark.parametrize("way", ["evaluated before the step", "averaged weights"])
+@pytest.mark.parametrize("way", ["evaluated before the step", "evaluated before a fused step", "averaged weights"])
 def test_a_loop_of_ones_own_may_ask_between_any_two_writes(world, tmp_path, way):
     """Two adapters in what was one period; whether they are equal depends on a label."""
     backbone, texts, labels = world
@@ -318,8 +326,8 @@ def test_a_loop_of_ones_own_may_ask_between_any_two_writes(world, tmp_path, way)
         sessions.seen.clear()
         average = [parameter.detach().clone() for parameter in model.backbone.parameters()]
         for _ in range(2):
-            if way == "evaluated before the step":
-                sessions.step(model, own, lambda: sessions.predict(model))  # noqa: B023 - called at once
+            if way != "averaged weights":
+                sessions.step(model, own, lambda: sessions.predict(model), fused="fused" in way)  # noqa: B023
                 continue
             sessions.step(model, own)
             current = [parameter.detach().clone() for parameter in model.backbone.parameters()]
@@ -331,6 +339,69 @@ def test_a_loop_of_ones_own_may_ask_between_any_two_writes(world, tmp_path, way)
                     parameter.copy_(value)
         patterns.append(sessions.pattern())
     assert patterns[0] == patterns[1]
+
+
+@pytest.mark.filterwarnings("ignore::blindtune.methods.pads.UnseenWrite")
+def test_a_write_that_torch_does_not_see_shows_to_nobody_but_the_client(world, tmp_path):
+    """Averages that are put in place through `.data`: whether they differ depends on a label."""
+    backbone, texts, labels = world
+    patterns = []
+    for label in (0, 1):
+        sessions = Sessions(backbone, tmp_path / str(label), texts)
+        own = with_label(labels, label)
+        model = sessions.start(own)
+        sessions.operators[0].lie = sessions.lie(model, with_label(labels, 0))
+        sessions.seen.clear()
+        sessions.step(model, own)
+        sessions.predict(model)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for parameter in model.backbone.parameters():
+                parameter.data.copy_(parameter.data * 0.5)
+            sessions.predict(model)
+        assert any(issubclass(warning.category, UnseenWrite) for warning in caught) == (label == 1)
+        patterns.append(sessions.pattern())
+    assert patterns[0] == patterns[1]
+
+
+@pytest.mark.parametrize("way", ["two saves", "written to after loading"])
+def test_two_checkpoints_are_two_messages_whether_or_not_they_are_equal(world, tmp_path, way):
+    backbone, texts, labels = world
+    patterns = []
+    for label in (0, 1):
+        sessions = Sessions(backbone, tmp_path / str(label), texts)
+        own = with_label(labels, label)
+        model = sessions.start(own)
+        before = [parameter.detach().clone() for parameter in model.backbone.parameters()]
+        sessions.operators[0].lie = sessions.lie(model, with_label(labels, 0))
+        sessions.step(model, own)
+        model.save_pretrained(sessions.folder / "last")
+        with torch.no_grad():
+            for parameter, value in zip(model.backbone.parameters(), before, strict=True):
+                parameter.copy_(value)
+        model.save_pretrained(sessions.folder / "first")
+        sessions.seen.clear()
+        sessions.predict(sessions.load("last"))
+        again = sessions.load("last" if way != "two saves" else "first")
+        if way != "two saves":
+            again.backbone.lora_adapters()[0].load_pretrained(sessions.folder / "first")
+        sessions.predict(again)
+        patterns.append(sessions.pattern())
+    assert patterns[0] == patterns[1]
+    assert len({number for _, number in patterns[0]}) == 3, "two messages, and the public zero"
+
+
+def test_an_adapter_that_exploded_is_loaded_and_sent_as_zeros(world, tmp_path):
+    """An error after a crash would tell that it has exploded."""
+    backbone, texts, labels = world
+    sessions = Sessions(backbone, tmp_path, texts)
+    model = sessions.start(labels)
+    with torch.no_grad():
+        next(p for p in model.backbone.parameters() if p.requires_grad).fill_(float("nan"))
+    model.save_pretrained(tmp_path / "out")
+    again = sessions.load("out")
+    sessions.predict(again)
+    assert again.method.channel.nonfinite == 1
 
 
 def test_two_branches_of_a_checkpoint_never_send_the_same_bytes(world, tmp_path):

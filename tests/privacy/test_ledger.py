@@ -258,6 +258,66 @@ class TestCopiesOfARun:
         assert ledger.messages("adapter") == 3
         assert ledger.seen("https://c.example")["adapter"] == 1
 
+    @pytest.mark.parametrize("restarted", ["here", "there"])
+    def test_two_histories_are_counted_on_top_of_each_other(self, tmp_path, restarted):
+        """A run went on here and elsewhere, at one of them after its servers had new names: one server saw both."""
+        new = [f"{A} 2", f"{B} 2"]
+        ledger = self.start(tmp_path)
+        shutil.copytree(tmp_path / "out", tmp_path / "there")
+        there = Ledger(allowance(1.0))
+        there.follow(tmp_path / "another home")
+        there.resume(tmp_path / "there")
+        for which, place in ((there, "there"), (ledger, "here")):
+            names = new if place == restarted else [A, B]
+            which.enlist(names)
+            which.record(message(*names, brings=0.05))
+        back = self.again(tmp_path, "there")
+        assert back.allowance() >= 0.01 + 0.05 + 0.05 - 1e-12
+        for folder in ("out", "there"):
+            assert self.again(tmp_path, folder).allowance() >= 0.11 - 1e-12
+        back.enlist(new)
+        for folder in ("out", "there"):
+            found = read_journal(tmp_path / folder / JOURNAL)
+            if folder == "there":
+                assert found.allowance() >= 0.11 - 1e-12, "the folder alone is enough on another machine"
+
+    def test_a_home_that_was_taken_away_gets_everything_again(self, tmp_path):
+        ledger = self.start(tmp_path)
+        shutil.rmtree(tmp_path / "home")
+        ledger.record(message(A, B))
+        copy = self.again(tmp_path, "out")
+        shutil.rmtree(tmp_path / "home")
+        copy.record(message(A, B))
+        ledger.record(message(A, B))
+        assert read_journal(next((tmp_path / "home").glob("*.jsonl"))).messages("adapter") == 4
+        assert self.again(tmp_path, "out").messages("adapter") == 4
+
+    def test_a_folder_that_was_taken_away_gets_everything_again(self, tmp_path):
+        ledger = self.start(tmp_path)
+        shutil.rmtree(tmp_path / "out")
+        ledger.attach(tmp_path / "out")
+        ledger.record(message(A, B))
+        assert read_journal(tmp_path / "out" / JOURNAL).messages("adapter") == 2
+
+    def test_a_folder_that_can_not_be_written_is_not_forgotten(self, tmp_path):
+        ledger = self.start(tmp_path)
+        copy = self.again(tmp_path, "out")
+        copy.record(message(A, B))
+        elsewhere = Ledger(allowance(1.0))
+        elsewhere.follow(tmp_path / "home")
+        elsewhere.resume(tmp_path / "out")
+        elsewhere.attach(tmp_path / "second")
+        copy.record(message(A, B))
+        (tmp_path / "second" / JOURNAL).rename(tmp_path / "second" / "away")
+        (tmp_path / "second" / JOURNAL).mkdir()
+        with pytest.raises(CheckpointError, match="can't be written"):
+            elsewhere.enlist([A, B])
+        (tmp_path / "second" / JOURNAL).rmdir()
+        (tmp_path / "second" / "away").rename(tmp_path / "second" / JOURNAL)
+        elsewhere.record(message(A, B))
+        assert read_journal(tmp_path / "second" / JOURNAL).messages("adapter") == 4
+        ledger.record(message(A, B))
+
     def test_a_journal_of_the_same_run_is_taken_over_and_not_set_aside(self, tmp_path):
         ledger = self.start(tmp_path)
         shutil.copytree(tmp_path / "out", tmp_path / "best")
@@ -326,6 +386,12 @@ class TestHistory:
         assert found[0].mu == pytest.approx(0.3), "what was really sent, from that run's ledger"
         assert len(history.earlier(self.texts(2, 3))) == 2
         assert total_mu(found, 0.4) == pytest.approx(0.5)
+
+    def test_knows_all_texts_of_a_run_that_goes_on_with_others(self, tmp_path):
+        history = LabelHistory(tmp_path / "home")
+        for number in (1, 2):
+            history.register("r", 0.5, self.texts(number))
+        assert [run.shared for run in history.earlier(self.texts(1, 2, 3))] == [2]
 
     def test_counts_the_whole_budget_of_a_run_whose_ledger_is_gone(self, tmp_path):
         history = LabelHistory(tmp_path / "home")

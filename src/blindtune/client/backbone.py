@@ -17,6 +17,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from blindtune.client.channel import Channel, PlainChannel, RemoteBatch
 from blindtune.client.operators import OperatorPool
@@ -30,6 +31,18 @@ DEFAULT_LENGTH = 128
 FROZEN_CACHE_ROWS = 200_000
 INFERENCE_TOKENS = 4096
 """Tokens in one request without gradient."""
+
+
+_optimizer_steps = 0
+"""Of all optimizers in this process. Fused ones write to parameters without changing their versions."""
+
+
+def _count_step(*_: Any) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 class Backbone(nn.Module):
@@ -238,12 +251,22 @@ class Backbone(nn.Module):
         """Closes all connections."""
         self.pool.close()
 
+    @property
+    def version(self) -> tuple[int, ...]:
+        """Changes whenever an optimizer of this process steps, or torch writes to the adapters, whatever it writes.
+
+        Writes through `.data` don't change it, and neither do those that torch doesn't see.
+        """
+        parameters = [parameter for adapter in self.lora_adapters() for parameter in adapter.parameters()]
+        written = [0 if parameter.is_inference() else parameter._version for parameter in parameters]
+        return (_optimizer_steps, *written)
+
     def batch(self, rows: Sequence[TokenRow], operators: tuple[int, ...], seed: int | None) -> RemoteBatch:
         """These texts under the adapters as they are now, for a channel."""
         adapters = self.lora_adapters()
+        version = self.version  # first: whoever writes meanwhile changes it
         with torch.no_grad():
             weights = torch.stack([adapter.vector() for adapter in adapters])
-        version = sum(parameter._version for adapter in adapters for parameter in adapter.parameters())
         spec = adapters[0].layout.spec
         tokens = self.tokenizer.pad(rows)
         return RemoteBatch(tuple(rows), tokens, self.info.name, spec, weights, self.pooling, seed, operators, version)

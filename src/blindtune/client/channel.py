@@ -29,7 +29,7 @@ class RemoteBatch:
         weights: `(n, P)` float32, as the client holds them.
         seed: of dropout; none without.
         operators: who takes part.
-        version: changes whenever the adapters are written to, also if their values stay the same.
+        version: changes whenever an optimizer steps or the adapters are written to, also if their values stay the same.
     """
 
     rows: tuple[TokenRow, ...]
@@ -40,7 +40,7 @@ class RemoteBatch:
     pooling: Pooling
     seed: int | None
     operators: tuple[int, ...]
-    version: int = 0
+    version: tuple[int, ...] = ()
 
     @cached_property
     def uploads(self) -> tuple[Upload, ...]:

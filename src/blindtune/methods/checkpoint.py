@@ -13,6 +13,7 @@ out/
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -186,9 +187,10 @@ def load_model(
     method.load_state(secret)
     if method.ledger is not None:
         method.ledger.resume(folder)
-        method.on_load()
+    bounded = math.isfinite(method.label_mu)  # then an error would tell something; zeros are sent
     for adapter, place in zip(backbone.lora_adapters(), _adapter_folders(folder, summary["adapters"]), strict=True):
-        adapter.load_pretrained(place)
+        adapter.load_pretrained(place, allow_nonfinite=bounded)
+    method.on_load(backbone)
     return model
 
 

@@ -185,6 +185,7 @@ class SharedGradients(PlainChannel):
             return split_gradient(points, self.m, self.lattice, generator=key.bound_to(points))
         brought = self.brought(gradient.shape[1])
         with self.ledger.exclusive():
+            self.ledger.enlist(pool.names)
             self.ledger.check(operators, brought)
             room = min(self.ledger.room(operators, brought), MOST_COST)
             points, _ = self.lattice.round_within(gradient, room, key)

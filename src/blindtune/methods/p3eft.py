@@ -28,7 +28,7 @@ from blindtune.methods.lora import LoRA
 from blindtune.methods.options import check_counts, check_positive
 from blindtune.methods.pads import PaddedAdapters, PadPlan
 from blindtune.privacy.accountant import allowance
-from blindtune.privacy.ledger import Ledger
+from blindtune.privacy.ledger import Ledger, new_id
 from blindtune.privacy.randomness import SecureGenerator
 
 SPARE = 1.1
@@ -168,7 +168,8 @@ class P3EFT(LoRA):
         return {**found, "nonfinite_messages": lost} if lost else found
 
     def state(self) -> dict[str, Tensor]:
-        period = torch.frombuffer(bytearray.fromhex(self.channel.period), dtype=torch.uint8)
+        """With a new name for what is saved: no two checkpoints have the same, whether or not they are equal."""
+        period = torch.frombuffer(bytearray.fromhex(new_id()), dtype=torch.uint8)
         return {**super().state(), "period": period}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -176,5 +177,5 @@ class P3EFT(LoRA):
         if "period" in state:
             self.channel.period = bytes(state["period"].numpy()).hex()
 
-    def on_load(self) -> None:
-        self.channel.loaded = True
+    def on_load(self, backbone: Backbone) -> None:
+        self.channel.loaded, self.channel.version = True, backbone.version

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
@@ -19,6 +20,10 @@ from blindtune.privacy.pads import PadScale, pad_pair, unpad
 from blindtune.privacy.randomness import SecureGenerator
 
 SMALLEST_RESOLUTION = 0.5
+
+
+class UnseenWrite(UserWarning):
+    """The adapter was written to behind torch's back; the operators got what it was before."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,8 @@ class PaddedAdapters:
         client:           h' = h(x, 0) + s (h₊ − h₋)
 
     Gradients are asked for at θ = 0, where the model is the pretrained one, so what an operator differentiates has
-    nothing to do with labels either. Every call of `gradients`, and every write to the adapters, begins a new period.
+    nothing to do with labels either. Every call of `gradients`, every step of an optimizer, and every write to the
+    adapters that torch sees begins a new period. What is written in a way that it doesn't see is sent in the next one.
     In each, δ travels under a new pad and counts, also if it is what it was before: whether it changed depends on
     labels. Within a period δ travels as the same bytes, so evaluations and the step after them are one message.
     Predictions of a loaded model are one message for each name that its operators have, over all processes.
@@ -92,10 +98,12 @@ class PaddedAdapters:
     """Adapters with NaN or infinity; zero was sent in their place."""
     period: str = field(init=False, default_factory=new_id)
     """A random name for the time in which the adapter stays what it is; a checkpoint keeps it."""
-    _version: int | None = field(init=False, repr=False, default=None)
+    version: tuple[int, ...] | None = field(init=False, repr=False, default=None)
     """The adapter's, in this period; None before anything was sent."""
-    _sent: dict[tuple[bytes, ...], _Pad] = field(init=False, repr=False, default_factory=dict[tuple[bytes, ...], _Pad])
-    """What was sent in this period, by content and operators."""
+    _sent: dict[tuple[str, ...], tuple[bytes, _Pad]] = field(
+        init=False, repr=False, default_factory=dict[tuple[str, ...], tuple[bytes, "_Pad"]]
+    )
+    """What was sent in this period, by shape and operators: the update's fingerprint, and how it travels."""
     _factors: WeakKeyDictionary[RemoteBatch, float] = field(
         init=False, repr=False, default_factory=WeakKeyDictionary[RemoteBatch, float]
     )
@@ -126,10 +134,12 @@ class PaddedAdapters:
 
     def hidden(self, batch: RemoteBatch, pool: OperatorPool, *, retain: bool) -> Tensor:
         self._check_members(len(batch.operators))
-        self.ledger.enlist(pool.names)
+        with self.ledger.exclusive():
+            self.ledger.enlist(pool.names)
         if retain and len(batch.operators) >= MEMBERS:
             self.integrity.before_step(batch, pool, self.scale(batch).lattice, self.shares.lattice)
         with self.ledger.exclusive():
+            self.ledger.enlist(pool.names)
             pad = self._pad(batch, pool, predicting=self.loaded and not retain)
             self._factors[batch] = pad.factor
         return self._mixture(batch, pool, pad.plus, pad.minus, retain=retain)
@@ -204,19 +214,27 @@ class PaddedAdapters:
         """The two halves of the pad for the batch's δ, written to the ledger before they are sent."""
         scale, delta = self.scale(batch), batch.weights[0]
         content = fingerprint(delta)
+        members = self._members(batch, pool)
+        if self.version not in (None, batch.version):
+            self._begin_period()
+        self.version = batch.version
+        context = (repr((batch.spec.model_dump(), scale)), *members)
+        if context in self._sent:
+            sent, pad = self._sent[context]
+            if sent != content:  # a new message would tell that it changed
+                warnings.warn(
+                    "The adapter was changed in a way that torch doesn't see, such as through .data. What operators "
+                    "compute with is what it was before. Use copy_ under torch.no_grad().",
+                    UnseenWrite,
+                    stacklevel=2,
+                )
+            return pad
         if not bool(torch.isfinite(delta).all()):  # an error would tell at which step; nobody sees what is sent
             delta = torch.zeros_like(delta)
             self.nonfinite += 1
-        members = self._members(batch, pool)
-        if self._version not in (None, batch.version):
-            self._begin_period()
-        self._version = batch.version
-        context = (content, repr((batch.spec.model_dump(), scale)).encode(), *(member.encode() for member in members))
-        if context in self._sent:
-            return self._sent[context]
         if len(batch.operators) < MEMBERS:
             self.ledger.compromise()
-        name = self.generator.derive(b"content", self.period.encode(), *context).key.hex()[:32] if predicting else ""
+        name = self._name(content, context) if predicting else ""
         message = self.ledger.find_prediction(members, name) if predicting else None
         salt = new_id() if message is None else message.id
         key = self.generator.derive(b"pad", *(part.encode() for part in (salt, repr(scale), *members)))
@@ -232,12 +250,18 @@ class PaddedAdapters:
             costs = dict.fromkeys(members, scale.lattice.cost(points))
             self.ledger.record(Message("adapter", costs, self.plan.allowance, room, name, salt))
         plus, minus = pad_pair(points, scale.lattice, generator=key.bound_to(points))
-        self._sent[context] = _Pad(plus, minus, factor)
-        return self._sent[context]
+        pad = _Pad(plus, minus, factor)
+        self._sent[context] = (content, pad)
+        return pad
+
+    def _name(self, content: bytes, context: tuple[str, ...]) -> str:
+        """Of an adapter for predictions: the same in every process that loaded the same checkpoint."""
+        parts = (self.period.encode(), content, *(part.encode() for part in context))
+        return self.generator.derive(b"content", *parts).key.hex()[:32]
 
     def _begin_period(self) -> None:
         self._sent.clear()
-        self._version = None
+        self.version = None
         self.period = new_id()
 
     def _check_size(self, scale: PadScale, size: int) -> None:

@@ -139,9 +139,11 @@ class LoraAdapter(nn.Module):
         config.inference_mode = True
         config.save_pretrained(str(folder))
 
-    def load_pretrained(self, folder: Path) -> None:
+    def load_pretrained(self, folder: Path, *, allow_nonfinite: bool = False) -> None:
         """Reads weights that `save_pretrained` (or PEFT) wrote for the same layers and rank.
 
+        Args:
+            allow_nonfinite: whether NaN and infinity are read like numbers.
         Raises:
             CheckpointError: a missing or damaged file, weights of other layers or another rank, or NaN. Nothing has
                 changed then.
@@ -164,7 +166,7 @@ class LoraAdapter(nn.Module):
                         f"{path} has {key} with shape {shape}; this model needs {tuple(parameter.shape)}.",
                         remedy="Load it onto the model and the LoraConfig that it was trained with.",
                     )
-                if not bool(torch.isfinite(tensor).all()):
+                if not (allow_nonfinite or bool(torch.isfinite(tensor).all())):
                     raise CheckpointError(f"{path} has NaN or infinity in {key}.", remedy="Use an earlier checkpoint.")
                 if not parameter.requires_grad and not torch.equal(parameter, tensor):
                     raise CheckpointError(

@@ -65,7 +65,10 @@ class LabelHistory:
         record = {"run": run, "budget": None if math.isinf(budget) else budget}
         try:
             self.home.mkdir(parents=True, exist_ok=True)
-            replace_file(self.home / f"{run}.texts", _hashes(texts).tobytes(), PRIVATE)
+            known, hashes = self.home / f"{run}.texts", _hashes(texts)
+            if known.exists():  # a checkpoint that goes on with other texts
+                hashes = np.union1d(hashes, np.frombuffer(known.read_bytes(), dtype="<u8"))
+            replace_file(known, hashes.tobytes(), PRIVATE)
             replace_file(self.home / f"{run}.json", (json.dumps(record) + "\n").encode(), PRIVATE)
         except OSError as error:
             raise CheckpointError(

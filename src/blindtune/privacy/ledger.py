@@ -119,7 +119,10 @@ class Ledger:
                 raise unwritable(path, error) from None
             self._held += 1
             try:
-                self._refresh(path)
+                try:
+                    self._refresh(path)
+                except OSError as error:
+                    raise unwritable(path, error) from None
                 yield
             finally:
                 self._held -= 1
@@ -133,7 +136,7 @@ class Ledger:
         """
         with self.exclusive():
             if frozenset(operators) != self._operators:
-                self._write([{"id": new_id(), "operators": list(operators)}])
+                self._write([_enlisting(operators)])
 
     def find_prediction(self, operators: Sequence[str], content: str) -> Message | None:
         """The adapter with this content that these operators have been sent to predict, if they have."""
@@ -215,7 +218,7 @@ class Ledger:
             CheckpointError: it can't be written.
         """
         path = Path(folder).resolve() / JOURNAL
-        if path in self.journals:
+        if path in self.journals and path.exists():
             return
         with self.exclusive():
             try:
@@ -226,7 +229,8 @@ class Ledger:
                 self._join(path)
             except OSError as error:
                 raise unwritable(path, error) from None
-            self.journals.append(path)
+            if path not in self.journals:
+                self.journals.append(path)
 
     def resume(self, folder: str | Path) -> None:
         """Goes on from the journal of this folder, and in it; with all that copies of the run have counted here.
@@ -266,23 +270,34 @@ class Ledger:
 
     def _refresh(self, path: Path) -> None:
         """Counts what others of this machine have written down since."""
-        if path.exists() and path.stat().st_size != self._read:
+        size = path.stat().st_size if path.exists() else 0
+        if size < self._read:  # somebody took it away
+            self._join(path)
+        elif size > self._read:
             lines = read_lines(path, mend=True)
             new = [line for line in lines[1:] if line["id"] not in self._lines]
-            self.load(lines)
             for journal in self.journals:  # so that the folder alone is enough elsewhere
                 append_lines(journal, new)
-            self._read = path.stat().st_size
+            self.load(lines)
+        self._read = path.stat().st_size if path.exists() else 0
 
     def _join(self, path: Path) -> None:
         """Takes over what a journal has, and adds to it what it lacks."""
         lines = read_lines(path, mend=True) if path.exists() else []
         known = {line["id"] for line in lines[1:]}
-        if not known <= self._lines.keys():
-            self._operators = None  # two histories meet here: the next operators may be any of both
-        self.load(lines)
+        missing = [line for name, line in self._lines.items() if name not in known]
+        foreign = not known <= self._lines.keys()
+        between: list[dict[str, Any]] = []
+        if foreign and missing:
+            # Two histories meet. A name of one may be a new one of any operator of the other, so each is counted on top
+            # of the largest account of the other: here theirs on ours, in the file ours on theirs.
+            self.load([_enlisting(self._accounts)])
+            between = [_enlisting(_named(lines))]
+        self.load([*lines, *between])
+        if foreign:
+            self._operators = None  # those who come next may be any of both
         header = [] if lines else [{"format": FORMAT, "run": self.run}]
-        append_lines(path, header + [line for name, line in self._lines.items() if name not in known])
+        append_lines(path, [*header, *between, *missing])
 
     def _account(self, operator: str) -> _Account:
         if operator not in self._accounts:
@@ -296,7 +311,7 @@ class Ledger:
             paths.insert(0, self._machine_journal())
         for path in paths:
             try:
-                new = path not in self.journals and not path.exists()
+                new = not path.exists() or path.stat().st_size == 0
                 header = [{"format": FORMAT, "run": self.run}, *self._lines.values()] if new else []
                 append_lines(path, [*header, *lines])
             except OSError as error:
@@ -371,6 +386,16 @@ def read_lines(path: Path, *, mend: bool = False) -> list[dict[str, Any]]:
     except (ValueError, KeyError, TypeError):
         raise damaged(path) from None
     return lines
+
+
+def _enlisting(operators: Iterable[str]) -> dict[str, Any]:
+    """A line that raises the accounts of all operators that are known there."""
+    return {"id": new_id(), "operators": sorted(operators)}
+
+
+def _named(lines: Iterable[dict[str, Any]]) -> set[str]:
+    """Operators that a journal knows."""
+    return {name for line in lines for name in line.get("operators", ())}
 
 
 def damaged(path: Path) -> CheckpointError:
