@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -854,7 +854,7 @@ def test_callers_in_many_threads_do_not_overspend(connect, film_sentences, monke
     channel = PaddedAdapters(shares, SecureGenerator(KEY), plan, integrity)
     move(backbone, 1.0)
     batch = backbone.batch(backbone.rows(film_sentences[:1]), (0, 1), None)
-    others = [batch.with_weights(batch.weights * (1 + index)) for index in range(8)]
+    others = [replace(batch, weights=batch.weights * (1 + index), version=(index,)) for index in range(8)]
 
     def slowly(*arguments: Any) -> None:
         Ledger.check(channel.ledger, *arguments)
