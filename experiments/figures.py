@@ -99,7 +99,7 @@ def benchmark_table() -> str:
         for runs in ("two undisturbed runs", "disturbed and not")
     )
     rows.append((f"{killed}, LoRA", "bit-identical" if crash["LoRA bit-identical"] else "differ"))
-    rows.append((f"{killed}, P3EFT: relative difference", f"{disturbed:.2f} (two undisturbed runs: {twice:.2f})"))
+    rows.append((f"{killed}, P3EFT: relative difference", f"{disturbed:.1e} (two undisturbed runs: {twice:.1e})"))
     machine = steps["machine"]
     table = [*header("measured", "result"), *(f"| {name} | {value} |" for name, value in rows)]
     note = (

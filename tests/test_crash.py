@@ -20,7 +20,7 @@ from blindtune.wire import Transcript
 from tests.conftest import StartServer
 
 KILLS = int(os.environ.get("BLINDTUNE_KILLS", "3"))
-"""Twenty take four minutes: `BLINDTUNE_KILLS=20 pytest tests/test_crash.py`."""
+"""Twenty take four to eight minutes: `BLINDTUNE_KILLS=20 pytest tests/test_crash.py`."""
 STEPS = 15 * KILLS
 LAUNCH = "from blindtune.cli import main; main()"
 
