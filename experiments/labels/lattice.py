@@ -23,12 +23,10 @@ from blindtune.audit.labels.lattice import (
     row_scores,
 )
 from blindtune.audit.statistics import auc
-from blindtune.lattice import Lattice
-from blindtune.privacy.shares import split_gradient
 from blindtune.privacy.token_noise import add_token_noise
 from experiments.figures import fill, header
 from experiments.labels.run import RESULTS
-from tests.audit.constructions import Array, generator, old_split, old_token_noise
+from tests.audit.constructions import Array, generator, new_split, old_split, old_token_noise
 
 PAGE = Path(__file__).parents[2] / "docs" / "guarantee.md"
 FILE = RESULTS / "lattice.json"
@@ -43,9 +41,7 @@ def old(gradient: Array, sigma: float, context: tuple[object, ...]) -> tuple[Arr
 
 
 def new(gradient: Array, sigma: float, context: tuple[object, ...]) -> tuple[Array, float]:
-    lattice, key = Lattice.for_sigma(sigma), generator(*context)
-    split = split_gradient(lattice.round(torch.from_numpy(gradient), key), 2, lattice, generator=key)
-    return split.shares[split.carrier].numpy(), 1.0
+    return new_split(gradient, sigma, generator(*context))[0], 1.0
 
 
 def coefficient(split: Split) -> int:
@@ -59,32 +55,36 @@ def coefficient(split: Split) -> int:
     return found
 
 
-def one_label(split: Split) -> float:
-    """Labels of 12 that are decoded, 24 rows in a share, all other labels known. One has to choose: ties count half."""
-    right = 0.0
+def decoded(split: Split, name: str, seed: int, shape: tuple[int, int], unknown: int) -> float:
+    """Of the first `unknown` labels of a share, those that are decoded, all others known; the sum over 12 shares.
+
+    Where several labels have the best score, the attacker draws one of them: the right one counts in part.
+
+    Args:
+        shape: rows of a share, and classes.
+    """
+    rows, classes = shape
+    right, first = 0.0, np.arange(unknown)
     for trial in range(TRIALS):
-        random = np.random.default_rng(100 + trial)
-        hypotheses = random.normal(0, 0.05, (24, 2, DIM)).astype(np.float32)
-        labels = random.integers(0, 2, 24)
-        carrier, _ = split(hypotheses[np.arange(24), labels], SIGMA, ("one", trial))
-        scores = label_scores(carrier, hypotheses, known=np.where(np.arange(24) < 1, -1, labels))[0]
-        truth, other = scores[labels[0]], scores[1 - labels[0]]
-        right += 1.0 if truth > other else 0.5 if truth == other else 0.0
+        random = np.random.default_rng(seed + trial)
+        hypotheses = random.normal(0, 0.05, (rows, classes, DIM)).astype(np.float32)
+        labels = random.integers(0, classes, rows)
+        carrier, _ = split(hypotheses[np.arange(rows), labels], SIGMA, (name, trial))
+        known = np.where(np.arange(rows) < unknown, -1, labels)
+        scores = label_scores(carrier, hypotheses, known=known)[:unknown]
+        best = scores == scores.max(1, keepdims=True)
+        right += float((best[first, labels[:unknown]] / best.sum(1)).sum())
     return right
 
 
+def one_label(split: Split) -> float:
+    """Labels of 12 that are decoded, one in each share of 24 rows with two classes."""
+    return decoded(split, "one", 100, (24, 2), 1)
+
+
 def eight_labels(split: Split) -> float:
-    """Labels of 8 that are decoded at once, of 32 rows with three classes, mean over 12 shares; ties count a third."""
-    right = 0.0
-    for trial in range(TRIALS):
-        random = np.random.default_rng(200 + trial)
-        hypotheses = random.normal(0, 0.05, (32, 3, DIM)).astype(np.float32)
-        labels = random.integers(0, 3, 32)
-        carrier, _ = split(hypotheses[np.arange(32), labels], SIGMA, ("eight", trial))
-        scores = label_scores(carrier, hypotheses, known=np.where(np.arange(32) < 8, -1, labels))[:8]
-        best = scores == scores.max(1, keepdims=True)
-        right += float((best[np.arange(8), labels[:8]] / best.sum(1)).sum())
-    return right / TRIALS
+    """Labels of 8 that are decoded at once, mean over 12 shares of 32 rows with three classes."""
+    return decoded(split, "eight", 200, (32, 3), 8) / TRIALS
 
 
 def blind(split: Split) -> float:

@@ -86,6 +86,25 @@ class Victim:
         return BatchPlan([len(row) for row in self.trainer.rows], BATCH, 0).batch(0)
 
 
+def fits(model: PrivateModel, texts: list[str], guess: list[int]) -> Answer:
+    """Hidden states that fit a guess of all labels, so that the gradient is zero if it is right."""
+    head = LinearHead(model.backbone.hidden_size, 2)
+    head.fit(model.backbone.frozen(texts), torch.tensor(guess))
+    along = ((head.linear.weight[1] - head.linear.weight[0]) / head.scale).detach()
+    known = {row.ids: 2.0 * g - 1 for row, g in zip(model.backbone.rows(texts), guess, strict=True)}
+
+    def answer(tokens: Any, hidden: Tensor) -> Tensor:
+        ids = [tuple(i[:n]) for i, n in zip(tokens.input_ids.tolist(), tokens.lengths.tolist(), strict=True)]
+        signs = torch.tensor([known[row] for row in ids])
+        return (head.mean + 1e8 * signs[:, None] * along / along.norm()).reshape(hidden.shape)
+
+    return answer
+
+
+def with_label(labels: list[int], label: int, place: int = 3) -> list[int]:
+    return [*labels[:place], label, *labels[place + 1 :]]
+
+
 @pytest.fixture(scope="module")
 def world(tiny_backbone, film_sentences) -> tuple[FrozenBackbone, list[str], list[int]]:
     texts, chance = [str(text) for text in film_sentences[:64]], random.Random(5)
@@ -100,20 +119,8 @@ def test_a_gradient_of_zero_does_not_show_in_the_next_adapter(world, tmp_path):
     for label in (0, 1):
         victim = Victim(backbone, tmp_path / str(label), texts, list(labels))
         target = victim.first_batch()[3]
-        victim = Victim(backbone, tmp_path / f"{label}+", texts, [*labels[:target], label, *labels[target + 1 :]])
-        guess = torch.tensor([*labels[:target], 0, *labels[target + 1 :]])
-        features = victim.model.backbone.frozen(texts)
-        head = LinearHead(features.shape[1], 2)
-        head.fit(features, guess)
-        along = ((head.linear.weight[1] - head.linear.weight[0]) / head.scale).detach()
-        known = {row.ids: sign for row, sign in zip(victim.trainer.rows, (2.0 * guess - 1).tolist(), strict=True)}
-
-        def lie(tokens, hidden, known=known, head=head, along=along):
-            ids = [tuple(i[:n]) for i, n in zip(tokens.input_ids.tolist(), tokens.lengths.tolist(), strict=True)]
-            signs = torch.tensor([known[row] for row in ids])
-            return (head.mean + 1e8 * signs[:, None] * along / along.norm()).reshape(hidden.shape)
-
-        victim.operator.lie = lie
+        victim = Victim(backbone, tmp_path / f"{label}+", texts, with_label(labels, label, target))
+        victim.operator.lie = fits(victim.model, texts, with_label(labels, 0, target))
         since, steps = len(victim.operator.seen), victim.trainer.steps()
         losses = [next(steps).losses["task"] for _ in range(2)]
         assert (losses[0] < 1e-6) == (label == 0), "the lie works: its guess is fitted, and nothing else"
@@ -234,27 +241,29 @@ class Sessions:
         after_backward()
         optimizer.step()
 
-    def lie(self, model: PrivateModel, guess: list[int]) -> Answer:
-        """Hidden states that fit a guess of all labels, so that the gradient is zero if it is right."""
-        head = LinearHead(model.backbone.hidden_size, 2)
-        head.fit(model.backbone.frozen(self.texts), torch.tensor(guess))
-        along = ((head.linear.weight[1] - head.linear.weight[0]) / head.scale).detach()
-        known = {row.ids: 2.0 * g - 1 for row, g in zip(model.backbone.rows(self.texts), guess, strict=True)}
-
-        def answer(tokens: Any, hidden: Tensor) -> Tensor:
-            ids = [tuple(i[:n]) for i, n in zip(tokens.input_ids.tolist(), tokens.lengths.tolist(), strict=True)]
-            signs = torch.tensor([known[row] for row in ids])
-            return (head.mean + 1e8 * signs[:, None] * along / along.norm()).reshape(hidden.shape)
-
-        return answer
-
     def pattern(self) -> list[tuple[str, int]]:
         numbers: dict[str, int] = {}
         return [(kind, numbers.setdefault(name, len(numbers))) for kind, name in self.seen]
 
 
-def with_label(labels: list[int], label: int, place: int = 3) -> list[int]:
-    return [*labels[:place], label, *labels[place + 1 :]]
+def under_attack(world, folder: Path, label: int) -> tuple[Sessions, PrivateModel, list[int]]:
+    """A run whose first operator makes the gradient zero if one label is 0; and all labels, with this one."""
+    backbone, texts, labels = world
+    sessions, own = Sessions(backbone, folder, texts), with_label(labels, label)
+    model = sessions.start(own)
+    sessions.operators[0].lie = fits(model, texts, with_label(labels, 0))
+    sessions.seen.clear()
+    return sessions, model, own
+
+
+def values(model: PrivateModel) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in model.backbone.parameters()]
+
+
+def put(model: PrivateModel, those: list[Tensor]) -> None:
+    with torch.no_grad():
+        for parameter, value in zip(model.backbone.parameters(), those, strict=True):
+            parameter.copy_(value)
 
 
 def test_a_server_at_the_others_address_gets_no_other_half_of_the_same_pad(world, tmp_path):
@@ -300,7 +309,7 @@ def test_predictions_before_and_after_a_step_are_always_two_messages(world, tmp_
         model = sessions.load("out")
         sessions.seen.clear()
         sessions.predict(model)
-        sessions.operators[0].lie = sessions.lie(model, with_label(labels, 0))
+        sessions.operators[0].lie = fits(model, texts, with_label(labels, 0))
         before = model.backbone.lora_adapters()[0].vector().clone()
         sessions.step(model, own)
         assert torch.equal(model.backbone.lora_adapters()[0].vector(), before) == (label == 0), "the lie works"
@@ -316,27 +325,20 @@ def test_predictions_before_and_after_a_step_are_always_two_messages(world, tmp_
 @pytest.mark.parametrize("way", ["evaluated before the step", "evaluated before a fused step", "averaged weights"])
 def test_a_loop_of_ones_own_may_ask_between_any_two_writes(world, tmp_path, way):
     """Two adapters in what was one period; whether they are equal depends on a label."""
-    backbone, texts, labels = world
     patterns = []
     for label in (0, 1):
-        sessions = Sessions(backbone, tmp_path / str(label), texts)
-        own = with_label(labels, label)
-        model = sessions.start(own)
-        sessions.operators[0].lie = sessions.lie(model, with_label(labels, 0))
-        sessions.seen.clear()
-        average = [parameter.detach().clone() for parameter in model.backbone.parameters()]
+        sessions, model, own = under_attack(world, tmp_path / str(label), label)
+        average = values(model)
         for _ in range(2):
             if way != "averaged weights":
                 sessions.step(model, own, lambda: sessions.predict(model), fused="fused" in way)  # noqa: B023
                 continue
             sessions.step(model, own)
-            current = [parameter.detach().clone() for parameter in model.backbone.parameters()]
-            with torch.no_grad():
-                for mean, parameter in zip(average, model.backbone.parameters(), strict=True):
-                    parameter.copy_(mean.lerp_(parameter, 0.1))
-                sessions.predict(model)
-                for parameter, value in zip(model.backbone.parameters(), current, strict=True):
-                    parameter.copy_(value)
+            current = values(model)
+            average = [mean.lerp_(value, 0.1) for mean, value in zip(average, current, strict=True)]
+            put(model, average)
+            sessions.predict(model)
+            put(model, current)
         patterns.append(sessions.pattern())
     assert patterns[0] == patterns[1]
 
@@ -344,14 +346,9 @@ def test_a_loop_of_ones_own_may_ask_between_any_two_writes(world, tmp_path, way)
 @pytest.mark.filterwarnings("ignore::blindtune.methods.pads.UnseenWrite")
 def test_a_write_that_torch_does_not_see_shows_to_nobody_but_the_client(world, tmp_path):
     """Averages that are put in place through `.data`: whether they differ depends on a label."""
-    backbone, texts, labels = world
     patterns = []
     for label in (0, 1):
-        sessions = Sessions(backbone, tmp_path / str(label), texts)
-        own = with_label(labels, label)
-        model = sessions.start(own)
-        sessions.operators[0].lie = sessions.lie(model, with_label(labels, 0))
-        sessions.seen.clear()
+        sessions, model, own = under_attack(world, tmp_path / str(label), label)
         sessions.step(model, own)
         sessions.predict(model)
         with warnings.catch_warnings(record=True) as caught:
@@ -366,19 +363,13 @@ def test_a_write_that_torch_does_not_see_shows_to_nobody_but_the_client(world, t
 
 @pytest.mark.parametrize("way", ["two saves", "written to after loading"])
 def test_two_checkpoints_are_two_messages_whether_or_not_they_are_equal(world, tmp_path, way):
-    backbone, texts, labels = world
     patterns = []
     for label in (0, 1):
-        sessions = Sessions(backbone, tmp_path / str(label), texts)
-        own = with_label(labels, label)
-        model = sessions.start(own)
-        before = [parameter.detach().clone() for parameter in model.backbone.parameters()]
-        sessions.operators[0].lie = sessions.lie(model, with_label(labels, 0))
+        sessions, model, own = under_attack(world, tmp_path / str(label), label)
+        before = values(model)
         sessions.step(model, own)
         model.save_pretrained(sessions.folder / "last")
-        with torch.no_grad():
-            for parameter, value in zip(model.backbone.parameters(), before, strict=True):
-                parameter.copy_(value)
+        put(model, before)
         model.save_pretrained(sessions.folder / "first")
         sessions.seen.clear()
         sessions.predict(sessions.load("last"))
@@ -415,7 +406,7 @@ def test_two_branches_of_a_checkpoint_never_send_the_same_bytes(world, tmp_path)
         for _ in range(2):
             model = first.load("out")
             model.loss = F.multi_margin_loss
-            first.operators[0].lie = first.lie(model, with_label(labels, 0))
+            first.operators[0].lie = fits(model, texts, with_label(labels, 0))
             first.seen.clear()
             first.step(model, own)
             sent.append({name for kind, name in first.seen if kind == "share" or name})

@@ -140,7 +140,6 @@ class SharedGradients(PlainChannel):
                 )
             gradient = torch.zeros_like(gradient)
             self.nonfinite += 1
-        self.ledger.enlist(pool.names)
         if len(batch.operators) < self.m and not self.allow_single_operator:
             raise _too_few(self.m, len(batch.operators))
         parts = self._parts(batch, pool)

@@ -68,6 +68,7 @@ class IntegrityCheck:
         share = noise_share(key.bytes(KEY_BYTES), shares)
         everybody = batch.operators
         urls = [pool.urls[index] for index in everybody]
+        self.ledger.enlist(pool.names)
         self.ledger.record(Message("check", dict.fromkeys([pool.names[index] for index in everybody], 0.0)))
         holders = everybody[:MEMBERS]
         padded = pool.parallel([_forward(noise, pool, operator, retain=False) for operator in holders])

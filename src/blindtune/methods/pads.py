@@ -97,7 +97,8 @@ class PaddedAdapters:
     nonfinite: int = field(init=False, default=0)
     """Adapters with NaN or infinity; zero was sent in their place."""
     period: str = field(init=False, default_factory=new_id)
-    """A random name for the time in which the adapter stays what it is; a checkpoint keeps it."""
+    """A random name for the time in which the adapter stays what it is. A checkpoint has a name of its own, which a
+    loaded model begins with."""
     version: tuple[int, ...] | None = field(init=False, repr=False, default=None)
     """The adapter's, in this period; None before anything was sent."""
     _sent: dict[tuple[str, ...], tuple[bytes, _Pad]] = field(
@@ -134,8 +135,6 @@ class PaddedAdapters:
 
     def hidden(self, batch: RemoteBatch, pool: OperatorPool, *, retain: bool) -> Tensor:
         self._check_members(len(batch.operators))
-        with self.ledger.exclusive():
-            self.ledger.enlist(pool.names)
         if retain and len(batch.operators) >= MEMBERS:
             self.integrity.before_step(batch, pool, self.scale(batch).lattice, self.shares.lattice)
         with self.ledger.exclusive():

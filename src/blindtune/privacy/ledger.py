@@ -92,7 +92,7 @@ class Ledger:
         """In the run's folders."""
         self._home: Path | None = None
         self._lock = RLock()
-        self._held = 0
+        self._held = False
         self._read = 0
         """Bytes of this machine's journal that are known."""
         self._accounts: dict[str, _Account] = {}
@@ -107,25 +107,21 @@ class Ledger:
         From looking at `room` to `record`, hold this. It can be held several times by one thread.
         """
         with self._lock:
-            if self._home is None or self._held:
+            path = self._machine_journal
+            if path is None or self._held:
                 yield
                 return
-            path = self._machine_journal()
-            try:
+            lock = FileLock(path.with_suffix(".lock"), mode=PRIVATE, thread_local=False)
+            with _writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                lock = FileLock(path.with_suffix(".lock"), mode=PRIVATE, thread_local=False)
                 lock.acquire()
-            except OSError as error:
-                raise unwritable(path, error) from None
-            self._held += 1
+            self._held = True
             try:
-                try:
+                with _writing(path):
                     self._refresh(path)
-                except OSError as error:
-                    raise unwritable(path, error) from None
                 yield
             finally:
-                self._held -= 1
+                self._held = False
                 lock.release()
 
     def enlist(self, operators: Sequence[str]) -> None:
@@ -221,14 +217,12 @@ class Ledger:
         if path in self.journals and path.exists():
             return
         with self.exclusive():
-            try:
+            with _writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 other = read_run(path) if path.exists() else self.run
                 if other != self.run:
                     path.rename(_aside(path, other or "empty"))
                 self._join(path)
-            except OSError as error:
-                raise unwritable(path, error) from None
             if path not in self.journals:
                 self.journals.append(path)
 
@@ -248,11 +242,11 @@ class Ledger:
         if run is None:
             raise damaged(path)
         self.run = run
-        with self.exclusive():
+        with self.exclusive(), _writing(path):
             self._join(path)
-            if self._home is not None:
-                self._join(self._machine_journal())
-                self._read = self._machine_journal().stat().st_size
+            if self._machine_journal is not None:
+                self._join(self._machine_journal)
+                self._read = self._machine_journal.stat().st_size
             self.journals.append(path)
 
     def load(self, lines: Iterable[dict[str, Any]]) -> None:
@@ -264,9 +258,9 @@ class Ledger:
                 self._lines[line["id"]] = line
                 self._apply(line)
 
-    def _machine_journal(self) -> Path:
-        assert self._home is not None  # noqa: S101 - whoever asks has looked
-        return self._home / f"{self.run}.jsonl"
+    @property
+    def _machine_journal(self) -> Path | None:
+        return None if self._home is None else self._home / f"{self.run}.jsonl"
 
     def _refresh(self, path: Path) -> None:
         """Counts what others of this machine have written down since."""
@@ -306,18 +300,14 @@ class Ledger:
 
     def _write(self, lines: Sequence[dict[str, Any]]) -> None:
         """To the journals first, then into memory."""
-        paths = list(self.journals)
-        if self._home is not None:
-            paths.insert(0, self._machine_journal())
-        for path in paths:
-            try:
-                new = not path.exists() or path.stat().st_size == 0
-                header = [{"format": FORMAT, "run": self.run}, *self._lines.values()] if new else []
-                append_lines(path, [*header, *lines])
-            except OSError as error:
-                raise unwritable(path, error) from None
-        if self._home is not None:
-            self._read = self._machine_journal().stat().st_size
+        machine = self._machine_journal
+        for path in ([] if machine is None else [machine]) + self.journals:
+            with _writing(path):
+                if not path.exists() or path.stat().st_size == 0:  # new, or somebody took it away
+                    self._join(path)
+                append_lines(path, lines)
+        if machine is not None:
+            self._read = machine.stat().st_size
         self.load(lines)
 
     def _apply(self, line: dict[str, Any]) -> None:
@@ -429,8 +419,13 @@ def read_run(path: Path) -> str | None:
     return str(lines[0]["run"]) if lines else None
 
 
-def unwritable(path: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(
-        f"{path} can't be written: {error}.",
-        remedy="Make it writable: it counts what operators have seen, before they see it.",
-    )
+@contextmanager
+def _writing(path: Path) -> Generator[None]:
+    """Raises `CheckpointError` where the system refuses to write a journal."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} can't be written: {error}.",
+            remedy="Make it writable: it counts what operators have seen, before they see it.",
+        ) from None
