@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, cast
+from weakref import WeakSet
 
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from blindtune.client.channel import Channel, PlainChannel, RemoteBatch
 from blindtune.client.operators import OperatorPool
@@ -33,13 +34,15 @@ INFERENCE_TOKENS = 4096
 """Tokens in one request without gradient."""
 
 
-_optimizer_steps = 0
-"""Of all optimizers in this process. Fused ones write to parameters without changing their versions."""
+_backbones = WeakSet["Backbone"]()
 
 
-def _count_step(*_: Any) -> None:
-    global _optimizer_steps
-    _optimizer_steps += 1
+def _count_step(optimizer: Optimizer, *_: Any) -> None:
+    """After each step of any optimizer: fused ones write to parameters without changing their versions."""
+    if _backbones:
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for backbone in _backbones:
+            backbone.optimizer_steps += any(id(parameter) in stepped for parameter in backbone.parameters())
 
 
 register_optimizer_step_post_hook(_count_step)
@@ -107,6 +110,9 @@ class Backbone(nn.Module):
         self.set_adapters(num_adapters)
         self.steps = 0
         """Forward passes so far that had a gradient; decides which operators see the next one."""
+        self.optimizer_steps = 0
+        """Steps so far of optimizers that hold parameters of the adapters."""
+        _backbones.add(self)
         self._frozen: OrderedDict[TokenRow, Tensor] = OrderedDict()
         self.on_infer: Callable[[int], None] | None = None
         """Told how many texts each answered chunk of `infer` or `frozen` had; called from several threads."""
@@ -253,13 +259,13 @@ class Backbone(nn.Module):
 
     @property
     def version(self) -> tuple[int, ...]:
-        """Changes whenever an optimizer of this process steps, or torch writes to the adapters, whatever it writes.
+        """Changes whenever an optimizer of the adapters steps, or torch writes to them, whatever it writes.
 
         Writes through `.data` don't change it, and neither do those that torch doesn't see.
         """
         parameters = [parameter for adapter in self.lora_adapters() for parameter in adapter.parameters()]
         written = [0 if parameter.is_inference() else parameter._version for parameter in parameters]
-        return (_optimizer_steps, *written)
+        return (self.optimizer_steps, *written)
 
     def batch(self, rows: Sequence[TokenRow], operators: tuple[int, ...], seed: int | None) -> RemoteBatch:
         """These texts under the adapters as they are now, for a channel."""

@@ -190,7 +190,6 @@ def load_model(
     bounded = math.isfinite(method.label_mu)  # then an error would tell something; zeros are sent
     for adapter, place in zip(backbone.lora_adapters(), _adapter_folders(folder, summary["adapters"]), strict=True):
         adapter.load_pretrained(place, allow_nonfinite=bounded)
-    method.on_load(backbone)
     return model
 
 

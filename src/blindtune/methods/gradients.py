@@ -191,7 +191,7 @@ class SharedGradients(PlainChannel):
             shares = split_gradient(points, self.m, self.lattice, generator=key.bound_to(points))
             cost = self.lattice.cost(points)
             costs = {operator: cost if j == shares.carrier else 0.0 for j, operator in enumerate(operators)}
-            self.ledger.record(Message("share", costs, brought, room, id=salt))
+            self.ledger.record(Message("share", costs, brought, salt))
         return shares
 
     def _compromise(self) -> None:

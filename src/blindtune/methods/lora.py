@@ -153,6 +153,3 @@ class LoRA:
 
     def probe(self, batch: RemoteBatch, pool: OperatorPool) -> dict[str, float]:
         return {}
-
-    def on_load(self, backbone: Backbone) -> None:
-        """Adapters in the clear have no message of their own for predictions."""

@@ -114,10 +114,6 @@ class Method(Protocol):
         """Measures what the defence costs in precision, on a few texts, and warns where that is much."""
         ...
 
-    def on_load(self, backbone: Backbone) -> None:
-        """The model comes from a checkpoint: its ledger and adapters have been read."""
-        ...
-
 
 @dataclass(frozen=True)
 class Output:

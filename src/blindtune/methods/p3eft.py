@@ -17,9 +17,6 @@ import warnings
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from blindtune.client import Backbone, OperatorPool, RemoteBatch
 from blindtune.errors import ConfigError
 from blindtune.methods.gradients import SharedGradients
@@ -28,7 +25,7 @@ from blindtune.methods.lora import LoRA
 from blindtune.methods.options import check_counts, check_positive
 from blindtune.methods.pads import PaddedAdapters, PadPlan
 from blindtune.privacy.accountant import allowance
-from blindtune.privacy.ledger import Ledger, new_id
+from blindtune.privacy.ledger import Ledger
 from blindtune.privacy.randomness import SecureGenerator
 
 SPARE = 1.1
@@ -49,8 +46,7 @@ class P3EFT(LoRA):
     Args:
         max_mu: the budget: everything that one operator sees of the run is μ-differentially private in the labels.
         steps, batch_size: length of the run, and texts in a step. Noise is made for so many; a longer run is refused.
-        predictions: how often the trained model may meet new servers, or restarted ones, to predict. Over servers that
-            have predicted with it before and still run, there is no limit.
+        predictions: how many processes may predict with the trained model, each for as long as it runs.
         pad_spread: standard deviation of what a pad adds to a layer's output, in units of the layer's input. Large pads
             disturb the model, small ones ask more of the operators' floating point.
         max_norm: bound on the trained update |scaling · B|, as a root mean square over all updates that were sent so
@@ -68,7 +64,7 @@ class P3EFT(LoRA):
     m: int = 2
     steps: int = 1000
     batch_size: int = 32
-    predictions: int = 10
+    predictions: int = 50
     max_mu: float = 0.25  # pyright: ignore[reportIncompatibleVariableOverride] - a number, never None
     pad_spread: float = 0.05
     max_norm: float = 12.0
@@ -164,18 +160,6 @@ class P3EFT(LoRA):
         if self.allow_single_operator:
             return {}
         found = {**self.ledger.guarantee().report(), "mu_budget": self.max_mu, "budget_used": self.ledger.used()}
-        lost = self.channel.shares.nonfinite + self.channel.nonfinite
-        return {**found, "nonfinite_messages": lost} if lost else found
-
-    def state(self) -> dict[str, Tensor]:
-        """With a new name for what is saved: no two checkpoints have the same, whether or not they are equal."""
-        period = torch.frombuffer(bytearray.fromhex(new_id()), dtype=torch.uint8)
-        return {**super().state(), "period": period}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        super().load_state(state)
-        if "period" in state:
-            self.channel.period = bytes(state["period"].numpy()).hex()
-
-    def on_load(self, backbone: Backbone) -> None:
-        self.channel.loaded, self.channel.version = True, backbone.version
+        told = {"nonfinite_messages": self.channel.shares.nonfinite + self.channel.nonfinite}
+        told["unseen_writes"] = self.channel.unseen
+        return {**found, **{name: count for name, count in told.items() if count}}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
@@ -20,10 +20,8 @@ from blindtune.privacy.pads import PadScale, pad_pair, unpad
 from blindtune.privacy.randomness import SecureGenerator
 
 SMALLEST_RESOLUTION = 0.5
-
-
-class UnseenWrite(UserWarning):
-    """The adapter was written to behind torch's back; the operators got what it was before."""
+LOG = logging.getLogger(__name__)
+"""For what must not be an error, not even where warnings are: it would tell something."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ class PaddedAdapters:
     adapters that torch sees begins a new period. What is written in a way that it doesn't see is sent in the next one.
     In each, δ travels under a new pad and counts, also if it is what it was before: whether it changed depends on
     labels. Within a period δ travels as the same bytes, so evaluations and the step after them are one message.
-    Predictions of a loaded model are one message for each name that its operators have, over all processes.
+    Nothing is known of other processes: each that predicts with a loaded model sends a message of its own.
 
     Attributes:
         shares: how gradients travel; its ledger counts adapters too.
@@ -92,13 +90,10 @@ class PaddedAdapters:
     generator: SecureGenerator
     plan: PadPlan
     integrity: IntegrityCheck
-    loaded: bool = False
-    """Whether the adapter comes from a checkpoint: then predictions have a message of their own."""
     nonfinite: int = field(init=False, default=0)
     """Adapters with NaN or infinity; zero was sent in their place."""
-    period: str = field(init=False, default_factory=new_id)
-    """A random name for the time in which the adapter stays what it is. A checkpoint has a name of its own, which a
-    loaded model begins with."""
+    unseen: int = field(init=False, default=0)
+    """Passes over an adapter that was written to behind torch's back; operators had what it was before."""
     version: tuple[int, ...] | None = field(init=False, repr=False, default=None)
     """The adapter's, in this period; None before anything was sent."""
     _sent: dict[tuple[str, ...], tuple[bytes, _Pad]] = field(
@@ -139,7 +134,7 @@ class PaddedAdapters:
             self.integrity.before_step(batch, pool, self.scale(batch).lattice, self.shares.lattice)
         with self.ledger.exclusive():
             self.ledger.enlist(pool.names)
-            pad = self._pad(batch, pool, predicting=self.loaded and not retain)
+            pad = self._pad(batch, pool)
             self._factors[batch] = pad.factor
         return self._mixture(batch, pool, pad.plus, pad.minus, retain=retain)
 
@@ -148,7 +143,6 @@ class PaddedAdapters:
         factor = self._factors[batch]
         with self.ledger.exclusive():
             self._begin_period()
-            self.loaded = False
         return factor * self.shares.gradients(cotangent, at_zero(batch), pool)
 
     def probe(self, batch: RemoteBatch, pool: OperatorPool) -> Precision:
@@ -209,7 +203,7 @@ class PaddedAdapters:
                 remedy="Add an operator (--server); this holds for predictions too.",
             )
 
-    def _pad(self, batch: RemoteBatch, pool: OperatorPool, *, predicting: bool) -> _Pad:
+    def _pad(self, batch: RemoteBatch, pool: OperatorPool) -> _Pad:
         """The two halves of the pad for the batch's δ, written to the ledger before they are sent."""
         scale, delta = self.scale(batch), batch.weights[0]
         content = fingerprint(delta)
@@ -221,11 +215,10 @@ class PaddedAdapters:
         if context in self._sent:
             sent, pad = self._sent[context]
             if sent != content:  # a new message would tell that it changed
-                warnings.warn(
+                self.unseen += 1
+                LOG.warning(
                     "The adapter was changed in a way that torch doesn't see, such as through .data. What operators "
-                    "compute with is what it was before. Use copy_ under torch.no_grad().",
-                    UnseenWrite,
-                    stacklevel=2,
+                    "compute with is what it was before. Use copy_ under torch.no_grad()."
                 )
             return pad
         if not bool(torch.isfinite(delta).all()):  # an error would tell at which step; nobody sees what is sent
@@ -233,35 +226,25 @@ class PaddedAdapters:
             self.nonfinite += 1
         if len(batch.operators) < MEMBERS:
             self.ledger.compromise()
-        name = self._name(content, context) if predicting else ""
-        message = self.ledger.find_prediction(members, name) if predicting else None
-        salt = new_id() if message is None else message.id
+        salt = new_id()
         key = self.generator.derive(b"pad", *(part.encode() for part in (salt, repr(scale), *members)))
         if self.ledger.compromised:
             points, factor = scale.points(delta, self.plan.limit, generator=key)
-        elif message is not None:
-            points, factor = scale.points(delta, message.room, generator=key)
         else:
             self._check_size(scale, delta.numel())
             self._check_budget(members)
             room = self.ledger.room(members, self.plan.allowance)
             points, factor = scale.points(delta, room, generator=key)
             costs = dict.fromkeys(members, scale.lattice.cost(points))
-            self.ledger.record(Message("adapter", costs, self.plan.allowance, room, name, salt))
+            self.ledger.record(Message("adapter", costs, self.plan.allowance, salt))
         plus, minus = pad_pair(points, scale.lattice, generator=key.bound_to(points))
         pad = _Pad(plus, minus, factor)
         self._sent[context] = (content, pad)
         return pad
 
-    def _name(self, content: bytes, context: tuple[str, ...]) -> str:
-        """Of an adapter for predictions: the same in every process that loaded the same checkpoint."""
-        parts = (self.period.encode(), content, *(part.encode() for part in context))
-        return self.generator.derive(b"content", *parts).key.hex()[:32]
-
     def _begin_period(self) -> None:
         self._sent.clear()
         self.version = None
-        self.period = new_id()
 
     def _check_size(self, scale: PadScale, size: int) -> None:
         """Raises `ConfigError` for an adapter of so many values that rounding them takes most of what they may cost."""
@@ -286,8 +269,7 @@ class PaddedAdapters:
             raise BudgetSpent(
                 f"The run was planned for {self.plan.steps} steps, and its budget of "
                 f"μ = {mu_of(self.ledger.limit):.3g} is spent.",
-                remedy="What was learned can be used where it was used before: over the same servers, in their order, "
-                "as long as they run. For a longer run, plan more steps (steps=…, predictions=…) before it begins.",
+                remedy="Plan more steps (steps=…) or more processes that predict (predictions=…) before a run begins.",
             ) from None
 
     @staticmethod

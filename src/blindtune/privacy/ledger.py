@@ -38,7 +38,7 @@ from blindtune.files import PRIVATE, sync_folder
 from blindtune.privacy.accountant import DELTA, Guarantee, gaussian_guarantee, mu_of
 
 JOURNAL = "ledger.jsonl"
-FORMAT = 2
+FORMAT = 3
 TOLERANCE = 1e-9
 
 
@@ -55,17 +55,12 @@ class Message:
         kind: `adapter`, `share`, or `check` (label-free).
         costs: operator -> |a|² / σ² of what it is really sent.
         allowance: what the message brings at each of these operators, public.
-        room: what it could have cost at most.
-        content: of an adapter for predictions: a keyed hash of what it was made of. The same adapter is sent as the
-            same bytes to the same operators then; salt and room make these again.
         id: the salt of its noise; no two messages have the same.
     """
 
     kind: str
     costs: dict[str, float]
     allowance: float = 0.0
-    room: float = 0.0
-    content: str = ""
     id: str = field(default_factory=new_id)
 
 
@@ -93,10 +88,9 @@ class Ledger:
         self._home: Path | None = None
         self._lock = RLock()
         self._held = False
-        self._read = 0
-        """Bytes of this machine's journal that are known."""
+        self._read: tuple[int, int] | None = None
+        """State of this machine's journal up to where it is known."""
         self._accounts: dict[str, _Account] = {}
-        self._predictions: list[Message] = []
         self._operators: frozenset[str] | None = None
         self._lines: dict[str, dict[str, Any]] = {}
 
@@ -133,11 +127,6 @@ class Ledger:
         with self.exclusive():
             if frozenset(operators) != self._operators:
                 self._write([_enlisting(operators)])
-
-    def find_prediction(self, operators: Sequence[str], content: str) -> Message | None:
-        """The adapter with this content that these operators have been sent to predict, if they have."""
-        wanted = (list(operators), content)
-        return next((m for m in self._predictions if (list(m.costs), m.content) == wanted), None)
 
     def room(self, operators: Iterable[str], allowance: float) -> float:
         """What a message to all these operators may cost if it brings this allowance."""
@@ -214,17 +203,17 @@ class Ledger:
             CheckpointError: it can't be written.
         """
         path = Path(folder).resolve() / JOURNAL
-        if path in self.journals and path.exists():
-            return
         with self.exclusive():
             with _writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                other = read_run(path) if path.exists() else self.run
-                if other != self.run:
+                other = read_run(path)
+                if path in self.journals and other == self.run:
+                    return
+                if path.exists() and other != self.run:
                     path.rename(_aside(path, other or "empty"))
-                self._join(path)
             if path not in self.journals:
                 self.journals.append(path)
+            self._share(path)
 
     def resume(self, folder: str | Path) -> None:
         """Goes on from the journal of this folder, and in it; with all that copies of the run have counted here.
@@ -242,12 +231,10 @@ class Ledger:
         if run is None:
             raise damaged(path)
         self.run = run
-        with self.exclusive(), _writing(path):
-            self._join(path)
-            if self._machine_journal is not None:
-                self._join(self._machine_journal)
-                self._read = self._machine_journal.stat().st_size
+        if path not in self.journals:
             self.journals.append(path)
+        with self.exclusive():
+            self._share(path)
 
     def load(self, lines: Iterable[dict[str, Any]]) -> None:
         """Counts the lines of a journal."""
@@ -264,29 +251,46 @@ class Ledger:
 
     def _refresh(self, path: Path) -> None:
         """Counts what others of this machine have written down since."""
-        size = path.stat().st_size if path.exists() else 0
-        if size < self._read:  # somebody took it away
-            self._join(path)
-        elif size > self._read:
-            lines = read_lines(path, mend=True)
-            new = [line for line in lines[1:] if line["id"] not in self._lines]
-            for journal in self.journals:  # so that the folder alone is enough elsewhere
-                append_lines(journal, new)
-            self.load(lines)
-        self._read = path.stat().st_size if path.exists() else 0
+        if _state(path) != self._read:
+            self._share()
+
+    def _share(self, first: Path | None = None) -> None:
+        """All journals, and this process, take over from each other what they have, beginning with one of them."""
+        machine = self._machine_journal
+        paths = [path for path in (first, machine, *self.journals) if path is not None]
+        for path in [*paths, *paths]:  # the second time, those before take over from those behind
+            with _writing(path):
+                if self._holds(path):
+                    self._join(path)
+        if machine is not None:
+            self._read = _state(machine)
+
+    def _holds(self, path: Path) -> bool:
+        """Whether a journal is there, or can be begun. One that somebody took away, or took over, is given up."""
+        if self._home is None or path == self._machine_journal:
+            return True
+        if path.parent.is_dir() and read_run(path) in (self.run, None):
+            return True
+        if path in self.journals:
+            self.journals.remove(path)
+        return False
 
     def _join(self, path: Path) -> None:
         """Takes over what a journal has, and adds to it what it lacks."""
         lines = read_lines(path, mend=True) if path.exists() else []
-        known = {line["id"] for line in lines[1:]}
-        missing = [line for name, line in self._lines.items() if name not in known]
-        foreign = not known <= self._lines.keys()
+        ours, theirs = list(self._lines), [line["id"] for line in lines[1:]]
+        if ours == theirs and lines:
+            return
+        known = set(theirs)
+        missing = [self._lines[name] for name in ours if name not in known]
+        foreign = [line for line in lines[1:] if line["id"] not in self._lines]
         between: list[dict[str, Any]] = []
-        if foreign and missing:
-            # Two histories meet. A name of one may be a new one of any operator of the other, so each is counted on top
-            # of the largest account of the other: here theirs on ours, in the file ours on theirs.
-            self.load([_enlisting(self._accounts)])
+        # Where two histories meet, a name of one may be a new one of any operator of the other. So each is counted on
+        # top of the largest account of the other: here theirs on ours, in the file ours on theirs.
+        if _messages(missing) and ours[: len(theirs)] != theirs:
             between = [_enlisting(_named(lines))]
+        if _messages(foreign) and theirs[: len(ours)] != ours:
+            self.load([_enlisting(self._accounts)])
         self.load([*lines, *between])
         if foreign:
             self._operators = None  # those who come next may be any of both
@@ -301,13 +305,15 @@ class Ledger:
     def _write(self, lines: Sequence[dict[str, Any]]) -> None:
         """To the journals first, then into memory."""
         machine = self._machine_journal
-        for path in ([] if machine is None else [machine]) + self.journals:
+        for path in [*([] if machine is None else [machine]), *self.journals]:
             with _writing(path):
+                if not self._holds(path):
+                    continue
                 if not path.exists() or path.stat().st_size == 0:  # new, or somebody took it away
                     self._join(path)
                 append_lines(path, lines)
         if machine is not None:
-            self._read = machine.stat().st_size
+            self._read = _state(machine)
         self.load(lines)
 
     def _apply(self, line: dict[str, Any]) -> None:
@@ -317,8 +323,6 @@ class Ledger:
             self._enlist(line["operators"])
         else:
             message = Message(**line)
-            if message.content:
-                self._predictions.append(message)
             for operator, cost in message.costs.items():
                 account = self._account(operator)
                 account.allowance += message.allowance
@@ -367,8 +371,17 @@ def read_lines(path: Path, *, mend: bool = False) -> list[dict[str, Any]]:
     end = content.rfind(b"\n") + 1
     if mend and end != len(content):
         os.truncate(path, end)
+    return parse_lines(path, content[:end])
+
+
+def parse_lines(path: Path, content: bytes) -> list[dict[str, Any]]:
+    """Lines of a journal, from the first one on.
+
+    Raises:
+        CheckpointError: a damaged journal, or one of another version.
+    """
     try:
-        lines: list[dict[str, Any]] = [json.loads(line) for line in content[:end].splitlines()]
+        lines: list[dict[str, Any]] = [json.loads(line) for line in content.splitlines()]
         if lines and lines[0]["format"] != FORMAT:
             raise KeyError("format")
         if any("id" not in line for line in lines[1:]):
@@ -381,6 +394,11 @@ def read_lines(path: Path, *, mend: bool = False) -> list[dict[str, Any]]:
 def _enlisting(operators: Iterable[str]) -> dict[str, Any]:
     """A line that raises the accounts of all operators that are known there."""
     return {"id": new_id(), "operators": sorted(operators)}
+
+
+def _messages(lines: Iterable[dict[str, Any]]) -> bool:
+    """Whether messages are among these lines."""
+    return any("kind" in line for line in lines)
 
 
 def _named(lines: Iterable[dict[str, Any]]) -> set[str]:
@@ -414,9 +432,24 @@ def read_journal(path: Path) -> Ledger:
 
 
 def read_run(path: Path) -> str | None:
-    """The run that a journal belongs to; None if it is empty."""
-    lines = read_lines(path)
+    """The run that a journal belongs to; None if it is empty, or not there.
+
+    Raises:
+        CheckpointError: it is damaged, or of another version.
+    """
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        lines = parse_lines(path, file.readline())
     return str(lines[0]["run"]) if lines else None
+
+
+def _state(path: Path) -> tuple[int, int] | None:
+    """Which file it is, and how long; None if there is none."""
+    if not path.exists():
+        return None
+    found = path.stat()
+    return found.st_ino, found.st_size
 
 
 @contextmanager
