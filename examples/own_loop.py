@@ -18,7 +18,7 @@ texts = [
 labels = [1, 0, 1, 0] * 16  # never leave this process
 
 backbone = bt.Backbone(["http://127.0.0.1:8001", "http://127.0.0.1:8002"])
-method = bt.P3EFT(steps=10, batch_size=16)  # everything that one server sees: μ = 0.25, ε < 1
+method = bt.P3EFT(steps=10, batch_size=16, predictions=5)  # everything that one server sees: μ = 0.25, ε < 1
 model = bt.PrivateModel(backbone, head=bt.LinearHead(backbone.hidden_size, 2), method=method, ledger="out/own-loop")
 model.prepare(texts, labels)  # frozen features of the texts; starts the head
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

@@ -65,7 +65,7 @@ def record(start_server, film_examples, tmp_path_factory) -> Record:
 
 def train_p3eft(backbone: Backbone, examples: Examples) -> None:
     steps = len(examples) // BATCH
-    method = P3EFT(steps=steps, allow_single_operator=len(backbone.pool) == 1)
+    method = P3EFT(steps=steps, check_every=0, allow_single_operator=len(backbone.pool) == 1)
     model = PrivateModel(backbone, LinearHead(backbone.hidden_size, 2), method)
     trainer = Trainer(model, examples, TrainConfig(steps=steps, batch_size=BATCH))
     trainer.prepare()

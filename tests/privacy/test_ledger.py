@@ -373,7 +373,39 @@ class TestCopiesOfARun:
         ledger.record(message(A, B))
         assert self.again(tmp_path, "out").messages("adapter") == 5
 
-    @pytest.mark.parametrize("seed", range(20))
+    def test_one_folder_under_several_homes_adds_up_what_servers_were_sent_under_several_names(self, tmp_path):
+        """Two containers with one mounted folder: neither reads what the other writes in between."""
+        ledgers = []
+        for home in range(3):
+            ledger = Ledger(allowance(1.0))
+            ledger.follow(tmp_path / f"home{home}")
+            if ledgers:
+                ledger.resume(tmp_path / "out")
+            else:
+                ledger.attach(tmp_path / "out")
+            ledger.enlist([f"{A} {home}", f"{B} {home}"])
+            ledgers.append(ledger)
+        for turn in range(6):
+            ledgers[turn % 3].record(message(f"{A} {turn % 3}", f"{B} {turn % 3}"))
+        assert read_journal(tmp_path / "out" / JOURNAL).allowance() >= 0.06 - 1e-12
+        for home in range(4):
+            again = Ledger(allowance(1.0))
+            again.follow(tmp_path / f"home{home}")
+            again.resume(tmp_path / "out")
+            assert again.allowance() >= 0.06 - 1e-12
+
+    def test_pairs_of_a_larger_pool_are_counted_each_for_itself(self, tmp_path):
+        """The lines of one process alone raise nothing."""
+        names = [f"https://{letter}.example" for letter in "abcd"]
+        ledger = Ledger(1.0)
+        ledger.attach(tmp_path)
+        ledger.enlist(names)
+        for first in (0, 2, 0):
+            ledger.record(message(*names[first : first + 2]))
+        for found in (ledger, read_journal(tmp_path / JOURNAL)):
+            assert found.allowance() == pytest.approx(0.02)
+
+    @pytest.mark.parametrize("seed", [*range(20), 48, 52])
     def test_no_order_of_copies_and_meetings_loses_anything(self, tmp_path, seed):
         """Forks on two machines, with servers that are restarted now and then: no ledger, and no file, says less than
         one server was sent by messages that it knows."""

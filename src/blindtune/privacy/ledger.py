@@ -92,6 +92,9 @@ class Ledger:
         """State of this machine's journal up to where it is known."""
         self._accounts: dict[str, _Account] = {}
         self._operators: frozenset[str] | None = None
+        """Those of the last lines."""
+        self._pools: list[frozenset[str]] = []
+        """Those that processes have named together."""
         self._lines: dict[str, dict[str, Any]] = {}
 
     @contextmanager
@@ -288,12 +291,10 @@ class Ledger:
         # Where two histories meet, a name of one may be a new one of any operator of the other. So each is counted on
         # top of the largest account of the other: here theirs on ours, in the file ours on theirs.
         if _messages(missing) and ours[: len(theirs)] != theirs:
-            between = [_enlisting(_named(lines))]
+            between = [_meeting(_named(lines))]
         if _messages(foreign) and theirs[: len(ours)] != ours:
-            self.load([_enlisting(self._accounts)])
+            self.load([_meeting(self._accounts)])
         self.load([*lines, *between])
-        if foreign:
-            self._operators = None  # those who come next may be any of both
         header = [] if lines else [{"format": FORMAT, "run": self.run}]
         append_lines(path, [*header, *between, *missing])
 
@@ -320,16 +321,23 @@ class Ledger:
         if "compromised" in line:
             self.compromised = True
         elif "operators" in line:
-            self._enlist(line["operators"])
+            self._enlist(frozenset(line["operators"]))
+            if line.get("meeting"):
+                self._operators = None  # those who come next may be any of them
+            else:
+                self._pools.append(frozenset(line["operators"]))
         else:
             message = Message(**line)
+            names = frozenset(message.costs)
+            if self._operators is None or not names <= self._operators:  # of another process, between this one's lines
+                self._enlist(next((pool for pool in self._pools if names <= pool), names))
             for operator, cost in message.costs.items():
                 account = self._account(operator)
                 account.allowance += message.allowance
                 account.cost += cost
                 account.kinds[message.kind] += 1
 
-    def _enlist(self, operators: Sequence[str]) -> None:
+    def _enlist(self, operators: frozenset[str]) -> None:
         known = self._accounts.values()
         allowance = max((account.allowance for account in known), default=0.0)
         cost = max((account.cost for account in known), default=0.0)
@@ -337,7 +345,7 @@ class Ledger:
             self._accounts.setdefault(operator, _Account())
         for account in self._accounts.values():
             account.allowance, account.cost = allowance, cost
-        self._operators = frozenset(operators)
+        self._operators = operators
 
 
 def append_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
@@ -392,8 +400,13 @@ def parse_lines(path: Path, content: bytes) -> list[dict[str, Any]]:
 
 
 def _enlisting(operators: Iterable[str]) -> dict[str, Any]:
-    """A line that raises the accounts of all operators that are known there."""
+    """A line that names the operators of a process."""
     return {"id": new_id(), "operators": sorted(operators)}
+
+
+def _meeting(operators: Iterable[str]) -> dict[str, Any]:
+    """A line between two histories: it raises the accounts of all operators that the one before has."""
+    return {**_enlisting(operators), "meeting": True}
 
 
 def _messages(lines: Iterable[dict[str, Any]]) -> bool:
