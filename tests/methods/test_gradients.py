@@ -2,13 +2,14 @@
 
 import json
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from itertools import combinations
 
 import pytest
 import torch
 
 from blindtune.client import Backbone, Patience
-from blindtune.errors import ConfigError, SingleOperator
+from blindtune.errors import BudgetSpent, ConfigError, SingleOperator
 from blindtune.lattice import Lattice, expand_noise
 from blindtune.methods import (
     PSLF,
@@ -21,7 +22,7 @@ from blindtune.methods import (
     SharedGradients,
     make_method,
 )
-from blindtune.privacy.ledger import JOURNAL
+from blindtune.privacy.ledger import JOURNAL, read_lines
 from blindtune.privacy.randomness import SecureGenerator
 from blindtune.wire import AdapterUpload, NoiseShare, Transcript, decode
 from tests.tiny import HIDDEN
@@ -240,6 +241,26 @@ def test_the_ledger_counts_the_share_that_depends_on_the_gradient(connect, film_
     assert shared.ledger.messages("share") == 20
     assert shared.ledger.guarantee().mu == pytest.approx(2 * (20 * 4) ** 0.5 / 1000)
     assert 0.45 < shared.ledger.used() < 0.95  # rows of norm C, whose carrier is now at one operator, now at the other
+
+
+def test_two_of_three_operators_see_no_more_together_than_the_budget_allows(
+    start_server, tiny_models, film_sentences, tmp_path
+):
+    """They may pool their shares. What a gradient costs counts at each of them, whoever got the carrier."""
+    shared = channel(m=3, noise_ratio=30.0, max_mu=2.0)
+    shared.ledger.attach(tmp_path)
+    with ExitStack() as stack:
+        urls = [stack.enter_context(start_server(tiny_models["bert"])).url for _ in range(3)]
+        backbone = Backbone(urls, max_length=32, num_adapters=2, channel=shared)
+        with suppress(BudgetSpent):
+            for step in range(1000):
+                gradients(backbone, film_sentences[:64], scale=0.01 if step < 6 else 50.0)  # room is saved first
+        backbone.close()
+    assert step < 100
+    messages = [line for line in read_lines(tmp_path / JOURNAL) if "kind" in line]
+    for pair in combinations(backbone.pool.names, 2):
+        seen = sum(max(line["costs"][name] for name in pair) for line in messages)
+        assert 0.5 < seen / shared.ledger.limit <= 1.0 + 1e-9
 
 
 def test_costs_belong_to_the_server_that_had_them_in_whichever_order_servers_come(operators, film_sentences, tmp_path):

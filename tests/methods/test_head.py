@@ -1,5 +1,8 @@
 """The linear head."""
 
+import math
+
+import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
@@ -26,3 +29,13 @@ def test_a_dead_dimension_does_not_explode():
     moved = features.clone()
     moved[:, 2] += 0.01
     assert (head(moved) - head(features)).abs().max() < 1
+
+
+@pytest.mark.parametrize("value", [0.0, 7.5, math.nan, math.inf, 1e38])
+def test_a_fit_on_features_that_no_model_gives_is_not_broken_off(value):
+    """An operator may answer anything; an error must not depend on it together with labels."""
+    head = LinearHead(4, 2)
+    head.fit(torch.full((20, 4), value), torch.arange(20) % 2)
+    features = torch.randn(20, 4)
+    features[3] = value
+    head.fit(features, torch.arange(20) % 2)

@@ -17,6 +17,7 @@ from blindtune.methods import (
     make_method,
 )
 from blindtune.privacy.randomness import SecureGenerator
+from blindtune.training import predict
 
 METHODS = {
     "lora": LoRA,
@@ -90,3 +91,26 @@ def test_save_pretrained_is_what_peft_users_expect(connect, film_examples, tmp_p
     model.save_pretrained(tmp_path / "out", classes=["bad", "good"])
     assert (tmp_path / "out" / "adapter_config.json").is_file()
     assert (tmp_path / "out" / "blindtune.json").is_file()
+
+
+def test_a_method_belongs_to_one_model(connect):
+    """It counts what operators see: a second model's ledger would take the place of the first one's."""
+    method = P3EFT()
+    backbone = connect()
+    PrivateModel(backbone, LinearHead(backbone.hidden_size, 2), method)
+    with pytest.raises(ConfigError, match="belongs to another model"):
+        PrivateModel(connect(), LinearHead(backbone.hidden_size, 2), method)
+
+
+def test_a_backbone_that_another_model_took_is_not_used_any_more(connect, film_examples):
+    """What the first model sends would be counted in the second one's ledger."""
+    texts, labels = texts_and_labels(film_examples, 4)
+    backbone = connect()
+    first = PrivateModel(backbone, LinearHead(backbone.hidden_size, 2), P3EFT())
+    second = PrivateModel(backbone, LinearHead(backbone.hidden_size, 2), P3EFT())
+    before = backbone.traffic.requests
+    for use in (lambda: first(texts, labels), lambda: first.prepare(texts, labels), lambda: predict(first, texts)):
+        with pytest.raises(ConfigError, match="belongs to another model now"):
+            use()
+    assert backbone.traffic.requests == before
+    second(texts, labels)

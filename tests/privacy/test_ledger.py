@@ -394,6 +394,76 @@ class TestCopiesOfARun:
             again.resume(tmp_path / "out")
             assert again.allowance() >= 0.06 - 1e-12
 
+    def test_what_two_copies_spent_of_the_same_room_breaks_nothing_off(self, tmp_path):
+        """Whether there is room left depends on labels; an error would show it."""
+        first = Ledger(allowance(1.0))
+        first.follow(tmp_path / "one")
+        first.attach(tmp_path / "out")
+        first.enlist([A, B])
+        for _ in range(4):
+            first.record(message(A, B, costs=0.0))
+        shutil.copytree(tmp_path / "out", tmp_path / "copy")
+        other = Ledger(allowance(1.0))
+        other.follow(tmp_path / "two")
+        other.resume(tmp_path / "copy")
+        other.enlist([A, B])
+        for ledger in (first, other):
+            ledger.record(message(A, B, costs=ledger.room([A, B], 0.01)))
+        back = Ledger(allowance(1.0))
+        back.follow(tmp_path / "one")
+        back.resume(tmp_path / "copy")
+        back.enlist([A, B])
+        assert back.room([A, B], 0.01) < 0
+        for ledger in (back, first):
+            ledger.record(message(A, B, costs=0.0))
+            ledger.record(Message("check", {A: 0.0}))
+            with pytest.raises(ValueError, match="more than there is room for"):
+                ledger.record(message(A, B, costs=0.001))
+
+    def test_the_journal_of_another_run_is_refused(self, tmp_path):
+        """A run that was begun in the folder, and broken off at once, has set the first one's journal aside."""
+        first, second = Ledger(1.0), Ledger(1.0)
+        first.attach(tmp_path)
+        second.attach(tmp_path)
+        with pytest.raises(CheckpointError, match="of another run") as refused:
+            Ledger(1.0).resume(tmp_path, first.run)
+        assert f"ledger-{first.run}.jsonl" in refused.value.remedy
+        Ledger(1.0).resume(tmp_path, second.run)
+
+    @pytest.mark.parametrize("restored", [True, False])
+    def test_a_journal_that_was_put_back_is_noticed_whatever_its_length(self, tmp_path, restored):
+        def opened(folder: str, how: str) -> Ledger:
+            ledger = Ledger(0.041)
+            ledger.follow(tmp_path / "home")
+            getattr(ledger, how)(tmp_path / folder)
+            ledger.enlist([A, B])
+            return ledger
+
+        first = opened("out", "attach")
+        first.record(message(A, B))
+        shutil.copytree(tmp_path / "out", tmp_path / "best")
+        shutil.copytree(tmp_path / "home", tmp_path / "backup")
+        first.record(message(A, B))
+        if restored:
+            shutil.copy(tmp_path / "backup" / f"{first.run}.jsonl", tmp_path / "home")
+        else:
+            shutil.rmtree(tmp_path / "home")
+        opened("best", "resume").record(message(A, B))
+        first.record(message(A, B))
+        with pytest.raises(BudgetSpent):
+            first.record(message(A, B))
+
+    def test_half_a_line_is_cut_off_before_the_next_one(self, tmp_path):
+        ledger = Ledger(1.0)
+        ledger.follow(tmp_path / "home")
+        ledger.attach(tmp_path / "out")
+        ledger.enlist([A, B])
+        path = tmp_path / "out" / JOURNAL
+        with path.open("a") as file:
+            file.write('{"kind": "adap')
+        ledger.record(message(A, B))
+        assert read_journal(path).messages("adapter") == 1
+
     def test_pairs_of_a_larger_pool_are_counted_each_for_itself(self, tmp_path):
         """The lines of one process alone raise nothing."""
         names = [f"https://{letter}.example" for letter in "abcd"]

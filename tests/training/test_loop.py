@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -21,6 +22,7 @@ from blindtune.methods import (
     load_model,
     read_resume,
 )
+from blindtune.methods.state import write_tensors
 from blindtune.privacy.randomness import SecureGenerator
 from blindtune.training import TrainConfig, Trainer, evaluate, predict, steps_for
 from tests.methods.conftest import connect, operators  # noqa: F401 - fixtures
@@ -85,6 +87,23 @@ def test_resume_continues_to_the_same_weights(connect, film_examples, tmp_path, 
     else:
         assert 0 < (weights(resumed) - weights(whole)).norm() < 0.05 * weights(whole).norm()
         assert ledger.messages("share") == 8 + (2 if repeated else 0)
+
+
+def test_a_run_that_is_begun_in_the_folder_of_another_one_does_not_lend_it_its_ledger(connect, film_examples, tmp_path):  # noqa: F811
+    """It sets the journal aside before it saves anything. With its own, the first run would have a new budget."""
+    examples = film_examples.take(range(40))
+    first = start(connect(), examples, tmp_path, padded())
+    list(first.steps())
+    first.save()
+    second = start(connect(), examples, tmp_path, padded())  # and broken off
+    with pytest.raises(CheckpointError, match="of another run"):
+        load_model(tmp_path, connect(adapter=adapter_config(tmp_path)))
+    second.save()
+    os.replace(tmp_path / "resume.safetensors", tmp_path / "kept")
+    load_model(tmp_path, connect(adapter=adapter_config(tmp_path)))
+    write_tensors(tmp_path / "resume.safetensors", {}, {"run": first.model.run})
+    with pytest.raises(CheckpointError, match="files of two runs"):
+        read_resume(tmp_path)
 
 
 @pytest.mark.parametrize("algorithm", [padded, published])

@@ -42,7 +42,7 @@ HEAD, SECRET, RESUME = "head.safetensors", "secret.safetensors", "resume.safeten
 METHODS: dict[str, type[LoRA]] = {
     m.name: m for m in (LoRA, HeadOnly, P3EFT, PublishedP3EFT, DistanceCorrelation, PSLF, RandomizedResponse)
 }
-FORMAT = 2
+FORMAT = 3
 RESUME_ONLY = ("adversary.", "joint_adversary.")
 """Method state under these prefixes is needed to go on training, not to predict."""
 
@@ -97,7 +97,7 @@ def save_model(
         method.ledger.attach(folder)
     if resume is not None:
         learned = {f"method.{name}": tensor for name, tensor in method.state().items()}
-        write_tensors(folder / RESUME, {**learned, **resume})
+        write_tensors(folder / RESUME, {**learned, **resume}, {"run": model.ledger_run})
     options = {f.name: getattr(method, f.name) for f in fields(METHODS[method.name]) if f.init}
     summary = {
         "format": FORMAT,
@@ -109,6 +109,7 @@ def save_model(
         "max_length": backbone.max_length,
         "method": method.name,
         "options": options,
+        "run": model.ledger_run,
         "adapters": len(adapters),
         "seed": model.seed,
         "head": type(model.head).__name__,
@@ -121,7 +122,7 @@ def save_model(
 def _save_secret(model: PrivateModel, folder: Path) -> None:
     secret = {name: tensor for name, tensor in model.method.state().items() if not name.startswith(RESUME_ONLY)}
     secret["key"] = torch.frombuffer(bytearray(model.generator.key), dtype=torch.uint8)
-    write_tensors(folder / SECRET, secret)
+    write_tensors(folder / SECRET, secret, {"run": model.ledger_run})
 
 
 def read_summary(folder: str | Path) -> dict[str, Any]:
@@ -155,6 +156,15 @@ def check_fingerprint(summary: Mapping[str, Any], backbone: Backbone, folder: Pa
         )
 
 
+def check_run(folder: Path, run: str, other: str | None) -> None:
+    """Raises `CheckpointError` if files of a folder are of different runs: their journals count different budgets."""
+    if run != other:
+        raise CheckpointError(
+            f"{folder} holds files of two runs: the later one was broken off while it saved for the first time.",
+            remedy="Train again, in another folder.",
+        )
+
+
 def load_model(
     folder: str | Path, backbone: Backbone, *, head: torch.nn.Module | None = None, predict_only: bool = False
 ) -> PrivateModel:
@@ -169,7 +179,8 @@ def load_model(
     folder = Path(folder)
     summary = read_summary(folder)
     check_fingerprint(summary, backbone, folder)
-    secret, _ = read_tensors(folder / SECRET)
+    secret, facts = read_tensors(folder / SECRET)
+    check_run(folder, summary["run"], facts.get("run"))
     key = secret.pop("key")
     if head is None:
         if summary["head"] != "LinearHead":
@@ -186,7 +197,7 @@ def load_model(
     model = PrivateModel(backbone, head, method, generator=generator, seed=summary["seed"], predict_only=predict_only)
     method.load_state(secret)
     if method.ledger is not None:
-        method.ledger.resume(folder)
+        method.ledger.resume(folder, summary["run"])
     bounded = math.isfinite(method.label_mu)  # then an error would tell something; zeros are sent
     for adapter, place in zip(backbone.lora_adapters(), _adapter_folders(folder, summary["adapters"]), strict=True):
         adapter.load_pretrained(place, allow_nonfinite=bounded)
@@ -199,7 +210,8 @@ def read_resume(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor
     Raises:
         CheckpointError: the folder holds no run that can go on.
     """
-    tensors, _ = read_tensors(Path(folder) / RESUME)
+    tensors, facts = read_tensors(Path(folder) / RESUME)
+    check_run(Path(folder), read_summary(folder)["run"], facts.get("run"))
     return under("method.", tensors), {
         name: tensor for name, tensor in tensors.items() if not name.startswith("method.")
     }

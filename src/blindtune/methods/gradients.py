@@ -190,7 +190,8 @@ class SharedGradients(PlainChannel):
             points, _ = self.lattice.round_within(gradient, room, key)
             shares = split_gradient(points, self.m, self.lattice, generator=key.bound_to(points))
             cost = self.lattice.cost(points)
-            costs = {operator: cost if j == shares.carrier else 0.0 for j, operator in enumerate(operators)}
+            # of three shares or more, any operator may pool its own with one that got the carrier
+            costs = {o: cost if self.m > 2 or j == shares.carrier else 0.0 for j, o in enumerate(operators)}
             self.ledger.record(Message("share", costs, brought, salt))
         return shares
 

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+LARGEST = 1e3
+"""Standardised features beyond this are no model's; the fit must not break off because of an operator's answers."""
+
 
 class LinearHead(nn.Module):
     """Logits `(B, K)` from features `(B, d)`: standardise with fixed statistics, then a linear layer."""
@@ -30,8 +33,8 @@ class LinearHead(nn.Module):
         """
         spread = features.std(0)
         self.mean = features.mean(0)
-        self.scale = spread.clamp_min(0.2 * float(spread.median()))  # a dead dimension must not explode
-        x = (features - self.mean) / self.scale
+        self.scale = spread.clamp_min(0.2 * float(spread.median()) or 1.0)  # a dead dimension must not explode
+        x = ((features - self.mean) / self.scale).nan_to_num().clamp(-LARGEST, LARGEST)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
         parameters = list(self.linear.parameters())

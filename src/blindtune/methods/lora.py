@@ -49,6 +49,7 @@ class LoRA:
     name: ClassVar[str] = "lora"
     default_rank: ClassVar[int] = 8
     default_lr: ClassVar[float] = 3e-3
+    attached: bool = field(init=False, repr=False, compare=False, default=False)
     shares: SharedGradients | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:

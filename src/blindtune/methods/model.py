@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blindtune.client import Backbone, OperatorPool, RemoteBatch
-from blindtune.errors import BadLabels
+from blindtune.errors import BadLabels, ConfigError
 from blindtune.methods.head import LinearHead
 from blindtune.models.tokenizer import Text, TokenRow
 from blindtune.privacy.batches import BatchMonitor
@@ -33,6 +33,9 @@ class Method(Protocol):
     """Of the adapters, where a user names none; α is twice the rank."""
     default_lr: ClassVar[float]
     """Learning rate of the adapters, where a user names none."""
+
+    attached: bool
+    """Whether it belongs to a model: what it counts and draws is that model's."""
 
     @property
     def num_adapters(self) -> int: ...
@@ -139,6 +142,7 @@ class PrivateModel(nn.Module):
             memory until `save_pretrained`, if left out: then a crash forgets what was sent.
     Raises:
         PrivacyError: the operators given can't hold what the method promises.
+        ConfigError: a method that belongs to another model.
     """
 
     def __init__(
@@ -161,7 +165,13 @@ class PrivateModel(nn.Module):
         """What `prepare` measured of the method's precision."""
         with torch.no_grad():
             self.classes = int(head(torch.zeros(1, backbone.hidden_size)).shape[-1])
+        if method.attached:
+            raise ConfigError(
+                f"This {type(method).__name__} belongs to another model, and counts what operators see of that.",
+                remedy="Give each model a method of its own.",
+            )
         method.attach(backbone, self.classes, self.generator)
+        self._channel = backbone.channel
         if not predict_only:
             method.check(backbone)
         self.auxiliary = method.auxiliary  # a submodule: its parameters are the optimizer's too
@@ -174,11 +184,24 @@ class PrivateModel(nn.Module):
             method.ledger.follow(self.history.home)
             if ledger is not None:
                 method.ledger.attach(ledger)
+        method.attached = True
+
+    def check_backbone(self) -> None:
+        """Raises `ConfigError` if another model uses the backbone now: messages would count there."""
+        if self.backbone.channel is not self._channel:
+            raise ConfigError(
+                "The backbone belongs to another model now.", remedy="Give each model a Backbone of its own."
+            )
 
     @property
     def run(self) -> str:
         """The name of the run, in the history of this machine."""
         return self._run if self.method.ledger is None else self.method.ledger.run
+
+    @property
+    def ledger_run(self) -> str:
+        """The name of the run in its ledger; empty where there is none."""
+        return "" if self.method.ledger is None else self.method.ledger.run
 
     def prepare(
         self,
@@ -197,6 +220,7 @@ class PrivateModel(nn.Module):
             watch_batches: whether the batches to come are watched, where the method's guarantee needs ones that don't
                 depend on labels. False for batches that are known not to.
         """
+        self.check_backbone()
         target = self._labels(labels)
         self.register(texts)
         rows = self.backbone.rows(texts)
@@ -223,6 +247,7 @@ class PrivateModel(nn.Module):
             LabelDependentBatches: the batches of a training loop depend on labels, and the method's guarantee needs
                 ones that don't. Known after `prepare` alone.
         """
+        self.check_backbone()
         target = None if labels is None else self._labels(labels)
         rows = self.backbone.rows(texts)
         if self._monitor is not None and target is not None and self.training and torch.is_grad_enabled():

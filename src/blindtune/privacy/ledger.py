@@ -5,7 +5,8 @@ Every message that depends on labels brings a public allowance, and costs what i
 
     Σ cost ≤ Σ allowance ≤ A        at every operator, at every moment, for any labels
 
-The left side holds because senders shrink a message that would cost more than `room`; nothing of that is visible. The
+The left side holds because senders shrink a message that would cost more than `room`; nothing of that is visible.
+(Where copies of a run went on apart and meet, each may have used what was saved before: then zeros are sent.) The
 right side is a matter of counting messages, which depends on no label: `check` refuses the one that would exceed it.
 No message is left out because it equals an earlier one: whether two secrets are equal depends on labels. Every message
 has a random salt of its own, from which its noise follows, so no noise is used for two messages, whatever copies of a
@@ -37,9 +38,16 @@ from blindtune.errors import BudgetSpent, CheckpointError
 from blindtune.files import PRIVATE, sync_folder
 from blindtune.privacy.accountant import DELTA, Guarantee, gaussian_guarantee, mu_of
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 JOURNAL = "ledger.jsonl"
-FORMAT = 3
+FORMAT = 4
 TOLERANCE = 1e-9
+TAIL = 256
+"""Bytes at the end of a journal by which a change is noticed: more than the last line's name."""
 
 
 def new_id() -> str:
@@ -88,7 +96,7 @@ class Ledger:
         self._home: Path | None = None
         self._lock = RLock()
         self._held = False
-        self._read: tuple[int, int] | None = None
+        self._read: tuple[int, int, bytes] | None = None
         """State of this machine's journal up to where it is known."""
         self._accounts: dict[str, _Account] = {}
         self._operators: frozenset[str] | None = None
@@ -158,7 +166,8 @@ class Ledger:
         with self.exclusive():
             self.check(message.costs, message.allowance)
             for operator, cost in message.costs.items():
-                if cost > self.room([operator], message.allowance) + TOLERANCE:
+                # what copies of a run saved may have been spent by each: then there is no room, and zeros are sent
+                if cost > max(0.0, self.room([operator], message.allowance)) + TOLERANCE:
                     raise ValueError(f"A message costs {cost}, more than there is room for.")
             self._write([asdict(message)])
 
@@ -218,11 +227,13 @@ class Ledger:
                 self.journals.append(path)
             self._share(path)
 
-    def resume(self, folder: str | Path) -> None:
+    def resume(self, folder: str | Path, run: str | None = None) -> None:
         """Goes on from the journal of this folder, and in it; with all that copies of the run have counted here.
 
+        Args:
+            run: whose journal it must be; any if None.
         Raises:
-            CheckpointError: there is none, or it is damaged.
+            CheckpointError: there is none, it is damaged, or of another run.
         """
         path = Path(folder).resolve() / JOURNAL
         if not path.is_file():
@@ -230,10 +241,16 @@ class Ledger:
                 f"There is no {path}, so nobody knows what operators have seen of this run.",
                 remedy="Put the file back. Without it, count the whole budget of the run as spent, and train anew.",
             )
-        run = read_run(path)
-        if run is None:
+        found = read_run(path)
+        if found is None:
             raise damaged(path)
-        self.run = run
+        if run not in (None, found):
+            raise CheckpointError(
+                f"{path} counts what operators have seen of another run than the one that is saved beside it: a run "
+                "was begun in this folder, and broken off before it saved anything.",
+                remedy=f"Put the journal of this run back: it may be there as ledger-{run}.jsonl.",
+            )
+        self.run = found
         if path not in self.journals:
             self.journals.append(path)
         with self.exclusive():
@@ -280,7 +297,7 @@ class Ledger:
 
     def _join(self, path: Path) -> None:
         """Takes over what a journal has, and adds to it what it lacks."""
-        lines = read_lines(path, mend=True) if path.exists() else []
+        lines = read_lines(path) if path.exists() else []
         ours, theirs = list(self._lines), [line["id"] for line in lines[1:]]
         if ours == theirs and lines:
             return
@@ -310,7 +327,7 @@ class Ledger:
             with _writing(path):
                 if not self._holds(path):
                     continue
-                if not path.exists() or path.stat().st_size == 0:  # new, or somebody took it away
+                if read_run(path) is None:  # new, or somebody took it away
                     self._join(path)
                 append_lines(path, lines)
         if machine is not None:
@@ -349,14 +366,18 @@ class Ledger:
 
 
 def append_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Adds lines to a journal, for its owner's eyes alone; they are on the disk when this returns, or none of them."""
+    """Adds lines to a journal, for its owner's eyes alone; they are on the disk when this returns, or none of them.
+
+    What a crash left of a last line is cut off first.
+    """
     if not lines:
         return
     new = not path.exists()
     content = "".join(json.dumps(line) + "\n" for line in lines).encode()
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, PRIVATE)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, PRIVATE)
     try:
-        end = os.fstat(descriptor).st_size
+        _lock(descriptor)  # copies under several homes may share a folder, and no other lock
+        end = _complete(descriptor)
         if os.write(descriptor, content) != len(content):
             os.ftruncate(descriptor, end)
             raise OSError("the disk is full")
@@ -367,19 +388,34 @@ def append_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
         sync_folder(path.parent)
 
 
-def read_lines(path: Path, *, mend: bool = False) -> list[dict[str, Any]]:
+def _lock(descriptor: int) -> None:
+    """Until the file is closed, no other process appends to it; where the system has such locks."""
+    if fcntl is not None:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+
+def _complete(descriptor: int) -> int:
+    """Cuts a file after its last complete line. Returns its size then."""
+    size = os.fstat(descriptor).st_size
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    with os.fdopen(os.dup(descriptor), "rb") as file:
+        file.seek(max(0, size - 1))
+        if file.read(1) in (b"\n", b""):
+            return size
+        file.seek(0)
+        size = file.read().rfind(b"\n") + 1
+    os.ftruncate(descriptor, size)
+    return size
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
     """The complete lines of a journal, without what a crash left of a last one.
 
-    Args:
-        mend: cuts that off in the file too.
     Raises:
         CheckpointError: a damaged journal, or one of another version.
     """
     content = path.read_bytes()
-    end = content.rfind(b"\n") + 1
-    if mend and end != len(content):
-        os.truncate(path, end)
-    return parse_lines(path, content[:end])
+    return parse_lines(path, content[: content.rfind(b"\n") + 1])
 
 
 def parse_lines(path: Path, content: bytes) -> list[dict[str, Any]]:
@@ -453,16 +489,19 @@ def read_run(path: Path) -> str | None:
     if not path.exists():
         return None
     with path.open("rb") as file:
-        lines = parse_lines(path, file.readline())
+        first = file.readline()
+    lines = parse_lines(path, first if first.endswith(b"\n") else b"")  # a crash may have cut it off
     return str(lines[0]["run"]) if lines else None
 
 
-def _state(path: Path) -> tuple[int, int] | None:
-    """Which file it is, and how long; None if there is none."""
+def _state(path: Path) -> tuple[int, int, bytes] | None:
+    """Which file it is, how long, and its end; None if there is none. A copy put back may be as long as it was."""
     if not path.exists():
         return None
-    found = path.stat()
-    return found.st_ino, found.st_size
+    with path.open("rb") as file:
+        found = os.fstat(file.fileno())
+        file.seek(max(0, found.st_size - TAIL))
+        return found.st_ino, found.st_size, file.read()
 
 
 @contextmanager

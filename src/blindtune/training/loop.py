@@ -195,6 +195,7 @@ class Trainer:
 
 def predict(model: PrivateModel, texts: Sequence[Text] | Sequence[TokenRow]) -> Tensor:
     """Class probabilities `(N, K)`, over all operators at once. `model.backbone.on_infer` tells progress."""
+    model.check_backbone()
     model.eval()
     with torch.no_grad():
         return model.head(model.method.mix(model.backbone.infer(texts))).softmax(-1)
