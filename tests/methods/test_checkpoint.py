@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 
 import pytest
@@ -48,6 +49,27 @@ def test_a_loaded_model_predicts_the_same(connect, film_examples, tmp_path, meth
         assert torch.allclose(first, second, atol=0.3 * float(first.std()))
     else:
         assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_model.safetensors", "head.safetensors", "secret.safetensors", "blindtune.json"]
+)
+def test_files_of_two_runs_make_no_checkpoint(connect, film_examples, tmp_path, name):
+    """A save that was broken off, or two that were written at once: what one run learned would count in the other."""
+    for folder in ("one", "two"):
+        save_model(trained(connect(), film_examples, P3EFT()), tmp_path / folder)
+    shutil.copy(tmp_path / "two" / name, tmp_path / "one" / name)
+    with pytest.raises(CheckpointError, match=r"files of two runs|of another run"):
+        load_model(tmp_path / "one", connect(adapter=adapter_config(tmp_path / "one")))
+
+
+def test_what_a_run_before_left_to_go_on_from_goes_away(connect, film_examples, tmp_path):
+    first = trained(connect(), film_examples, P3EFT())
+    save_model(first, tmp_path, resume={})
+    save_model(first, tmp_path)
+    assert (tmp_path / "resume.safetensors").is_file()
+    save_model(trained(connect(), film_examples, P3EFT()), tmp_path)
+    assert not (tmp_path / "resume.safetensors").is_file()
 
 
 def test_adapters_load_into_stock_peft_with_equal_hidden_states(connect, film_examples, tiny_models, tmp_path):

@@ -1,9 +1,11 @@
 """`PrivateModel` in a plain torch loop."""
 
+import copy
+
 import pytest
 import torch
 
-from blindtune.errors import BadLabels, ConfigError
+from blindtune.errors import BadLabels, ConfigError, SingleOperator
 from blindtune.methods import (
     P3EFT,
     PSLF,
@@ -18,6 +20,7 @@ from blindtune.methods import (
 )
 from blindtune.privacy.randomness import SecureGenerator
 from blindtune.training import predict
+from tests.tiny import HIDDEN
 
 METHODS = {
     "lora": LoRA,
@@ -102,15 +105,39 @@ def test_a_method_belongs_to_one_model(connect):
         PrivateModel(connect(), LinearHead(backbone.hidden_size, 2), method)
 
 
-def test_a_backbone_that_another_model_took_is_not_used_any_more(connect, film_examples):
+def test_a_backbone_that_another_model_took_is_not_used_any_more(connect, film_examples, tmp_path):
     """What the first model sends would be counted in the second one's ledger."""
     texts, labels = texts_and_labels(film_examples, 4)
     backbone = connect()
     first = PrivateModel(backbone, LinearHead(backbone.hidden_size, 2), P3EFT())
     second = PrivateModel(backbone, LinearHead(backbone.hidden_size, 2), P3EFT())
     before = backbone.traffic.requests
-    for use in (lambda: first(texts, labels), lambda: first.prepare(texts, labels), lambda: predict(first, texts)):
+    uses = [
+        lambda: first(texts, labels),
+        lambda: first.prepare(texts, labels),
+        lambda: predict(first, texts),
+        lambda: first.save_pretrained(tmp_path / "out"),
+    ]
+    for use in uses:
         with pytest.raises(ConfigError, match="belongs to another model now"):
             use()
     assert backbone.traffic.requests == before
+    assert not (tmp_path / "out").exists()
     second(texts, labels)
+
+
+def test_adapters_that_somebody_else_put_in_are_not_sent(connect, film_examples):
+    """They may be another model's, which shares the backbone's modules."""
+    texts, labels = texts_and_labels(film_examples, 4)
+    first = PrivateModel(connect(), LinearHead(HIDDEN, 2), P3EFT())
+    PrivateModel(copy.copy(first.backbone), LinearHead(HIDDEN, 2), P3EFT())
+    with pytest.raises(ConfigError, match="belongs to another model now"):
+        first(texts, labels)
+
+
+def test_a_model_that_is_refused_takes_nothing(connect, film_examples):
+    texts, labels = texts_and_labels(film_examples, 4)
+    model = PrivateModel(connect(), LinearHead(HIDDEN, 2), P3EFT())
+    with pytest.raises(SingleOperator):
+        PrivateModel(model.backbone, LinearHead(HIDDEN, 2), P3EFT(m=3))
+    model(texts, labels)

@@ -161,9 +161,8 @@ class TestJournal:
     @pytest.mark.parametrize(
         "content",
         [
-            '{"format": 3, "run": "r"}\nnonsense\n',
-            '{"format": 99, "run": "r"}\n',
-            '{"format": 3, "run": "r"}\n{"kind": "share", "costs": {}}\n',
+            '{"format": 4, "run": "r"}\nnonsense\n',
+            '{"format": 4, "run": "r"}\n{"kind": "share", "costs": {}}\n',
             "[]\n",
         ],
     )
@@ -430,13 +429,56 @@ class TestCopiesOfARun:
         assert f"ledger-{first.run}.jsonl" in refused.value.remedy
         Ledger(1.0).resume(tmp_path, second.run)
 
+    def test_journals_that_were_set_aside_count_too(self, tmp_path):
+        """Two other runs came and went; each time what this one had counted was set aside."""
+        run = Ledger(1.0)
+        run.enlist([A, B])
+        for _ in range(2):
+            run.attach(tmp_path)
+            run.record(message(A, B))
+            Ledger(1.0).attach(tmp_path)
+        aside = tmp_path / f"ledger-{run.run}.jsonl"
+        assert read_journal(aside).messages("adapter") == 1
+        shutil.copy(aside, tmp_path / JOURNAL)
+        again = Ledger(1.0)
+        again.resume(tmp_path, run.run)
+        assert again.messages("adapter") == 2
+
+    def test_a_home_stays_where_it_is(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("BLINDTUNE_HOME", "home")
+        first = LabelHistory().home
+        monkeypatch.chdir(tmp_path.parent)
+        assert first == tmp_path / "home" / "runs"
+
+    def test_a_process_that_was_forked_while_a_line_was_written_blocks_nobody(self, tmp_path, monkeypatch):
+        """It holds the file open, as long as it runs."""
+        ledger = Ledger(1.0)
+        ledger.attach(tmp_path)
+        ledger.enlist([A, B])
+        open_too: list[int] = []
+        synced = os.fsync
+        monkeypatch.setattr(os, "fsync", lambda descriptor: (open_too.append(os.dup(descriptor)), synced(descriptor)))
+        ledger.record(message(A, B))
+        monkeypatch.undo()
+        with ThreadPoolExecutor(1) as threads:
+            threads.submit(ledger.record, message(A, B)).result(timeout=10)
+        for descriptor in open_too:
+            os.close(descriptor)
+
+    def test_a_journal_of_another_version_is_named_so(self, tmp_path):
+        (tmp_path / JOURNAL).write_text('{"format": 3, "run": "x"}\n')
+        with pytest.raises(CheckpointError, match="another version"):
+            Ledger(1.0).resume(tmp_path)
+
+    @pytest.mark.parametrize("operators", [2, 9])
     @pytest.mark.parametrize("restored", [True, False])
-    def test_a_journal_that_was_put_back_is_noticed_whatever_its_length(self, tmp_path, restored):
+    def test_a_journal_that_was_put_back_is_noticed_whatever_its_length(self, tmp_path, restored, operators):
         def opened(folder: str, how: str) -> Ledger:
             ledger = Ledger(0.041)
             ledger.follow(tmp_path / "home")
             getattr(ledger, how)(tmp_path / folder)
-            ledger.enlist([A, B])
+            ledger.enlist([A, B, *(f"https://{number:060}.example" for number in range(operators - 2))])
             return ledger
 
         first = opened("out", "attach")

@@ -36,6 +36,7 @@ from blindtune.methods.pslf import PSLF
 from blindtune.methods.randomized_response import RandomizedResponse
 from blindtune.methods.state import SUMMARY, read_tensors, under, write_tensors
 from blindtune.models.adapters import read_lora_config
+from blindtune.privacy.ledger import JOURNAL, read_journal_of
 from blindtune.privacy.randomness import SecureGenerator
 
 HEAD, SECRET, RESUME = "head.safetensors", "secret.safetensors", "resume.safetensors"
@@ -84,20 +85,23 @@ def save_model(
     Args:
         resume: further tensors of a run under way; `resume.safetensors` is left out without them.
     """
+    model.check_backbone()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    backbone, method = model.backbone, model.method
+    backbone, method, run = model.backbone, model.method, model.ledger_run
     adapters = backbone.lora_adapters()
     for adapter, place in zip(adapters, _adapter_folders(folder, len(adapters)), strict=True):
-        adapter.save_pretrained(place)
+        adapter.save_pretrained(place, run=run)
     head = {name: tensor.detach().contiguous() for name, tensor in model.head.state_dict().items()}
-    write_tensors(folder / HEAD, head)
+    write_tensors(folder / HEAD, head, {"run": run})
     _save_secret(model, folder)
     if method.ledger is not None:
         method.ledger.attach(folder)
     if resume is not None:
         learned = {f"method.{name}": tensor for name, tensor in method.state().items()}
-        write_tensors(folder / RESUME, {**learned, **resume}, {"run": model.ledger_run})
+        write_tensors(folder / RESUME, {**learned, **resume}, {"run": run})
+    elif (folder / RESUME).is_file() and read_tensors(folder / RESUME)[1].get("run") != run:
+        (folder / RESUME).unlink()  # of a run that was here before
     options = {f.name: getattr(method, f.name) for f in fields(METHODS[method.name]) if f.init}
     summary = {
         "format": FORMAT,
@@ -109,7 +113,7 @@ def save_model(
         "max_length": backbone.max_length,
         "method": method.name,
         "options": options,
-        "run": model.ledger_run,
+        "run": run,
         "adapters": len(adapters),
         "seed": model.seed,
         "head": type(model.head).__name__,
@@ -187,11 +191,15 @@ def load_model(
             raise CheckpointError(f"The head is a {summary['head']}.", remedy="Pass head= with a module of that class.")
         head = LinearHead(summary["hidden_size"], summary["num_classes"])
     try:
-        head.load_state_dict(read_tensors(folder / HEAD)[0])
+        weights, facts = read_tensors(folder / HEAD)
+        check_run(folder, summary["run"], facts.get("run"))
+        head.load_state_dict(weights)
     except RuntimeError as error:
         raise CheckpointError(
             f"{folder / HEAD} doesn't fit the head: {error}", remedy="Pass the head of this run."
         ) from None
+    if summary["run"]:
+        read_journal_of(folder.resolve() / JOURNAL, summary["run"])  # before a backbone is taken
     method = make_method(summary["method"], summary["options"])
     generator = SecureGenerator(bytes(key.numpy()))
     model = PrivateModel(backbone, head, method, generator=generator, seed=summary["seed"], predict_only=predict_only)
@@ -200,7 +208,7 @@ def load_model(
         method.ledger.resume(folder, summary["run"])
     bounded = math.isfinite(method.label_mu)  # then an error would tell something; zeros are sent
     for adapter, place in zip(backbone.lora_adapters(), _adapter_folders(folder, summary["adapters"]), strict=True):
-        adapter.load_pretrained(place, allow_nonfinite=bounded)
+        check_run(folder, summary["run"], adapter.load_pretrained(place, allow_nonfinite=bounded))
     return model
 
 

@@ -33,7 +33,8 @@ class LinearHead(nn.Module):
         """
         spread = features.std(0)
         self.mean = features.mean(0)
-        self.scale = spread.clamp_min(0.2 * float(spread.median()) or 1.0)  # a dead dimension must not explode
+        alive = spread[spread > 0]  # a dead dimension must not explode
+        self.scale = spread.clamp_min(0.2 * float(alive.median()) if len(alive) else 1.0)
         x = ((features - self.mean) / self.scale).nan_to_num().clamp(-LARGEST, LARGEST)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import ClassVar, Protocol
 
 import torch
@@ -23,6 +24,8 @@ from blindtune.privacy.randomness import SecureGenerator
 
 PROBE_TEXTS = 16
 Loss = Callable[[Tensor, Tensor], Tensor]
+_ATTACHING = Lock()
+"""Models take backbones and methods one after the other."""
 
 
 class Method(Protocol):
@@ -165,30 +168,42 @@ class PrivateModel(nn.Module):
         """What `prepare` measured of the method's precision."""
         with torch.no_grad():
             self.classes = int(head(torch.zeros(1, backbone.hidden_size)).shape[-1])
+        self.history = LabelHistory()
+        self._run = new_id()
+        with _ATTACHING:
+            before = backbone.channel
+            try:
+                self._attach(predict_only, ledger)
+            except BaseException:
+                backbone.channel = before  # whose it was, it stays
+                raise
+            self._holds = (backbone.channel, backbone.adapters)
+        self.auxiliary = method.auxiliary  # a submodule: its parameters are the optimizer's too
+
+    def _attach(self, predict_only: bool, ledger: str | Path | None) -> None:
+        """Gives the backbone to this model: its method's channel, and adapters of its own."""
+        backbone, method = self.backbone, self.method
         if method.attached:
             raise ConfigError(
                 f"This {type(method).__name__} belongs to another model, and counts what operators see of that.",
                 remedy="Give each model a method of its own.",
             )
         method.attach(backbone, self.classes, self.generator)
-        self._channel = backbone.channel
         if not predict_only:
             method.check(backbone)
-        self.auxiliary = method.auxiliary  # a submodule: its parameters are the optimizer's too
-        public = torch.Generator().manual_seed(seed)
-        a_seed = hashlib.sha256(b"blindtune A" + seed.to_bytes(8, "little", signed=True)).hexdigest()
-        backbone.set_adapters(method.num_adapters, generator=public, a_seed=a_seed if method.fixed_a else None)
-        self.history = LabelHistory()
-        self._run = new_id()
         if method.ledger is not None:
             method.ledger.follow(self.history.home)
             if ledger is not None:
                 method.ledger.attach(ledger)
+        public = torch.Generator().manual_seed(self.seed)
+        a_seed = hashlib.sha256(b"blindtune A" + self.seed.to_bytes(8, "little", signed=True)).hexdigest()
+        backbone.set_adapters(method.num_adapters, generator=public, a_seed=a_seed if method.fixed_a else None)
         method.attached = True
 
     def check_backbone(self) -> None:
         """Raises `ConfigError` if another model uses the backbone now: messages would count there."""
-        if self.backbone.channel is not self._channel:
+        channel, adapters = self._holds
+        if self.backbone.channel is not channel or self.backbone.adapters is not adapters:
             raise ConfigError(
                 "The backbone belongs to another model now.", remedy="Give each model a Backbone of its own."
             )

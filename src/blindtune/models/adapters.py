@@ -10,13 +10,14 @@ import json
 import math
 from dataclasses import fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import cast
 
 import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -124,26 +125,34 @@ class LoraAdapter(nn.Module):
         """All weights as one vector `(P,)`, differentiable in them."""
         return self.layout.join(self.named_matrices())
 
-    def save_pretrained(self, folder: Path) -> None:
-        """Writes PEFT's `adapter_config.json` and `adapter_model.safetensors`, the latter for its owner alone."""
+    def save_pretrained(self, folder: Path, *, run: str = "") -> None:
+        """Writes PEFT's `adapter_config.json` and `adapter_model.safetensors`, the latter for its owner alone.
+
+        Args:
+            run: a name that `load_pretrained` gives back, of what the adapter was trained in.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, Tensor] = {}
         for name, (a, b) in self.named_matrices().items():
             tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = a.detach().contiguous()
             tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = b.detach().contiguous()
-        replace_file(folder / WEIGHTS_FILE, save(tensors, {"format": "pt"}), PRIVATE)
+        replace_file(folder / WEIGHTS_FILE, save(tensors, {"format": "pt", "run": run}), PRIVATE)
         config = copy.deepcopy(self.config)
         config.base_model_name_or_path = self.info.base_model_name
         config.target_modules = [str(name) for name in self.layout.spec.modules]
         config.layers_to_transform = config.layers_pattern = None
         config.inference_mode = True
-        config.save_pretrained(str(folder))
+        with TemporaryDirectory() as written:
+            config.save_pretrained(written)
+            replace_file(folder / CONFIG_FILE, (Path(written) / CONFIG_FILE).read_bytes())
 
-    def load_pretrained(self, folder: Path, *, allow_nonfinite: bool = False) -> None:
+    def load_pretrained(self, folder: Path, *, allow_nonfinite: bool = False) -> str:
         """Reads weights that `save_pretrained` (or PEFT) wrote for the same layers and rank.
 
         Args:
             allow_nonfinite: whether NaN and infinity are read like numbers.
+        Returns:
+            The name that `save_pretrained` was given; empty if there is none.
         Raises:
             CheckpointError: a missing or damaged file, weights of other layers or another rank, or NaN. Nothing has
                 changed then.
@@ -152,6 +161,8 @@ class LoraAdapter(nn.Module):
         if not path.is_file():
             raise CheckpointError(f"There is no {path}.", remedy="Name a folder that holds a PEFT checkpoint.")
         try:
+            with safe_open(path, framework="pt") as file:
+                run = (file.metadata() or {}).get("run", "")
             tensors = load_file(path)
         except SafetensorError as error:
             raise CheckpointError(f"{path} is damaged: {error}.", remedy="Use another copy of it.") from None
@@ -181,6 +192,7 @@ class LoraAdapter(nn.Module):
         with torch.no_grad():
             for parameter, tensor in found:
                 parameter.copy_(tensor)
+        return run
 
 
 def read_lora_config(folder: Path) -> LoraConfig:

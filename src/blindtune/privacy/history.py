@@ -50,7 +50,8 @@ class LabelHistory:
 
     def __init__(self, home: str | Path | None = None) -> None:
         base = os.environ.get(HOME_VARIABLE) or Path.home() / ".local" / "share" / "blindtune"
-        self.home = Path(home) if home is not None else Path(base) / "runs"
+        chosen = Path(home) if home is not None else Path(base) / "runs"
+        self.home = chosen.expanduser().absolute()  # wherever the process goes
 
     def register(self, run: str, budget: float, texts: Iterable[Text]) -> None:
         """Notes a run before it sends anything.

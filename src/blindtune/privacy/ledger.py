@@ -26,7 +26,7 @@ import os
 import secrets
 from collections import Counter
 from collections.abc import Generator, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import RLock
@@ -236,24 +236,14 @@ class Ledger:
             CheckpointError: there is none, it is damaged, or of another run.
         """
         path = Path(folder).resolve() / JOURNAL
-        if not path.is_file():
-            raise CheckpointError(
-                f"There is no {path}, so nobody knows what operators have seen of this run.",
-                remedy="Put the file back. Without it, count the whole budget of the run as spent, and train anew.",
-            )
-        found = read_run(path)
-        if found is None:
-            raise damaged(path)
-        if run not in (None, found):
-            raise CheckpointError(
-                f"{path} counts what operators have seen of another run than the one that is saved beside it: a run "
-                "was begun in this folder, and broken off before it saved anything.",
-                remedy=f"Put the journal of this run back: it may be there as ledger-{run}.jsonl.",
-            )
-        self.run = found
+        lines = read_journal_of(path, run)
+        self.run = lines[0]["run"]
+        for aside in sorted(path.parent.glob(f"{path.stem}-{self.run}*.jsonl")):  # of before another run came and went
+            lines += read_lines(aside)[1:]
         if path not in self.journals:
             self.journals.append(path)
         with self.exclusive():
+            self.load(lines)
             self._share(path)
 
     def load(self, lines: Iterable[dict[str, Any]]) -> None:
@@ -383,6 +373,7 @@ def append_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
             raise OSError("the disk is full")
         os.fsync(descriptor)
     finally:
+        _unlock(descriptor)
         os.close(descriptor)
     if new:
         sync_folder(path.parent)
@@ -391,7 +382,15 @@ def append_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
 def _lock(descriptor: int) -> None:
     """Until the file is closed, no other process appends to it; where the system has such locks."""
     if fcntl is not None:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with suppress(OSError):  # such as network file systems
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+
+def _unlock(descriptor: int) -> None:
+    """At once: a process that was forked meanwhile keeps the file open, and with it the lock."""
+    if fcntl is not None:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 def _complete(descriptor: int) -> int:
@@ -426,23 +425,53 @@ def parse_lines(path: Path, content: bytes) -> list[dict[str, Any]]:
     """
     try:
         lines: list[dict[str, Any]] = [json.loads(line) for line in content.splitlines()]
-        if lines and lines[0]["format"] != FORMAT:
-            raise KeyError("format")
+        version = lines[0]["format"] if lines else FORMAT
         if any("id" not in line for line in lines[1:]):
             raise KeyError("id")
     except (ValueError, KeyError, TypeError):
         raise damaged(path) from None
+    if version != FORMAT:
+        raise CheckpointError(
+            f"{path} was written by another version.",
+            remedy="Count that run's budget as spent, and use another folder.",
+        )
     return lines
 
 
-def _enlisting(operators: Iterable[str]) -> dict[str, Any]:
+def read_journal_of(path: Path, run: str | None) -> list[dict[str, Any]]:
+    """The lines of a run's journal.
+
+    Args:
+        run: whose it must be; any if None.
+    Raises:
+        CheckpointError: there is none, it is damaged, or of another run.
+    """
+    back = f" It may be there as {path.stem}-{run}.jsonl." if run else ""
+    if not path.is_file():
+        raise CheckpointError(
+            f"There is no {path}, so nobody knows what operators have seen of this run.",
+            remedy=f"Put the file back.{back} Without it, count the whole budget of the run as spent, and train anew.",
+        )
+    lines = read_lines(path)
+    if not lines:
+        raise damaged(path)
+    if run not in (None, lines[0]["run"]):
+        raise CheckpointError(
+            f"{path} counts what operators have seen of another run than the one that is saved beside it: a run "
+            "was begun in this folder, and broken off before it saved anything.",
+            remedy=f"Put the journal of this run back.{back}",
+        )
+    return lines
+
+
+def _enlisting(operators: Iterable[str], **more: Any) -> dict[str, Any]:
     """A line that names the operators of a process."""
-    return {"id": new_id(), "operators": sorted(operators)}
+    return {"operators": sorted(operators), **more, "id": new_id()}  # the name last, where a change is looked for
 
 
 def _meeting(operators: Iterable[str]) -> dict[str, Any]:
     """A line between two histories: it raises the accounts of all operators that the one before has."""
-    return {**_enlisting(operators), "meeting": True}
+    return _enlisting(operators, meeting=True)
 
 
 def _messages(lines: Iterable[dict[str, Any]]) -> bool:

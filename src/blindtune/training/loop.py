@@ -155,6 +155,7 @@ class Trainer:
         Raises:
             CheckpointError: the run had other data, another seed, batch size or schedule.
         """
+        self.model.check_backbone()
         wanted = self._identity()
         if not torch.equal(state["identity"], wanted):
             raise CheckpointError(
