@@ -21,24 +21,17 @@ from blindtune.privacy.randomness import SecureGenerator
 RANDOMIZED = [RandomizedResponse, PSLF]
 
 
-class Tapped:
-    """A channel that an operator also listens to."""
+def tap(channel) -> list[torch.Tensor]:
+    """What an operator that listens to the channel hears: every cotangent from now on."""
+    heard: list[torch.Tensor] = []
+    gradients = channel.gradients
 
-    def __init__(self, channel):
-        self.channel, self.heard = channel, []
+    def listened(cotangent, batch, pool):
+        heard.append(cotangent.clone())
+        return gradients(cotangent, batch, pool)
 
-    def choose(self, operators, step):
-        return self.channel.choose(operators, step)
-
-    def teams(self, operators):
-        return self.channel.teams(operators)
-
-    def hidden(self, batch, pool, *, retain):
-        return self.channel.hidden(batch, pool, retain=retain)
-
-    def gradients(self, cotangent, batch, pool):
-        self.heard.append(cotangent.clone())
-        return self.channel.gradients(cotangent, batch, pool)
+    channel.gradients = listened
+    return heard
 
 
 def train(backbone, texts, labels, method, *, drawn=None, steps=3, batch=None):
@@ -48,14 +41,14 @@ def train(backbone, texts, labels, method, *, drawn=None, steps=3, batch=None):
     model = PrivateModel(backbone, head, method, generator=SecureGenerator(bytes(32)))
     if drawn is not None:
         method.load_state(drawn)
-    backbone.channel = Tapped(backbone.channel)
+    heard = tap(backbone.channel)
     model.prepare(texts, labels)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(steps):
         optimizer.zero_grad()
         model(texts[:batch], labels[:batch]).loss.backward()
         optimizer.step()
-    return model, torch.stack(backbone.channel.heard)
+    return model, torch.stack(heard)
 
 
 def some(film_examples, count=32):
