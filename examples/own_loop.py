@@ -1,4 +1,4 @@
-"""P3EFT in a torch loop of your own, over two operators that you start on this machine.
+"""Padded LoRA in a torch loop of your own, over two operators that you start on this machine.
 
 blindtune serve --model minilm --port 8001 --no-auth &
 blindtune serve --model minilm --port 8002 --no-auth &
@@ -18,7 +18,7 @@ texts = [
 labels = [1, 0, 1, 0] * 16  # never leave this process
 
 backbone = bt.Backbone(["http://127.0.0.1:8001", "http://127.0.0.1:8002"])
-method = bt.P3EFT(steps=10, batch_size=16, predictions=5)  # everything that one server sees: μ = 0.25, ε < 1
+method = bt.PaddedLoRA(steps=10, batch_size=16, predictions=5)  # everything that one server sees: μ = 0.25, ε < 1
 model = bt.PrivateModel(backbone, head=bt.LinearHead(backbone.hidden_size, 2), method=method, ledger="out/own-loop")
 model.prepare(texts, labels)  # frozen features of the texts; starts the head
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -33,4 +33,4 @@ for step in range(10):
     optimizer.step()
     print(step, {name: round(value, 3) for name, value in output.parts.items()}, model.method.report())
 
-bt.save_model(model, "out/own-loop", classes=["well", "ill"])
+model.save_pretrained("out/own-loop", classes=["well", "ill"])

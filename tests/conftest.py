@@ -7,7 +7,7 @@
 | `tiny_models` | session | name -> folder of a small random model with its tokenizer |
 | `tiny_backbone` | session | name -> one of them, loaded into this process |
 | `tiny_causal` | session | name -> folder of a small random decoder with an LM head, five blocks |
-| `split_server` | session | one process that lets clients hold two blocks of each end of the small Llama, and records |
+| `cut_server` | session | one process that lets clients hold two blocks of each end of the small Llama, and records |
 | `minilm` | session | MiniLM, loaded into this process |
 | `start_server` | session | context manager: `with start_server("minilm", threads=1) as server: server.url` |
 | `two_servers` | session | two MiniLM processes |
@@ -42,10 +42,10 @@ import torch
 import trustme
 from hypothesis import HealthCheck, settings
 
-from blindtune.client import Backbone, Patience, Transport
+from blindtune.client import Backbone, Timeout, Transport
+from blindtune.data import Examples
 from blindtune.models import FrozenBackbone, load_backbone
 from blindtune.server import add_token
-from blindtune.training import Examples
 from tests.processes import Command, start
 from tests.tiny import build_tiny_models
 from tests.tiny_causal import FAMILIES, save_tiny_causal
@@ -81,7 +81,7 @@ def own_history(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
 @pytest.fixture(scope="session")
 def film_examples() -> Examples:
     """Sentences of film reviews with their class: 0 negative, 1 positive. Fixed random order."""
-    from blindtune.cli.reviews import film_reviews
+    from blindtune.data.film_reviews import film_reviews
 
     return film_reviews(CACHE)
 
@@ -228,8 +228,8 @@ def tiny_causal(tmp_path_factory: pytest.TempPathFactory, film_sentences: list[s
 
 
 @dataclass
-class SplitServer:
-    """A server of a split model, and the folder that it records into."""
+class CutServer:
+    """A server of a cut model, and the folder that it records into."""
 
     server: Server
     record: Path
@@ -241,12 +241,12 @@ class SplitServer:
 
 
 @pytest.fixture(scope="session")
-def split_server(
+def cut_server(
     start_server: StartServer, tiny_causal: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Generator[SplitServer]:
+) -> Generator[CutServer]:
     record = tmp_path_factory.mktemp("split") / "record"
-    with start_server(tiny_causal["llama"], split=2, record=record, max_length=32) as server:
-        yield SplitServer(server, record, tiny_causal["llama"])
+    with start_server(tiny_causal["llama"], cut=2, record=record, max_length=32) as server:
+        yield CutServer(server, record, tiny_causal["llama"])
 
 
 @dataclass
@@ -269,7 +269,12 @@ class StrictServer:
         return httpx2.Client(base_url=self.url, headers=headers, verify=self.trust, timeout=60)
 
     def transport(self, tenant: str = "ann") -> Transport:
-        return Transport(self.url, self.tokens[tenant], self.trust, Patience(connect=5, answer=60, total=5))
+        return Transport(
+            self.url,
+            token=self.tokens[tenant],
+            verify=self.trust,
+            timeout=Timeout(connect=5, answer=60, total=5),
+        )
 
 
 STRICT = {"max_body_mb": 1, "max_length": 32, "max_tokens": 2048, "max_adapters": 4, "max_rank": 8}
@@ -306,7 +311,7 @@ def connect() -> Generator[Callable[..., Backbone]]:
             if strict:
                 tokens = [s.tokens["ann"] if isinstance(s, StrictServer) else None for s in several]
                 options = {"verify": strict[0].trust, "token": tokens, **options}
-            options = {"patience": Patience(connect=5, answer=120, total=20), **options}
+            options = {"timeout": Timeout(connect=5, answer=120, total=20), **options}
             backbone = Backbone([s if isinstance(s, str) else s.url for s in several], **options)
             stack.callback(backbone.close)
             return backbone

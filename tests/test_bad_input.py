@@ -145,11 +145,12 @@ def backward(transport: Transport, cotangents: Tensor | None, adapters: list[str
 
 class TestTokens:
     def test_a_missing_token(self, strict_server: StrictServer):
-        call = lambda: Operator(Transport(strict_server.url, None, strict_server.trust), "bert")  # noqa: E731
+        call = lambda: Operator(Transport(strict_server.url, verify=strict_server.trust), "bert")  # noqa: E731
         refused(Unauthenticated, "no bearer token", remedy="--token", call=call)
 
     def test_a_wrong_token(self, strict_server: StrictServer):
-        call = lambda: Operator(Transport(strict_server.url, "bt_wrong", strict_server.trust), "bert")  # noqa: E731
+        transport = Transport(strict_server.url, token="bt_wrong", verify=strict_server.trust)
+        call = lambda: Operator(transport, "bert")  # noqa: E731
         refused(Unauthenticated, "not known", remedy="Ask the provider", call=call)
 
 

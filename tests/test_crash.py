@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
+from blindtune.data import Examples
 from blindtune.privacy.ledger import JOURNAL, read_journal
-from blindtune.training import Examples
 from blindtune.wire import Transcript
 from tests.conftest import StartServer
 
@@ -37,9 +37,10 @@ def test_the_ledger_counts_at_least_what_operators_have_recorded(
     with ExitStack() as stack:
         servers = [stack.enter_context(start_server(tiny_models["bert"], record=path)) for path in folders.values()]
         command = [
-            sys.executable, "-c", LAUNCH, "train", *(part for server in servers for part in ("--server", server.url)),
-            "--data", str(data), "--output", str(out), "--steps", str(STEPS), "--batch-size", "8", "--save-every", "4",
-            "--validation-fraction", "0", "--set", "check_every=5", "--set", f"steps={40 * STEPS}",
+            sys.executable, "-c", LAUNCH, "labels", "train",
+            *(part for server in servers for part in ("--server", server.url)),
+            "--data", str(data), "--output", str(out), "--steps", str(STEPS), "--batch-size", "8",
+            "--training", "save_every=4", "--validation", "0", "--set", "check_every=5", "--set", f"steps={40 * STEPS}",
         ]  # fmt: skip
         for kill in range(KILLS):
             resume = ["--resume"] if (out / "resume.safetensors").exists() else []

@@ -1,4 +1,4 @@
-"""The demo, shortened: the attack succeeds against plain LoRA and fails against P3EFT."""
+"""The demo, shortened: the attack succeeds against plain LoRA and fails against padded LoRA."""
 
 from __future__ import annotations
 
@@ -49,29 +49,29 @@ def test_the_attack_succeeds_against_plain_lora(demo):
     assert lora["activations_and_shifts_auc"] > 0.8
 
 
-def test_the_same_attacks_fail_against_p3eft(demo):
+def test_the_same_attacks_fail_against_padded_lora(demo):
     """The search for two humps picks one of ten directions at each look; by luck some say what the texts say."""
-    lora, p3eft = (demo[0]["methods"][name] for name in ("lora", "p3eft"))
-    by_attack = p3eft["activations_and_shifts_auc_by_attack"]
+    lora, padded = (demo[0]["methods"][name] for name in ("lora", "padded-lora"))
+    by_attack = padded["activations_and_shifts_auc_by_attack"]
     assert max(by_attack[name] for name in ("spectral", "norm", "k-means")) < 0.68
-    assert p3eft["activations_and_shifts_auc"] < demo[0]["frozen_attack_auc"] + 0.12
-    assert p3eft["activations_and_shifts_auc"] < lora["activations_and_shifts_auc"] - 0.1
-    assert p3eft["gradients_auc"] < 0.6
+    assert padded["activations_and_shifts_auc"] < demo[0]["frozen_attack_auc"] + 0.12
+    assert padded["activations_and_shifts_auc"] < lora["activations_and_shifts_auc"] - 0.1
+    assert padded["gradients_auc"] < 0.6
 
 
 def test_some_known_labels_help_no_more_than_on_the_frozen_model(demo):
-    lora, p3eft = (demo[0]["methods"][name]["few_label_auc"] for name in ("lora", "p3eft"))
+    lora, padded = (demo[0]["methods"][name]["few_label_auc"] for name in ("lora", "padded-lora"))
     frozen = demo[0]["frozen_few_label_auc"]
     for known in frozen:
-        assert p3eft[known] < frozen[known] + 0.05
+        assert padded[known] < frozen[known] + 0.05
         assert lora[known] > frozen[known] + 0.05
 
 
 def test_the_guarantees_are_reported(demo):
-    p3eft = demo[0]["methods"]["p3eft"]
-    assert 0.2 < p3eft["mu"] <= p3eft["mu_budget"] == 0.25
-    assert 0.5 < p3eft["epsilon"] < 1
-    assert 0 < p3eft["information_bits"] < 0.02
+    padded = demo[0]["methods"]["padded-lora"]
+    assert 0.2 < padded["mu"] <= padded["mu_budget"] == 0.25
+    assert 0.5 < padded["epsilon"] < 1
+    assert 0 < padded["information_bits"] < 0.02
 
 
 def test_the_headline_is_the_strongest_attack_also_where_it_succeeds(demo):
@@ -82,15 +82,15 @@ def test_the_headline_is_the_strongest_attack_also_where_it_succeeds(demo):
 
 def test_the_json_has_what_scripts_read(demo):
     result = demo[0]
-    for method in ("lora", "p3eft"):
+    for method in ("lora", "padded-lora"):
         assert {"accuracy", "best_attack_auc", "seconds", "bytes_per_step"} <= set(result["methods"][method])
     assert 0.6 < result["frozen_accuracy"] < 0.9
-    assert result["methods"]["p3eft"]["accuracy"] > 0.7
+    assert result["methods"]["padded-lora"]["accuracy"] > 0.7
 
 
 def test_reports_and_checkpoints_are_where_the_demo_says(demo):
     _, folder, printed = demo
-    for name in ("lora", "p3eft"):
+    for name in ("lora", "padded-lora"):
         assert (folder / f"report-{name}.html").is_file()
         assert str(folder / f"report-{name}.html") in printed
         assert (folder / name / "model" / "blindtune.json").is_file()

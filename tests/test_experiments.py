@@ -5,29 +5,29 @@ import torch
 
 from blindtune.cli.options import make_lora_config
 from blindtune.client import Backbone
-from blindtune.methods import P3EFT, LinearHead, PrivateModel, make_method
-from blindtune.methods.guarded import SplitCausalLM, make_design
-from blindtune.models import Cut, SplitModel, Tokenizer, load_backbone
-from blindtune.models.emulator import make_emulator
-from blindtune.models.split import pack, unpack
+from blindtune.data.questions import Question, tokenize
+from blindtune.labels import LinearHead, PaddedLoRA, PrivateModel, make_method
+from blindtune.labels.trainer import TrainConfig, Trainer
+from blindtune.local import local_operators
+from blindtune.models import Cut, CutModel, Tokenizer, load_backbone
+from blindtune.models.cut.emulator import make_emulator
+from blindtune.models.cut.parts import Part, pack, unpack
 from blindtune.privacy.randomness import SecureGenerator
-from blindtune.training import TrainConfig, Trainer
-from blindtune.training.guarded import evaluate_questions
-from blindtune.training.questions import Question, tokenize
+from blindtune.texts import Boundary, CutCausalLM, LocalTrunk, evaluate_questions, make_design
 from blindtune.wire import Transcript
-from experiments.guarded.run import Arm as GuardedArm
-from experiments.guarded.run import around, wire_of
-from experiments.guarded.scoring import Wire, hits, score_questions
 from experiments.labels.run import Arm
-from experiments.local import LowerLayers, close_pool, local_pool
+from experiments.lower_layers import LowerLayers
+from experiments.texts.run import Arm as TextsArm
+from experiments.texts.run import around, wire_of
+from experiments.texts.scoring import Wire, hits, score_questions
 
 STEPS = 4
 
 
 def train(backbone, examples):
-    """Weights after a few steps of P3EFT with a fixed key."""
+    """Weights after a few steps of padded LoRA with a fixed key."""
     backbone.adapter_config = make_lora_config(backbone.info, rank=4, alpha=8, targets=None, layers="1-1")
-    method = P3EFT(steps=STEPS)
+    method = PaddedLoRA(steps=STEPS)
     head = LinearHead(backbone.hidden_size, 2)
     model = PrivateModel(backbone, head, method, generator=SecureGenerator(bytes(32)), seed=1)
     trainer = Trainer(model, examples, TrainConfig(steps=STEPS, batch_size=16, seed=1))
@@ -47,13 +47,13 @@ def test_local_operators_train_what_real_ones_train(name, start_server, tiny_mod
         remote.close()
     model = load_backbone(str(tiny_models[name]))
     lower = LowerLayers(model, 1)
-    pool = local_pool(model, [tmp_path / "a", tmp_path / "b"])
+    pool = local_operators(model, record=[tmp_path / "a", tmp_path / "b"])
     for operator, url in zip(pool.operators, urls, strict=True):
         operator.transport.url = url  # which pads and shares are bound to
     local = Backbone(pool, num_adapters=0, max_length=32)
     lower.compute(local.rows(examples.texts), local.tokenizer)
     found = train(local, examples)
-    close_pool(pool)
+    pool.close()
     assert len(lower.known) == len(set(local.rows(examples.texts)))
     # Adam makes whole steps of gradients as small as the shares' rounding
     assert torch.nn.functional.cosine_similarity(found, expected, dim=0) > 0.98
@@ -64,7 +64,7 @@ def test_local_operators_train_what_real_ones_train(name, start_server, tiny_mod
 
 def test_known_lower_layers_change_nothing(tiny_models, film_sentences, tmp_path):
     model = load_backbone(str(tiny_models["bert"]))
-    pool = local_pool(model, [tmp_path / "a"])
+    pool = local_operators(model, record=[tmp_path / "a"])
     tokenizer = pool.operators[0].tokenizer()
     rows = tokenizer.rows(film_sentences[:20], max_length=32)
     before = model.forward(tokenizer.pad(rows), "mean")
@@ -74,14 +74,14 @@ def test_known_lower_layers_change_nothing(tiny_models, film_sentences, tmp_path
     model.model.embeddings.register_forward_hook(lambda *_: ran.append("embeddings"))
     model.lora.blocks[0].attention.register_forward_hook(lambda *_: ran.append("block 0"))
     after = model.forward(tokenizer.pad(rows), "mean")
-    close_pool(pool)
+    pool.close()
     assert ran == ["embeddings"]
     assert torch.allclose(before, after, atol=1e-5)
 
 
 def test_an_arm_is_read_from_its_name():
-    arm = Arm.parse('p3eft_published+lr=0.001+epochs=2+mixing_scale=1.0+regularizer="flip"')
-    assert (arm.method, arm.lr, arm.epochs, arm.rank) == ("p3eft_published", 0.001, 2, None)
+    arm = Arm.parse('p3eft+lr=0.001+epochs=2+mixing_scale=1.0+regularizer="flip"')
+    assert (arm.method, arm.lr, arm.epochs, arm.rank) == ("p3eft", 0.001, 2, None)
     assert arm.options == {"mixing_scale": 1.0, "regularizer": "flip"}
     assert Arm.parse("lora") == Arm("lora", "lora", {})
     make_method(arm.method, arm.options)
@@ -97,28 +97,29 @@ def cut_model(tiny_causal, film_sentences):
         words = sentence.split()[:14]
         choices = (f" {words[0]} good", f" {words[-1]}", " the long film", f" {words[0]} bad {words[-1]}")
         asked.append(Question(" ".join(words), choices[: 2 + number % 3], number % 2))
-    return backbone.split, tokenize(asked, tokenizer, max_length=32)
+    return backbone.cut_model, tokenize(asked, tokenizer, max_length=32)
 
 
-class OverTheWire:
+class OverTheWire(LocalTrunk):
     """A trunk that is here, reached through codecs."""
 
-    def __init__(self, split: SplitModel, wire: Wire) -> None:
-        self.trunk, self.wire = split.parts["trunk"], wire
+    def __init__(self, part: Part, wire: Wire) -> None:
+        super().__init__(part)
+        self.wire = wire
 
     def __call__(self, hidden, lengths):
         arrived = unpack(self.wire.up(pack(hidden, lengths)), lengths)
-        return unpack(self.wire.down(pack(self.trunk(arrived, lengths), lengths)), lengths)
+        return unpack(self.wire.down(pack(super().__call__(arrived, lengths), lengths)), lengths)
 
 
 @pytest.mark.parametrize("options", [{"up": "fp32", "down": "fp32"}, {"up": "int8", "down": "int4"}, {"anonymity": 3}])
 def test_all_choices_in_one_pass_score_as_one_by_one(cut_model, options):
-    split, questions = cut_model
-    wire = wire_of(make_design("guarded-gradfree", options), split.parts["bottom"])
-    model = SplitCausalLM(split.parts["bottom"], split.parts["top"], OverTheWire(split, wire))
-    model.encode = wire.encode
+    cut, questions = cut_model
+    bottom, trunk, top = (cut.parts[name] for name in ("bottom", "trunk", "top"))
+    wire = wire_of(make_design("gradfree", options), bottom)
+    model = CutCausalLM(bottom, top, Boundary(OverTheWire(trunk, wire), encode=wire.encode))
     *_, (_, expected) = evaluate_questions(model, questions)
-    scores = score_questions(split.causal, split.cut, questions, wire=wire, tokens=200)
+    scores = score_questions(cut.causal, cut.cut, questions, wire=wire, tokens=200)
     found = hits(questions, scores)
     assert {name: sum(rows) / len(rows) for name, rows in found.items()} == {
         name: expected[name] for name in ("accuracy", "accuracy_norm")
@@ -130,20 +131,20 @@ def test_all_choices_in_one_pass_score_as_one_by_one(cut_model, options):
 
 def test_an_emulator_takes_the_trunks_place_and_the_model_stays(cut_model):
     whole, questions = cut_model
-    split = SplitModel.of(whole.causal, Cut(1, 1))
-    before = score_questions(split.causal, split.cut, questions[:4])
-    emulator = make_emulator(split, 1)
-    whole = around(split.causal, emulator, split.cut)
-    model = SplitCausalLM(split.parts["bottom"], split.parts["top"], emulator)
+    cut = CutModel.of(whole.causal, Cut(1, 1))
+    before = score_questions(cut.causal, cut.cut, questions[:4])
+    emulator = make_emulator(cut, 1)
+    whole = around(cut.causal, emulator, cut.cut)
+    model = CutCausalLM(cut.parts["bottom"], cut.parts["top"], Boundary(LocalTrunk(emulator)))
     *_, (_, expected) = evaluate_questions(model, questions[:4])
-    scores = score_questions(whole, split.cut, questions[:4])
+    scores = score_questions(whole, cut.cut, questions[:4])
     learned = sum(len(question.row) - question.start for question in questions[:4])
     loss = -sum(row[q.answer] for row, q in zip(scores, questions[:4], strict=True)) / learned
     assert loss == pytest.approx(expected["loss"], rel=1e-4)
     assert scores != before
-    assert score_questions(split.causal, split.cut, questions[:4]) == before
+    assert score_questions(cut.causal, cut.cut, questions[:4]) == before
 
 
-def test_a_guarded_arm_is_read_from_its_name():
-    arm = GuardedArm.parse("guarded-gradfree+start=60+start_weight=8.0+up=fp32+bottom=4")
+def test_an_arm_of_private_texts_is_read_from_its_name():
+    arm = TextsArm.parse("gradfree+start=60+start_weight=8.0+up=fp32+bottom=4")
     assert (arm.start, arm.start_weight, arm.options, arm.cut) == (60, 8.0, {"up": "fp32"}, Cut(4, 2))

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blindtune import P3EFT, Backbone, LinearHead, Patience, PrivateModel, SecureGenerator, TrainConfig, Trainer
+from blindtune import Backbone, LinearHead, PaddedLoRA, PrivateModel, SecureGenerator, Timeout, TrainConfig, Trainer
+from blindtune.data import Examples
 from blindtune.errors import OperatorUnreachable
-from blindtune.training import Examples
 from tests.conftest import Server, StartServer
 
 STEPS = 7
@@ -42,7 +42,7 @@ class Run:
     def outcome(self) -> dict[str, Tensor]:
         model = self.trainer.model
         named = {f"model.{name}": tensor.detach().clone() for name, tensor in model.state_dict().items()}
-        method = {f"method.{name}": tensor for name, tensor in model.method.state().items()}
+        method = {f"method.{name}": tensor for name, tensor in model.method.state_dict().items()}
         return {
             **named,
             **method,
@@ -63,7 +63,7 @@ def prepare(urls: list[str], examples: Examples, stack: ExitStack, **options: An
     model = PrivateModel(
         backbone,
         LinearHead(backbone.hidden_size, 2),
-        P3EFT(steps=STEPS),
+        PaddedLoRA(steps=STEPS),
         loss=loss,
         generator=SecureGenerator(bytes(32)),
         seed=0,
@@ -152,13 +152,13 @@ def test_the_client_waits_for_a_killed_operator_and_the_run_ends_the_same(
         assert_close(run.outcome(), undisturbed)
 
 
-def test_a_run_that_lost_patience_goes_on_when_the_operator_is_back(
+def test_a_run_that_timed_out_goes_on_when_the_operator_is_back(
     urls: list[str], mortal: Mortal, examples: Examples, undisturbed: dict[str, Tensor]
 ):
     """The step that failed has changed nothing of the model. It is repeated with fresh pads and shares, which count, so
     the weights are the same but for what noise costs in precision."""
     with ExitStack() as stack:
-        run = prepare(urls, examples, stack, patience=Patience(connect=2, answer=60, total=0.5))
+        run = prepare(urls, examples, stack, timeout=Timeout(connect=2, answer=60, total=0.5))
         steps = run.steps()
         for _ in range(3):
             next(steps)

@@ -1,32 +1,68 @@
 """blindtune: fine-tune a language model that someone else hosts, without showing them what you teach it.
 
     backbone = bt.Backbone(["https://a.example", "https://b.example"], model="minilm", token=...)
-    model = bt.PrivateModel(backbone, head=bt.LinearHead(backbone.hidden_size, 2), method=bt.P3EFT())
+    model = bt.PrivateModel(backbone, head=bt.LinearHead(backbone.hidden_size, 2), method=bt.PaddedLoRA())
     model.prepare(texts, labels)
     for batch in loader:
         loss = model(batch.texts, labels=batch.labels).loss
         loss.backward(); optimizer.step(); optimizer.zero_grad()
 
-Names are imported when they are first used, so that `import blindtune` and the command line start at once.
+Each public name is imported when it is first used, so that `import blindtune` and the command line start fast.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from blindtune.client import Backbone, Patience
+    from blindtune.audit import audit_labels, audit_texts
+    from blindtune.client import Backbone, Timeout
+    from blindtune.data import Examples, load_examples
     from blindtune.errors import BlindtuneError
-    from blindtune.methods import P3EFT, HeadOnly, LinearHead, LoRA, PrivateModel, exposure, load_model, save_model
+    from blindtune.labels import (
+        P3EFT,
+        HeadOnly,
+        LinearHead,
+        LoRA,
+        PaddedLoRA,
+        PrivateBackpropOptions,
+        PrivateModel,
+        TrainConfig,
+        Trainer,
+        evaluate,
+        exposure,
+        predict,
+        randomise_adam_moments,
+    )
+    from blindtune.local import local_operators
     from blindtune.privacy.randomness import SecureGenerator
-    from blindtune.training import Examples, TrainConfig, Trainer, evaluate, load_examples, predict, randomise_moments
+    from blindtune.texts.shadow import ShadowClient
 
 _HOMES = {
-    "client": ("Backbone", "Patience"),
+    "audit": ("audit_labels", "audit_texts"),
+    "client": ("Backbone", "Timeout"),
+    "data": ("Examples", "load_examples"),
     "errors": ("BlindtuneError",),
-    "methods": ("P3EFT", "HeadOnly", "LinearHead", "LoRA", "PrivateModel", "exposure", "load_model", "save_model"),
+    "labels": (
+        "HeadOnly",
+        "LinearHead",
+        "LoRA",
+        "P3EFT",
+        "PaddedLoRA",
+        "PrivateBackpropOptions",
+        "PrivateModel",
+        "TrainConfig",
+        "Trainer",
+        "evaluate",
+        "exposure",
+        "predict",
+        "randomise_adam_moments",
+    ),
+    "local": ("local_operators",),
     "privacy.randomness": ("SecureGenerator",),
-    "training": ("Examples", "TrainConfig", "Trainer", "evaluate", "load_examples", "predict", "randomise_moments"),
+    "texts.shadow": ("ShadowClient",),
 }
+
+"""The public names of each module of this package."""
 
 __all__ = [
     "P3EFT",
@@ -36,23 +72,27 @@ __all__ = [
     "HeadOnly",
     "LinearHead",
     "LoRA",
-    "Patience",
+    "PaddedLoRA",
+    "PrivateBackpropOptions",
     "PrivateModel",
     "SecureGenerator",
+    "ShadowClient",
+    "Timeout",
     "TrainConfig",
     "Trainer",
+    "audit_labels",
+    "audit_texts",
     "evaluate",
     "exposure",
     "load_examples",
-    "load_model",
+    "local_operators",
     "predict",
-    "randomise_moments",
-    "save_model",
+    "randomise_adam_moments",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    for home, names in _HOMES.items():
+    for module, names in _HOMES.items():
         if name in names:
-            return getattr(import_module(f"blindtune.{home}"), name)
+            return getattr(import_module(f"blindtune.{module}"), name)
     raise AttributeError(f"module 'blindtune' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Every error that blindtune raises: what happened, with which value, and what to do about it.
+"""The exceptions that blindtune raises. Each message says what happened and with which value; the remedy, what to do.
 
 BlindtuneError
 ├── RequestError                a server refused a request (an RFC 9457 problem document)
@@ -6,41 +6,42 @@ BlindtuneError
 │   ├── UnknownModel            404  the server doesn't host that model
 │   ├── UnknownAdapter          404  the server's cache no longer holds an uploaded adapter
 │   ├── MalformedMessage        400  the bytes are not a message: header, layout or JSON are wrong
-│   ├── UnsupportedVersion      400  the message speaks another version of the API
+│   ├── UnsupportedVersion      400  the message has another API version
 │   ├── BodyTooLarge            413  more bytes than the server accepts
 │   ├── UnknownTargetModule     422  an adapter names a layer that the model doesn't have
-│   ├── UnknownPooling          422  a pooling that the model doesn't offer
-│   ├── AdapterMismatch         422  adapter weights that don't fit the model or each other
-│   ├── InvalidTensor           422  a tensor with the wrong name, shape or dtype
-│   ├── NonFiniteTensor         422  a tensor with NaN or infinity
-│   ├── CodecMismatch           422  a tensor in another number format than its message says
-│   ├── GraphLost               404  the server has forgotten a forward pass; the client sends it again
-│   ├── UnknownPart             404  a part of a model (bottom, top, emulator) that isn't offered
-│   ├── UnknownPlugin           404  the server no longer holds tuned ends that were plugged in
+│   ├── UnknownPooling          422  the model doesn't offer the requested pooling
+│   ├── AdapterMismatch         422  adapter weights don't fit the model or each other
+│   ├── InvalidTensor           422  a tensor has the wrong name, shape or dtype
+│   ├── NonFiniteTensor         422  a tensor holds NaN or infinity
+│   ├── CodecMismatch           422  a tensor has another number format than its message says
+│   ├── GraphLost               404  the cache no longer holds a forward pass; the client sends it again
+│   ├── UnknownPart             404  the server doesn't offer the requested part of a model (bottom, top, emulator)
+│   ├── UnknownTunedParts       404  the server no longer holds tuned parts that were deployed
 │   ├── EmptyBatch              422  a batch without examples or an example without tokens
-│   ├── SequenceTooLong         422  more tokens than the model or the server takes
+│   ├── SequenceTooLong         422  more tokens than the model or the server accepts
 │   ├── TooBusy                 503  the queue is full; the client waits and tries again
-│   ├── OutOfMemory             507  the server has not enough memory for a request, even without its caches
+│   ├── OutOfMemory             507  the server lacks the memory for a request, even with its caches emptied
 │   └── ServerFault             500  a bug or a lost resource on the server
 ├── OperatorError               the set of operators can't be used
-│   ├── OperatorUnreachable     no answer within the client's patience
+│   ├── OperatorUnreachable     an operator didn't answer within the client's timeout
 │   ├── DuplicateOperator       one operator was listed twice
 │   └── OperatorsDiffer         the operators don't host the same weights
-├── PrivacyError                a request that would break the promised privacy
-│   ├── OperatorsDisagree       two operators answered the same question differently
-│   ├── SingleOperator          two shares, or both halves of a pad, would meet at one operator
+├── PrivacyError                a request would break the promised privacy
+│   ├── OperatorsDisagree       two operators answered the same request differently
+│   ├── SingleOperator          two shares, or both adapters under one pad, would go to one operator
 │   ├── BudgetSpent             the next step would reveal more than the run's budget allows
-│   └── LabelDependentBatches   which texts the batches hold depends on labels
+│   └── LabelDependentBatches   the choice of texts in the batches depends on labels
 ├── ConfigError                 an option has a value that can't work
-├── CacheFull                   the client's store of hidden states has no room for what is asked for
-├── EmulatorError               an emulator that is damaged, tampered with, or made from another model
+│   └── MissingExtra            a package of an optional extra isn't installed
+├── CacheFull                   the client's activation store has no room for the requested hidden states
+├── EmulatorError               an emulator is damaged, tampered with, or made from another model
 ├── DataError                   a data file can't be used as it is
-│   ├── MissingColumn           a column that isn't in the file
-│   ├── BadEncoding             bytes that aren't UTF-8 text, or broken rows
-│   ├── EmptyRows               rows without text or without label
-│   └── BadLabels               labels that are missing, constant or don't fit the task
-├── CheckpointError             a checkpoint that is incomplete or belongs to another model
-└── TranscriptError             a transcript that the audit can't read or score
+│   ├── MissingColumn           the file lacks a column
+│   ├── BadEncoding             the file holds bytes that aren't UTF-8 text, or broken rows
+│   ├── EmptyRows               rows lack a text or a label
+│   └── BadLabels               labels are missing, constant or don't fit the task
+├── CheckpointError             a checkpoint is incomplete or belongs to another model
+└── TranscriptError             the audit can't read or score a transcript
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ PROBLEM_PREFIX = "urn:blindtune:problem:"
 
 
 class BlindtuneError(Exception):
-    """Base of every error here. `str(error)` is the message followed by the remedy."""
+    """Base class of all blindtune exceptions. `str(error)` is the message followed by the remedy."""
 
     def __init__(self, message: str, *, remedy: str = "") -> None:
         super().__init__(f"{message} {remedy}".strip())
@@ -60,14 +61,14 @@ class BlindtuneError(Exception):
 
 
 class RequestError(BlindtuneError):
-    """A server's refusal. `slug` names the problem type and never changes once released."""
+    """A server refused a request. `slug` names the problem type and never changes once released."""
 
     slug: ClassVar[str] = "request"
     status: ClassVar[int] = 400
     title: ClassVar[str] = "The request was refused"
 
     def to_problem(self) -> dict[str, Any]:
-        """The RFC 9457 problem document of this error."""
+        """Returns this error as an RFC 9457 problem document."""
         return {
             "type": PROBLEM_PREFIX + self.slug,
             "title": self.title,
@@ -78,7 +79,10 @@ class RequestError(BlindtuneError):
 
     @staticmethod
     def from_problem(problem: dict[str, Any], status: int) -> RequestError:
-        """The exception for a problem document; `ServerFault` or `RequestError` for unknown types."""
+        """Returns the exception that a problem document describes.
+
+        An unknown type becomes a `ServerFault` for a status of at least 500, and otherwise a `RequestError`.
+        """
         slug = str(problem.get("type", "")).removeprefix(PROBLEM_PREFIX)
         fallback = ServerFault if status >= 500 else RequestError
         cls = PROBLEMS.get(slug, fallback)
@@ -142,8 +146,8 @@ class UnknownPart(RequestError):
     slug, status, title = "unknown-part", 404, "Part of a model that isn't offered"
 
 
-class UnknownPlugin(RequestError):
-    slug, status, title = "unknown-plugin", 404, "Tuned ends not in the cache"
+class UnknownTunedParts(RequestError):
+    slug, status, title = "unknown-plugin", 404, "Tuned parts not in the cache"
 
 
 class EmptyBatch(RequestError):
@@ -167,11 +171,11 @@ class ServerFault(RequestError):
 
 
 class OperatorError(BlindtuneError):
-    """The operators as given can't train together."""
+    """The given operators can't be used together."""
 
 
 class OperatorUnreachable(OperatorError):
-    """No answer within the client's patience."""
+    """An operator didn't answer within the client's timeout."""
 
 
 class DuplicateOperator(OperatorError):
@@ -179,39 +183,43 @@ class DuplicateOperator(OperatorError):
 
 
 class OperatorsDiffer(OperatorError):
-    """Operators host different weights, so their gradients can't be added up."""
+    """The operators host different weights, so their gradients can't be added up."""
 
 
 class PrivacyError(BlindtuneError):
-    """What was asked for would break the privacy that the method promises."""
+    """A request would break the privacy that the method promises."""
 
 
 class OperatorsDisagree(PrivacyError):
-    """Two operators answered the same question differently: one of them is faulty, or cheats."""
+    """Two operators answered the same request differently: one of them is faulty or cheats."""
 
 
 class SingleOperator(PrivacyError):
-    """Shares of one gradient, or adapters under one pad, would meet at one operator, which reveals the labels."""
+    """One operator would receive several shares of one gradient, or both adapters under one pad, and so the labels."""
 
 
 class BudgetSpent(PrivacyError):
-    """The next message would take μ, or what adapters tell, above the budget; nothing of it was sent."""
+    """The next message would exceed the budget for μ, or for what adapters reveal. No part of that message was sent."""
 
 
 class LabelDependentBatches(PrivacyError):
-    """Which texts the batches hold depends on labels, so an operator that sees them learns about labels."""
+    """The choice of texts in the batches depends on labels, so an operator that sees the texts learns about labels."""
 
 
 class ConfigError(BlindtuneError):
     """An option has a value that can't work."""
 
 
+class MissingExtra(ConfigError):
+    """A package that belongs to an optional extra of blindtune isn't installed."""
+
+
 class CacheFull(BlindtuneError):
-    """The client's store of hidden states has no room for what is asked for; nothing was sent for it."""
+    """The client's activation store has no room for the requested hidden states. Nothing was sent for them."""
 
 
 class EmulatorError(BlindtuneError):
-    """An emulator that is damaged, tampered with, or made from another model."""
+    """An emulator is damaged, tampered with, or made from another model."""
 
 
 class DataError(BlindtuneError):
@@ -219,27 +227,27 @@ class DataError(BlindtuneError):
 
 
 class MissingColumn(DataError):
-    """A column that isn't in the file."""
+    """A data file lacks a column."""
 
 
 class BadEncoding(DataError):
-    """A file whose bytes aren't the text that its name promises."""
+    """A file's content isn't in the format that its name says."""
 
 
 class EmptyRows(DataError):
-    """Rows without text or without label."""
+    """Rows of a data file lack a text or a label."""
 
 
 class BadLabels(DataError):
-    """Labels that are missing, constant or don't fit the task."""
+    """Labels are missing, constant or don't fit the task."""
 
 
 class CheckpointError(BlindtuneError):
-    """A checkpoint that is incomplete or belongs to another model."""
+    """A checkpoint is incomplete or belongs to another model."""
 
 
 class TranscriptError(BlindtuneError):
-    """A transcript that the audit can't read or score."""
+    """The audit can't read or score a transcript."""
 
 
 PROBLEMS: dict[str, type[RequestError]] = {cls.slug: cls for cls in RequestError.__subclasses__()}

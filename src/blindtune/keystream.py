@@ -1,6 +1,7 @@
-"""A ChaCha20 keystream and the random numbers that are made of it. `blindtune.lattice` makes noise of it.
+"""A ChaCha20 keystream and random numbers drawn from it. `blindtune.lattice` draws discrete Gaussian noise from it.
 
-Torch's generators are for statistics: their state can be reconstructed from output, so no secret may depend on them.
+Torch's generators are not cryptographic: their state can be reconstructed from their output, so no secret may depend
+on them.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ KEY_BYTES = 32
 
 
 class Keystream:
-    """The numbers that follow from a key of 32 bytes.
+    """A deterministic stream of random numbers, expanded from a key of 32 bytes.
 
     Raises:
-        ValueError: a key of another length.
+        ValueError: the key has another length.
     """
 
     def __init__(self, key: bytes) -> None:
@@ -29,16 +30,16 @@ class Keystream:
         self._stream = Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor()
 
     def bytes(self, count: int) -> bytes:
-        """The next bytes of the keystream."""
+        """Returns the next `count` bytes of the keystream."""
         return self._stream.update(bytes(count))
 
     def uniform(self, *shape: int) -> Tensor:
-        """Uniform on (0, 1], float64, 53 bits each."""
+        """Returns uniform random numbers on (0, 1], float64, with 53 random bits each."""
         bits = np.frombuffer(self.bytes(8 * math.prod(shape)), dtype="<u8") >> 11
         return torch.from_numpy((bits.astype(np.float64) + 1.0) * 2.0**-53).reshape(shape)
 
     def normal(self, *shape: int) -> Tensor:
-        """Standard normal, float64 (Box-Muller)."""
+        """Returns standard normal random numbers, float64 (Box-Muller transform)."""
         count = math.prod(shape)
         half = (count + 1) // 2
         radius = torch.sqrt(-2.0 * torch.log(self.uniform(half)))

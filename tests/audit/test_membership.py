@@ -34,8 +34,8 @@ def test_the_loss_before_tuning_makes_the_attack_sharper():
     assert calibrated.auc > 0.97
     assert calibrated.found > 0.5
     assert found.strongest is calibrated
-    assert found.heart[0] == pytest.approx(0.3, abs=0.05)
-    assert found.heart[1] == 0
+    assert found.memorized[0] == pytest.approx(0.3, abs=0.05)
+    assert found.memorized[1] == 0
     assert found.gap - found.gap_before == pytest.approx(0.3, abs=0.02)
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from blindtune.audit.messages import Message, meetings, moments
+from blindtune.audit.messages import Message, call_steps, share_groups
 
 BASE = ("base",)
 BATCHES = (((1, 2), (3,)), ((4,), (5, 6)), ((7,), (8,)), ((9,), (10,)), ((11,), (12,)), ((13,), (14,)))
@@ -35,7 +35,7 @@ def padded_run(steps: int, batches: int, teams: tuple[str, ...] = ("AB",)) -> li
 def values(calls: list[Message]) -> list[list[float]]:
     """The shares of each gradient, in the order of time."""
     ordered = sorted(calls, key=lambda message: message.time)
-    return [sorted(met.shares[:, 0, 0, 0].tolist()) for met in meetings(ordered)[0]]
+    return [sorted(group.shares[:, 0, 0, 0].tolist()) for group in share_groups(ordered)[0]]
 
 
 def expected(steps: int, m: int = 2) -> list[list[float]]:
@@ -47,10 +47,10 @@ def late(calls: list[Message], operator: str, seconds: float) -> list[Message]:
     return [replace(m, time=m.time + seconds) if m.operator == operator else m for m in calls]
 
 
-def test_a_call_with_older_adapters_happens_at_the_current_moment():
+def test_a_call_with_older_adapters_happens_at_the_current_step():
     calls = [call(0, "A", (), 0), call(1, "A", ("x",), 0), call(2, "A", BASE, 0), call(3, "A", ("y",), 1)]
     calls += [call(4, "A", BASE, 1), call(5, "A", (), 2), call(6, "A", ("x",), 2)]
-    assert moments(calls) == [0, 0, 1, 2, 2, 2, 2]
+    assert call_steps(calls) == [0, 0, 1, 2, 2, 2, 2]
 
 
 def test_one_operator_has_one_gradient_for_each_epoch():
@@ -59,7 +59,7 @@ def test_one_operator_has_one_gradient_for_each_epoch():
 
 
 @pytest.mark.parametrize("batches", [1, 2, 4])
-def test_shares_of_a_step_meet_and_those_of_another_epoch_do_not(batches):
+def test_shares_of_a_step_are_grouped_and_those_of_another_epoch_are_not(batches):
     assert values(padded_run(12, batches)) == expected(12)
 
 
@@ -92,7 +92,7 @@ def test_a_message_that_is_sent_again_adds_nothing():
     assert values([*calls, again]) == expected(6)
 
 
-def test_shares_under_adapters_that_are_trained_meet_however_much_clocks_differ():
+def test_shares_under_adapters_that_are_trained_are_grouped_however_much_clocks_differ():
     calls: list[Message] = []
     for step in range(6):
         for j, name in enumerate("AB"):
@@ -100,7 +100,7 @@ def test_shares_under_adapters_that_are_trained_meet_however_much_clocks_differ(
             calls.append(call(10.0 * step + 2 + j, name, (f"theta {step}",), step, 100.0 * step + j))
     for seconds in (0, 35, 1000):
         assert sorted(values(late(calls, "B", seconds))) == expected(6)
-        assert meetings(calls)[1] == set()
+        assert share_groups(calls)[1] == set()
 
 
 def test_all_shares_that_one_operator_gets_within_a_step_are_of_one_gradient():
@@ -109,7 +109,7 @@ def test_all_shares_that_one_operator_gets_within_a_step_are_of_one_gradient():
     assert sorted(values(calls)) == [[1.0, 2.0], [3.0], [4.0]]
 
 
-def test_adapters_stand_still_if_gradients_come_under_them_at_several_moments():
-    assert meetings(padded_run(3, 3))[1] == {BASE}
+def test_adapters_are_fixed_if_gradients_come_under_them_at_several_steps():
+    assert share_groups(padded_run(3, 3))[1] == {BASE}
     accumulated = [call(0, "A", ("x",), 0, 1.0), call(1, "A", ("x",), 1, 2.0), call(2, "A", ("y",), 2, 3.0)]
-    assert meetings(accumulated)[1] == set()
+    assert share_groups(accumulated)[1] == set()

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from blindtune.audit import FROZEN, Plan, Recomputation, View, attack_view, audited_checkpoints, cells, join_views
+from blindtune.audit import Plan, Recomputation, View, attack_view, audited_checkpoints, cells, join_views
+from blindtune.audit.channel_id import ChannelId, ChannelKind
 from blindtune.audit.channels import (
     collusion_channels,
     computed_channels,
@@ -20,6 +21,7 @@ from blindtune.audit.channels import (
     travelled_channels,
 )
 from blindtune.audit.labels import ATTACKS, Channel
+from blindtune.audit.labels.inversion import INVERTED
 from blindtune.audit.observe import Mean
 from blindtune.audit.recompute import adapter_weights
 from blindtune.audit.statistics import best_auc
@@ -29,6 +31,7 @@ SIZE, STEPS = 4 * BATCH, 48
 PROPER, WEAK = 0.01, 3e-5
 """Standard deviations of pads: one that hides δ for many steps, and one that hides it in a single step."""
 AVERAGES = ("shift 0 of the mean adapter", "shift 0 of the recent mean adapter")
+SHIFT = ChannelId(ChannelKind.SHIFT, adapter=0)
 BASE_SENT = "sent activation 0 at the base"
 
 
@@ -61,20 +64,21 @@ def best(features: np.ndarray, truth: np.ndarray) -> float:
     return max(best_auc(run, truth, symmetric=True)[0] for run in runs)
 
 
-def at_last_look(task: Task, view: View, recompute: Recomputation) -> dict[str, float]:
-    """The best attack on each channel that is recomputed at the last look; the one before is half-way."""
+def at_last_snapshot(task: Task, view: View, recompute: Recomputation) -> dict[str, float]:
+    """The best attack on each channel that is recomputed at the last snapshot; the one before is half-way."""
     now, rows = view.moving[-1], [row.ids for row in task.rows]
     earlier = {"the first step": view.moving[0].adapters, "the last look": view.moving[len(view.moving) // 2].adapters}
     found = computed_channels(view, recompute, now.adapters, earlier, rows)
     found |= mean_channels(view, recompute, now, rows) | collusion_channels(view, recompute, now, rows)
-    return {name: best(features, task.truth.numpy()) for name, features in found.items()}
+    return {str(channel): best(features, task.truth.numpy()) for channel, features in found.items()}
 
 
 def travelled(task: Task, view: View) -> dict[str, float]:
     """The best attack on each channel that was sent, or that shares make."""
     found = travelled_channels(view, task.labels, view.moving[-1].step)
     return {
-        name: best(vectors, np.array([task.labels[row] for row in rows])) for name, (vectors, rows) in found.items()
+        str(channel): best(vectors, np.array([task.labels[row] for row in rows]))
+        for channel, (vectors, rows) in found.items()
     }
 
 
@@ -85,19 +89,19 @@ def timed(view: View, seconds: float) -> View:
 
 
 def test_without_pads_a_shift_tells_the_labels(task, views, recompute):
-    assert at_last_look(task, views(0.0)[0], recompute)["shift 0"] > 0.95
+    assert at_last_snapshot(task, views(0.0)[0], recompute)["shift 0"] > 0.95
 
 
 def test_proper_pads_hide_a_small_update_from_either_operator(task, views, recompute):
     for view in views(PROPER):
-        found = at_last_look(task, view, recompute)
+        found = at_last_snapshot(task, view, recompute)
         assert found.keys() >= {"shift 0", "shift 0 since the last look", *AVERAGES}
         assert max(found.values()) < 0.7
 
 
 def test_pads_that_are_too_small_average_out(task, views, recompute):
     for view in views(WEAK):
-        found = at_last_look(task, view, recompute)
+        found = at_last_snapshot(task, view, recompute)
         assert found["shift 0"] < 0.75
         assert min(found[name] for name in AVERAGES) > 0.9
 
@@ -131,11 +135,11 @@ def test_shuffled_adapters_are_as_large_and_know_nothing(task, views, recompute)
         assert not torch.equal(b, of_control)
     assert torch.equal(adapter_weights(view, layout, [control])[0], shuffled)  # the same for everybody
     found = computed_channels(view, recompute, now.shuffled, {}, rows)
-    assert best(found["shift 0"], task.truth.numpy()) < 0.75  # where the adapter itself tells all, see above
+    assert best(found[SHIFT], task.truth.numpy()) < 0.75  # where the adapter itself tells all, see above
 
 
 def test_operators_that_collude_take_the_pads_off(task, views, recompute):
-    found = at_last_look(task, join_views(views(PROPER)), recompute)
+    found = at_last_snapshot(task, join_views(views(PROPER)), recompute)
     assert found.pop("activation of A minus B") > 0.95
     assert max(found.values()) < 0.7
 
@@ -149,7 +153,7 @@ def test_adapters_with_one_pad_are_found_although_clocks_differ(views, seconds):
         a, b = counterparts(joint, now)["A minus B"]
         assert now in (a, b)
         assert alike[a.adapters] == b.adapters
-    assert [len(met.shares) for met in joint.gradients] == [2] * STEPS
+    assert [len(group.shares) for group in joint.gradients] == [2] * STEPS
 
 
 def test_the_audit_of_colluding_operators_finds_the_labels(task, views, recompute):
@@ -157,33 +161,34 @@ def test_the_audit_of_colluding_operators_finds_the_labels(task, views, recomput
     joint = join_views(views(PROPER))
     ticks: list[int] = []
     attacked = attack_view(joint, plan, recompute, lambda: ticks.append(1))
-    found = {f.channel: f.auc for f in sorted(attacked.findings, key=lambda f: f.auc) if f.knows == "nothing"}
+    found = {str(f.channel): f.auc for f in sorted(attacked.findings, key=lambda f: f.auc) if f.knows == "nothing"}
     assert found["activation of A minus B"] > 0.95
     assert found["gradient recombined"] > 0.95
-    averaged = {f.step for f in attacked.findings if f.channel == "shift 0 of the mean adapter"}
-    assert averaged == {joint.moving[position].step for position in (32, 95)}  # of three looks
+    averaged = {f.step for f in attacked.findings if str(f.channel) == AVERAGES[0]}
+    assert averaged == {joint.moving[position].step for position in (32, 95)}  # of three snapshots
     assert 0.5 < cells(joint, plan) / len(ticks) < 1.5
 
 
 def test_the_audit_of_one_operator_finds_nothing(task, views, recompute):
     attacked = attack_view(views(PROPER)[1], Plan(task.labels, points=3, probe_points=2), recompute)
     assert max(f.auc for f in attacked.findings if f.knows == "nothing") < 0.7
-    assert {f.channel for f in attacked.findings} >= set(AVERAGES)
+    assert {str(f.channel) for f in attacked.findings} >= set(AVERAGES)
 
 
 def test_what_knows_no_label_is_a_control(task, views, recompute):
     """h(x, 0) as it was sent is the frozen model's; and few known labels are tried on the same texts everywhere."""
     most = len(task.labels) - 10
     found = attack_view(views(PROPER)[0], Plan(task.labels, 2, 1, max_texts=most), recompute).findings
-    assert f"{FROZEN}: {BASE_SENT}" in {f.channel for f in found}
-    assert BASE_SENT not in {f.channel for f in found}
+    labels = {str(f.channel) for f in found}
+    assert f"frozen model: {BASE_SENT}" in labels
+    assert BASE_SENT not in labels
     probes = [f for f in found if f.knows == "16 labels"]
-    assert {f.channel.startswith("sent") for f in probes} == {True, False}
+    assert {f.channel.observes(ChannelKind.SENT_ACTIVATION) for f in probes} == {True, False}
     assert {f.texts for f in probes} == {most}
-    assert {f.texts for f in found if f.channel == "gradient 0" and f.knows == "nothing"} == {most + 10}
+    assert {f.texts for f in found if str(f.channel) == "gradient 0" and f.knows == "nothing"} == {most + 10}
 
 
-def test_a_step_is_the_newest_adapters_although_gradients_stand_still(views):
+def test_a_step_is_the_newest_adapters_although_gradients_are_at_fixed_ones(views):
     view = views(PROPER)[0]
     assert len(view.checkpoints) == STEPS + 1
     [base] = [c for c in view.checkpoints if c not in view.moving]
@@ -226,5 +231,5 @@ def test_updates_are_inverted_without_pads_only(task, tmp_path):
     for sigma, low, high in ((0.0, 0.95, 1.0), (PROPER, 0.5, 0.7)):
         view = record(task, tmp_path / str(sigma), deltas, sigma)[0]
         found = inverted_channels(view, task.labels, Recomputation(task.backbone), 4)
-        vectors, rows = found["update inverted"]
+        vectors, rows = found[INVERTED]
         assert low <= best(vectors, np.array([task.labels[row] for row in rows])) <= high

@@ -14,6 +14,7 @@ from peft import LoraConfig
 from torch.nn import functional as F
 
 from blindtune.audit import Recomputation, Row, View, join_views, read_view
+from blindtune.audit.channel_id import ChannelId, ChannelKind
 from blindtune.audit.channels import (
     beyond_text_channels,
     collusion_channels,
@@ -22,22 +23,26 @@ from blindtune.audit.channels import (
     inverted_channels,
     travelled_channels,
 )
-from blindtune.audit.labels import ATTACKS, Channel, invert_updates, recombine, summed
+from blindtune.audit.labels import ATTACKS, Channel, adam, inversion, invert_updates, recombine, summed
 from blindtune.audit.labels.adam import Adam
-from blindtune.audit.recompute import adapter_weights, pad_rows
+from blindtune.audit.recompute import adapter_weights, token_batch
 from blindtune.audit.statistics import best_auc
 from blindtune.client import Backbone
+from blindtune.data import Examples
 from blindtune.errors import TranscriptError
-from blindtune.methods import P3EFT, LinearHead, LoRA, PrivateModel
-from blindtune.methods.gradients import SharedGradients
+from blindtune.labels import LinearHead, LoRA, PaddedLoRA, PrivateModel
+from blindtune.labels.channels.private_backprop import PrivateBackprop, PrivateBackpropOptions
+from blindtune.labels.trainer import TrainConfig, Trainer
 from blindtune.privacy.mixing import mix, mixing_weights
 from blindtune.privacy.randomness import SecureGenerator
-from blindtune.training import Examples, TrainConfig, Trainer
 from blindtune.wire import Transcript
 from tests.audit.padded import split
 
 BATCH = 32
 ADAPTER = LoraConfig(r=4, lora_alpha=8, target_modules=["query", "value"], layers_to_transform=[4, 5])
+DIFFERENCE = ChannelId(ChannelKind.ACTIVATION, modifier="of a minus b")
+RECOMBINED = ChannelId(ChannelKind.GRADIENT, modifier="recombined")
+LOUDEST = ChannelId(ChannelKind.GRADIENT, modifier="loudest")
 Labels = dict[Row, int]
 Record = Callable[..., tuple[list[View], Labels]]
 
@@ -63,9 +68,9 @@ def record(start_server, film_examples, tmp_path_factory) -> Record:
     return run
 
 
-def train_p3eft(backbone: Backbone, examples: Examples) -> None:
+def train_padded(backbone: Backbone, examples: Examples) -> None:
     steps = len(examples) // BATCH
-    method = P3EFT(steps=steps, check_every=0, allow_single_operator=len(backbone.pool) == 1)
+    method = PaddedLoRA(steps=steps, check_every=0, allow_single_operator=len(backbone.pool) == 1)
     model = PrivateModel(backbone, LinearHead(backbone.hidden_size, 2), method)
     trainer = Trainer(model, examples, TrainConfig(steps=steps, batch_size=BATCH))
     trainer.prepare()
@@ -90,12 +95,13 @@ def train_sgd(backbone: Backbone, examples: Examples, optimizer: type = torch.op
 
 
 def train_lora(
-    backbone: Backbone, examples: Examples, *, random_moments: float = 0.0, adapter_noise: float = 0.0
+    backbone: Backbone, examples: Examples, *, random_adam_moments: float = 0.0, adapter_noise: float = 0.0
 ) -> None:
     """The trainer with its own Adam; gradients travel in shares."""
-    model = PrivateModel(backbone, LinearHead(backbone.hidden_size, 2), LoRA(m=2, adapter_noise=adapter_noise))
+    method = LoRA(PrivateBackpropOptions(m=2, adapter_noise=adapter_noise))
+    model = PrivateModel(backbone, LinearHead(backbone.hidden_size, 2), method)
     steps = len(examples) // BATCH
-    config = TrainConfig(steps=steps, batch_size=BATCH, warmup=2, random_moments=random_moments)
+    config = TrainConfig(steps=steps, batch_size=BATCH, warmup=2, random_adam_moments=random_adam_moments)
     trainer = Trainer(model, examples, config)
     trainer.prepare()
     list(trainer.steps())
@@ -103,27 +109,27 @@ def train_lora(
 
 @pytest.fixture(scope="module")
 def met(record) -> tuple[list[View], Labels]:
-    """P3EFT with both shares at one server."""
-    return record(1, 12 * BATCH, train_p3eft)
+    """Padded LoRA with both shares at one server."""
+    return record(1, 12 * BATCH, train_padded)
 
 
 @pytest.fixture(scope="module")
 def apart(record) -> tuple[list[View], Labels]:
-    """P3EFT over two operators, as it should be."""
-    return record(2, 12 * BATCH, train_p3eft)
+    """Padded LoRA over two operators, as it should be."""
+    return record(2, 12 * BATCH, train_padded)
 
 
 @pytest.fixture(scope="module")
 def sgd(record) -> tuple[list[View], Labels]:
     """Plain SGD on one adapter; gradients travel in shares over two operators, so only θ_t tells anything."""
-    return record(2, 4 * BATCH, train_sgd, channel=SharedGradients(2, 10.0, 100.0, SecureGenerator()))
+    return record(2, 4 * BATCH, train_sgd, channel=PrivateBackprop(PrivateBackpropOptions(m=2), SecureGenerator()))
 
 
-def strongest(found: dict[str, tuple[np.ndarray, list[Row]]], labels: Labels, start: str = "") -> float:
-    """The best attack without labels on channels whose names begin so."""
+def strongest(found: dict[ChannelId, tuple[np.ndarray, list[Row]]], labels: Labels, start: str = "") -> float:
+    """The best attack without labels on channels whose labels begin so."""
     best = 0.0
     for name, (features, rows) in found.items():
-        if name.startswith(start):
+        if str(name).startswith(start):
             truth = np.array([labels[row] for row in rows])
             for attack in ATTACKS.values():
                 scores = attack.run(Channel(features), truth) if attack.unsupervised else None
@@ -132,7 +138,7 @@ def strongest(found: dict[str, tuple[np.ndarray, list[Row]]], labels: Labels, st
     return best
 
 
-def gathered(view: View, labels: Labels) -> dict[str, tuple[np.ndarray, list[Row]]]:
+def gathered(view: View, labels: Labels) -> dict[ChannelId, tuple[np.ndarray, list[Row]]]:
     return travelled_channels(view, labels, view.checkpoints[-1].step)
 
 
@@ -155,7 +161,7 @@ def test_operators_that_collude_recombine_their_shares(apart, minilm):
         assert strongest(gathered(view, labels), labels, "gradient") < 0.65
     joint = join_views(views)
     assert joint.operator == "a + b"
-    assert [len(found.shares) for found in joint.gradients] == [2] * 12
+    assert [len(group.shares) for group in joint.gradients] == [2] * 12
     found = gathered(joint, labels)
     found |= beyond_text_channels(joint, Recomputation(minilm), found)
     assert strongest(found, labels, "gradient recombined") > 0.95
@@ -178,14 +184,14 @@ def test_operators_that_collude_take_pads_off(apart, minilm):
     recompute, joint = Recomputation(minilm), join_views(views)
     rows = [row for row in joint.first_seen if row in labels]
     found = collusion_channels(joint, recompute, joint.moving[-1], rows)
-    together = strongest({"difference": (found["activation of a minus b"], rows)}, labels)
+    together = strongest({DIFFERENCE: (found[DIFFERENCE], rows)}, labels)
 
     def average(view: View, *, knowing: bool) -> float:
         """Over the latter half of an operator's adapters, or those with their weights in random order."""
         own = [row for row in view.first_seen if row in labels]
         aucs: list[float] = []
-        looks = view.moving[len(view.moving) // 2 :]
-        adapters = [look.adapters if knowing else look.shuffled for look in looks]
+        snapshots = view.moving[len(view.moving) // 2 :]
+        adapters = [s.adapters if knowing else s.shuffled for s in snapshots]
         recompute.ensure(view, adapters, own)  # the layers below the adapters run once
         for chosen in adapters:
             channels = computed_channels(view, recompute, chosen, {}, own)
@@ -218,7 +224,7 @@ def test_the_sum_over_adapters_is_the_mixed_gradient(record):
 def test_the_quietest_combination_is_the_gradient_itself(m):
     gradient = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0))
     shares = split(gradient, m, 1000.0, SecureGenerator(bytes(32)))
-    recovered = torch.from_numpy(recombine(shares.numpy())["gradient recombined"]).reshape(8, 2, 64).transpose(0, 1)
+    recovered = torch.from_numpy(recombine(shares.numpy())[RECOMBINED]).reshape(8, 2, 64).transpose(0, 1)
     error = (recovered - gradient).norm() / gradient.norm()
     assert min(error, (recovered + gradient).norm() / gradient.norm()) < 0.15
 
@@ -230,7 +236,7 @@ def test_shares_that_met_tell_the_labels_of_all_batches_together(m, ratio):
     random = torch.Generator().manual_seed(m)
     along = F.normalize(torch.randn(2, 64, generator=random), dim=-1)
     generator = SecureGenerator(bytes(32))
-    found: dict[str, list[np.ndarray]] = {}
+    found: dict[ChannelId, list[np.ndarray]] = {}
     truth = torch.randint(0, 2, (40 * BATCH,), generator=random)
     for labels in truth.split(BATCH):
         residual = torch.rand(BATCH, generator=random) * 0.5 * (1 - 2 * labels)
@@ -245,7 +251,7 @@ def test_shares_that_met_tell_the_labels_of_all_batches_together(m, ratio):
 def test_the_loudest_combination_is_the_gradient_where_noise_is_weak():
     gradient = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0))
     shares = split(gradient, 2, 1e-5, SecureGenerator(bytes(32)))
-    recovered = recombine(shares.numpy())["gradient loudest"].reshape(8, 2, 64).transpose(1, 0, 2)
+    recovered = recombine(shares.numpy())[LOUDEST].reshape(8, 2, 64).transpose(1, 0, 2)
     np.testing.assert_allclose(recovered, gradient.numpy(), atol=1e-3)
 
 
@@ -253,7 +259,7 @@ def test_independent_noise_recombines_to_nothing():
     """What two operators hold of two different gradients: no combination means anything."""
     rng = np.random.default_rng(0)
     truth = rng.integers(0, 2, 600)
-    found: dict[str, list[np.ndarray]] = {}
+    found: dict[ChannelId, list[np.ndarray]] = {}
     for _ in range(20):
         noise = rng.normal(0, 1, (2, 2, 30, 16)).astype(np.float32)
         for name, vectors in {**recombine(noise), **summed(noise)}.items():
@@ -269,7 +275,7 @@ def test_products_with_the_jacobian(sgd, minilm):
     recompute, random = Recomputation(minilm), torch.Generator().manual_seed(0)
     update = view.updates()[1]
     jacobian = recompute.jacobian(view, update.at, update.rows)
-    layout, tokens = recompute.layout(view), pad_rows(view, update.rows, minilm)
+    layout, tokens = recompute.layout(view), token_batch(view, update.rows, minilm)
     weights = adapter_weights(view, layout, update.at)
     step = torch.randn(weights.shape, generator=random)
     with torch.no_grad():
@@ -287,7 +293,7 @@ def test_plain_sgd_is_inverted_from_adapters_alone(sgd, minilm):
     views, labels = sgd
     assert np.mean([strongest(gathered(view, labels), labels, "gradient") for view in views]) < 0.7
     found = inverted_channels(views[0], labels, Recomputation(minilm), 4)
-    assert len(found["update inverted"][1]) == 4 * BATCH
+    assert len(found[inversion.INVERTED][1]) == 4 * BATCH
     assert strongest(found, labels) > 0.95
     assert strongest(found, shuffled(labels)) < 0.65
 
@@ -316,26 +322,26 @@ def test_adam_is_inverted_from_adapters_alone(record, minilm):
     views, labels = record(2, 4 * BATCH, train_lora)
     assert np.mean([strongest(gathered(view, labels), labels, "gradient") for view in views]) < 0.7
     found = inverted_channels(views[0], labels, Recomputation(minilm), 4)
-    assert len(found["update inverted, Adam"][1]) == 4 * BATCH
+    assert len(found[adam.INVERTED][1]) == 4 * BATCH
     assert strongest(found, labels, "update inverted, Adam") > 0.95
     assert strongest(found, shuffled(labels)) < 0.65
 
 
-@pytest.mark.parametrize("defence", [{"random_moments": 0.1}, {"adapter_noise": 0.01}], ids=["moments", "noise"])
+@pytest.mark.parametrize("defence", [{"random_adam_moments": 0.1}, {"adapter_noise": 0.01}], ids=["moments", "noise"])
 def test_what_adams_first_steps_change_can_be_hidden(record, minilm, defence):
     """The same training as above, but for where Adam starts, or for what travels."""
     [view, _], labels = record(2, 4 * BATCH, partial(train_lora, **defence))
     found = inverted_channels(view, labels, Recomputation(minilm), 4)
-    assert len(found["update inverted, Adam"][1]) == 4 * BATCH
+    assert len(found[adam.INVERTED][1]) == 4 * BATCH
     assert strongest(found, labels) < 0.75
 
 
 def test_noise_on_adapters_hides_what_a_step_changed(record, minilm):
     """The same training as above, but for the noise."""
-    noisy = SharedGradients(2, 10.0, 100.0, SecureGenerator(), adapter_noise=0.01)
+    noisy = PrivateBackprop(PrivateBackpropOptions(m=2, adapter_noise=0.01), SecureGenerator())
     [view, _], labels = record(2, 4 * BATCH, train_sgd, channel=noisy)
     found = inverted_channels(view, labels, Recomputation(minilm), 4)
-    assert len(found["update inverted"][1]) == 4 * BATCH
+    assert len(found[inversion.INVERTED][1]) == 4 * BATCH
     assert strongest(found, labels) < 0.75
 
 
@@ -350,4 +356,4 @@ def test_inverting_random_steps_finds_nothing(sgd, minilm):
 
     vectors, rows = invert_updates(updates, observed)
     assert len(rows) == 4 * BATCH
-    assert strongest({"update inverted": (vectors, rows)}, labels) < 0.75
+    assert strongest({inversion.INVERTED: (vectors, rows)}, labels) < 0.75

@@ -14,7 +14,10 @@ import pytest
 import torch
 from peft import LoraConfig
 
+import blindtune as bt
 from blindtune.audit import (
+    AuditSettings,
+    ChannelKind,
     Plan,
     Recomputation,
     Verdict,
@@ -24,12 +27,12 @@ from blindtune.audit import (
     unprotected_control,
     write_report,
 )
-from blindtune.cli.audit import label_rows
+from blindtune.audit.labels.run import label_rows
 from blindtune.client import Backbone
-from blindtune.errors import TranscriptError
-from blindtune.methods import LinearHead, LoRA, PrivateModel
+from blindtune.errors import ConfigError, TranscriptError
+from blindtune.labels import LinearHead, LoRA, PrivateModel
+from blindtune.labels.trainer import TrainConfig, Trainer
 from blindtune.models import load_backbone
-from blindtune.training import TrainConfig, Trainer
 from blindtune.wire import Transcript
 
 STEPS, ROWS = 12, 200
@@ -94,24 +97,24 @@ def test_each_text_is_computed_once(view, lora_run, minilm):
 def test_plain_lora_gives_its_labels_away(view, lora_run, minilm):
     """The attack succeeds where there is no defence: on gradients completely, and on shifts."""
     _, examples, _, _, _, _ = lora_run
-    plan = Plan(label_rows(examples, [view], minilm), points=2, probe_points=1)
+    plan = Plan(label_rows(examples.texts, examples.labels, [view], minilm), points=2, probe_points=1)
     attacked = attack_view(view, plan, Recomputation(minilm))
     verdict = Verdict([attacked], attacked.findings)
     assert verdict.valid
-    assert verdict.best_on("gradient").auc > 0.95
-    assert verdict.best_on("shift").auc > verdict.frozen.auc + 0.1
-    looks = {f.step for f in attacked.findings if f.channel == "shift 0"}
-    assert {f.step for f in attacked.findings if f.channel == "frozen model, shuffled adapter: shift 0"} == looks
-    assert verdict.frozen.channel.startswith("frozen model")
+    assert verdict.best_on(ChannelKind.GRADIENT).auc > 0.95
+    assert verdict.best_on(ChannelKind.SHIFT).auc > verdict.frozen.auc + 0.1
+    steps = {f.step for f in attacked.findings if str(f.channel) == "shift 0"}
+    assert {f.step for f in attacked.findings if str(f.channel) == "frozen model, shuffled adapter: shift 0"} == steps
+    assert verdict.frozen.channel.is_control
     assert verdict.headline.low <= verdict.headline.auc <= verdict.headline.high
     assert all(finding.low is not None for finding in verdict.table())
-    assert {f.channel for f in attacked.findings} >= {"activation 0", "shift 0", "gradient 0", "sent activation 0"}
+    assert {str(f.channel) for f in attacked.findings} >= {"activation 0", "shift 0", "gradient 0", "sent activation 0"}
 
 
 def test_shuffled_labels_are_not_found(view, lora_run, minilm):
     """A null transcript: the same vectors, labels that have nothing to do with them."""
     _, examples, _, _, _, _ = lora_run
-    labels = label_rows(examples, [view], minilm)
+    labels = label_rows(examples.texts, examples.labels, [view], minilm)
     shuffled = dict(zip(labels, np.random.default_rng(0).permutation(list(labels.values())).tolist(), strict=True))
     attacked = attack_view(view, Plan(shuffled, points=2, probe_points=1), Recomputation(minilm))
     assert max(f.auc for f in attacked.findings if f.knows == "nothing") < 0.65
@@ -119,7 +122,7 @@ def test_shuffled_labels_are_not_found(view, lora_run, minilm):
 
 def test_the_control_trains_in_the_clear_and_is_attacked(view, lora_run, minilm):
     _, examples, _, _, _, _ = lora_run
-    plan = Plan(label_rows(examples, [view], minilm))
+    plan = Plan(label_rows(examples.texts, examples.labels, [view], minilm))
     findings = unprotected_control(view, plan, Recomputation(minilm))
     assert max(f.auc for f in findings if f.knows == "nothing") > 0.75
 
@@ -132,7 +135,8 @@ def test_points_in_time_are_spread_and_end_with_the_last(view):
 
 def test_the_report_is_one_file_with_pictures_and_numbers(view, lora_run, minilm, tmp_path):
     _, examples, _, _, _, _ = lora_run
-    attacked = attack_view(view, Plan(label_rows(examples, [view], minilm), 2, 1), Recomputation(minilm))
+    known = label_rows(examples.texts, examples.labels, [view], minilm)
+    attacked = attack_view(view, Plan(known, 2, 1), Recomputation(minilm))
     verdict = Verdict([attacked], attacked.findings)
     path = tmp_path / "report.html"
     write_report(path, verdict, title="A run <b>", classes=["bad & worse", "good"])
@@ -142,6 +146,34 @@ def test_the_report_is_one_file_with_pictures_and_numbers(view, lora_run, minilm
     assert "bad &amp; worse" in page
     assert page.count("<svg") >= 5
     assert f"{verdict.headline.auc:.2f}" in page
+
+
+def test_an_audit_is_three_lines_of_python(lora_run, tmp_path):
+    """It loads the model that the transcript names, and trains an unprotected run to compare with."""
+    folder, examples, *_ = lora_run
+    few = AuditSettings(points=1, probe_points=1)
+    verdict = bt.audit_labels([folder], examples.texts, examples.labels, few)
+    print(verdict.sentence())
+    write_report(tmp_path / "report.html", verdict, title="Audit", classes=examples.classes)
+    assert verdict.valid
+    assert verdict.best_on(ChannelKind.GRADIENT).auc > 0.95
+    assert {finding.operator for finding in verdict.findings} == {str(folder)}
+    assert max(finding.auc for finding in verdict.control if finding.knows == "nothing") > 0.75
+    assert "The strongest attack without labels reaches AUC" in verdict.sentence()
+    assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
+
+
+def test_an_audit_of_other_weights_is_refused(lora_run, tiny_backbone):
+    folder, examples, *_ = lora_run
+    with pytest.raises(TranscriptError, match="was recorded on other weights than"):
+        bt.audit_labels([folder], examples.texts, examples.labels, backbone=tiny_backbone("bert"))
+
+
+def test_one_server_cannot_collude(lora_run, minilm):
+    folder, examples, *_ = lora_run
+    settings = AuditSettings(collude=True)
+    with pytest.raises(ConfigError, match="1 transcripts can't be joined"):
+        bt.audit_labels([folder], examples.texts, examples.labels, settings, backbone=minilm)
 
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -158,7 +190,8 @@ MEASURE = """<script>document.title = JSON.stringify({
 @pytest.mark.parametrize("width", [1280, 500])
 def test_the_report_can_be_read_in_a_browser(view, lora_run, minilm, tmp_path, width):
     _, examples, _, _, _, _ = lora_run
-    attacked = attack_view(view, Plan(label_rows(examples, [view], minilm), 2, 1), Recomputation(minilm))
+    known = label_rows(examples.texts, examples.labels, [view], minilm)
+    attacked = attack_view(view, Plan(known, 2, 1), Recomputation(minilm))
     path = tmp_path / "report.html"
     write_report(path, Verdict([attacked], attacked.findings), title="A run", classes=["bad", "good"])
     path.write_text(path.read_text().replace("</body>", MEASURE + "</body>"))

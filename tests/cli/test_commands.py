@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 import blindtune
+from blindtune.files import read_tensors
 from blindtune.privacy.ledger import read_journal
 from tests.conftest import Server
 from tests.processes import run
@@ -56,7 +57,7 @@ def columns(path: Path) -> list[object]:
 def test_train_predict_and_audit_follow_each_other(recorded, notes, tiny_models, tmp_path):
     servers, folders = recorded
     out, results = tmp_path / "out", tmp_path / "train.json"
-    trained = run("train", *to(servers), *columns(notes), *SMALL, "--output", out, "--json", results)
+    trained = run("labels", "train", *to(servers), *columns(notes), *SMALL, "--output", out, "--json", results)
     assert trained.stdout.count("sees texts, one adapter under a pad, and one share of each gradient") == 2
     numbers = json.loads(results.read_text())
     assert numbers["steps"] == 6
@@ -69,7 +70,7 @@ def test_train_predict_and_audit_follow_each_other(recorded, notes, tiny_models,
     assert any("lora_B" in name and p.abs().sum() > 0 for name, p in stock.named_parameters())
 
     predicted, scores = tmp_path / "predicted.csv", tmp_path / "predict.json"
-    run("predict", out, *to(servers), *columns(notes), "--output", predicted, "--json", scores)
+    run("labels", "predict", out, *to(servers), *columns(notes), "--output", predicted, "--json", scores)
     with predicted.open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 120
@@ -77,20 +78,20 @@ def test_train_predict_and_audit_follow_each_other(recorded, notes, tiny_models,
     assert all(abs(float(r["p_healthy"]) + float(r["p_sick"]) - 1) < 1e-4 for r in rows)
     assert json.loads(scores.read_text())["accuracy"] > 0
 
-    refused = run("predict", out, *to(servers[:1]), *columns(notes), check=False)
+    refused = run("labels", "predict", out, *to(servers[:1]), *columns(notes), check=False)
     assert refused.returncode == 1
     said = " ".join((refused.stdout + refused.stderr).split())
     assert "A padded adapter needs 2 operators that don't collude; 1 is given." in said
     assert "Remedy: Add an operator (--server); this holds for predictions too." in said
     sent = read_journal(out / "ledger.jsonl").messages("adapter")
-    run("predict", out, *to(servers[::-1]), *columns(notes))
+    run("labels", "predict", out, *to(servers[::-1]), *columns(notes))
     assert read_journal(out / "ledger.jsonl").messages("adapter") == sent + 1, "the other half, under another pad"
 
     for server in servers:  # so that transcripts are complete
         server.stop()
     report, found = tmp_path / "report.html", tmp_path / "audit.json"
     audit = run(
-        "audit", *folders, "--labels", notes, "--text", "note", "--label", "diagnosis",
+        "labels", "audit", *folders, "--labels", notes, "--text", "note", "--label", "diagnosis",
         "--points", 2, "--collude", "--report", report, "--json", found,
     )  # fmt: skip
     assert "The strongest attack without labels reaches AUC" in audit.stdout
@@ -106,18 +107,19 @@ def test_train_predict_and_audit_follow_each_other(recorded, notes, tiny_models,
 def test_ctrl_c_leaves_a_checkpoint_and_resume_ends_with_the_same_weights(two_servers, notes, tmp_path):
     common = [*to(two_servers), *columns(notes), *SMALL, "--steps", "12", "--method", "lora"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    run("train", *common, "--output", whole)
+    run("labels", "train", *common, "--output", whole)
 
     command = [
         sys.executable,
         "-m",
         "blindtune",
+        "labels",
         "train",
         *map(str, common),
         "--output",
         str(broken),
-        "--save-every",
-        "1",
+        "--training",
+        "save_every=1",
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while not (broken / "resume.safetensors").exists():  # the first step is done
@@ -127,13 +129,13 @@ def test_ctrl_c_leaves_a_checkpoint_and_resume_ends_with_the_same_weights(two_se
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 130, said
     assert "Go on with --resume" in said
-    done = int(load_file(broken / "resume.safetensors")["done"])
+    done = int(read_tensors(broken / "resume.safetensors")[1]["done"])
     assert 1 <= done < 12
 
-    refused = run("train", *common[:-1], "p3eft", "--output", broken, "--resume", check=False)
+    refused = run("labels", "train", *common[:-1], "padded-lora", "--output", broken, "--resume", check=False)
     assert refused.returncode == 1
-    assert "was trained with method = 'lora', not 'p3eft'" in refused.stdout + refused.stderr
-    run("train", *common, "--output", broken, "--resume")
+    assert "was trained with method = 'lora', not 'padded-lora'" in refused.stdout + refused.stderr
+    run("labels", "train", *common, "--output", broken, "--resume")
     for name in ("adapter_model.safetensors", "head.safetensors"):
         left, right = load_file(whole / name), load_file(broken / name)
         assert all(torch.equal(left[key], right[key]) for key in left)
@@ -144,18 +146,35 @@ def test_ctrl_c_leaves_a_checkpoint_and_resume_ends_with_the_same_weights(two_se
     [
         (["--text", "nota"], "has no column 'nota'. Remedy: It has: note, diagnosis"),
         (["--method", "p4eft"], "There is no method 'p4eft'"),
-        (["--method", "p3eft_published", "--set", "n=1"], "P3EFT mixes at least two adapters"),
+        (["--method", "p3eft", "--set", "n=1"], "P3EFT mixes at least two adapters"),
         (
             ["--set", "n=2"],
-            "p3eft has no option ['n']. Remedy: It has: allow_single_operator, batch_size, check_every, ",
+            "padded-lora has no option ['n']. Remedy: It has: allow_single_operator, batch_size, check_every, ",
         ),
         (["--set", "allow_single_operator=no"], "allow_single_operator = 'no' is neither true nor false"),
-        (["--set", "allow_single_operator=true", "--alpha", "0"], "lora_alpha = 0"),
-        (["--method", "dc", "--set", "shift_weight=-1"], "shift_weight = -1 is no weight"),
-        (["--method", "dc", "--set", "epsilon=1"], "dc has no option ['epsilon']. Remedy: It has: activation_weight"),
+        (["--set", "allow_single_operator=true", "--lora", "alpha=0"], "lora_alpha = 0"),
+        (["--method", "distance-correlation", "--set", "shift_weight=-1"], "shift_weight = -1 is no weight"),
+        (
+            ["--method", "distance-correlation", "--set", "epsilon=1"],
+            "distance-correlation has no option ['epsilon']. Remedy: It has: activation_weight",
+        ),
         (["--method", "pslf", "--set", "epsilon=0"], "epsilon = 0 can't randomise labels"),
-        (["--method", "randomized_response", "--set", "epsilon=low"], "epsilon = 'low' can't randomise labels"),
-        (["--target-modules", "qkv"], "No layer is called ['qkv']"),
+        (["--method", "randomized-response", "--set", "epsilon=low"], "epsilon = 'low' can't randomise labels"),
+        (["--lora", "target_modules=qkv"], "No layer is called ['qkv']"),
+        (["--lora", "dropout=0.1"], "There is no option 'dropout'. Remedy: There are: alpha, target_modules"),
+        (
+            ["--training", "epoch=2"],
+            "There is no training option 'epoch'. Remedy: There are: betas, epochs, floor, head_learning_rate, "
+            "random_adam_moments, save_every, seed, warmup, weight_decay.",
+        ),
+        (["--training", "steps=2"], "There is no training option 'steps'."),
+        (["--training", "warmup=long"], "--training warmup=long can't be read. Remedy: Write a number"),
+        (["--training", "seed=1.5"], "--training seed=1.5 can't be read. Remedy: Write a whole number"),
+        (["--training", "save_every=0"], "save_every = 0 is no count"),
+        (["--training", "betas=0.9"], "--training betas=0.9 can't be read. Remedy: Write two numbers"),
+        (["--lora", "alpha=large"], "--lora alpha=large can't be read. Remedy: Write a number"),
+        (["--training", "epochs"], "'epochs' is no setting. Remedy: Write it as name=value"),
+        (["--text", "diagnosis", "--text", "note"], "3 columns of texts. Remedy: Give one --text, or two"),
         (["--layers", "7-9"], "No layer is left with --layers 7-9"),
         (["--pooling", "last"], "offers no pooling 'last'"),
         (["--max-length", "100000"], "max_length is 100000"),
@@ -166,7 +185,7 @@ def test_wrong_options_are_answered_with_the_value_and_the_remedy(tiny_server, n
 
     from blindtune.cli import app
 
-    command = ["train", "--server", tiny_server.url, "--model", "bert", *map(str, columns(notes)), *arguments]
+    command = ["labels", "train", "--server", tiny_server.url, "--model", "bert", *map(str, columns(notes)), *arguments]
     result = CliRunner().invoke(app, [*command, "--output", str(tmp_path / "out")], env={"COLUMNS": "300"})
     assert result.exit_code == 1
     assert words in result.output.replace("\n", " ")
@@ -177,21 +196,21 @@ def test_wrong_options_are_answered_with_the_value_and_the_remedy(tiny_server, n
 @pytest.mark.parametrize(
     ("method", "setting", "sees", "report"),
     [
-        ("dc", "shift_weight=0.1", "it can learn the labels from gradients", {}),
+        ("distance-correlation", "shift_weight=0.1", "it can learn the labels from gradients", {}),
         ("pslf", "epsilon=0.5", "only labels that were randomised with epsilon 0.5", {"label_epsilon": 0.5}),
-        ("randomized_response", "epsilon=2", "only labels that were randomised with epsilon 2", {"label_epsilon": 2.0}),
-        ("p3eft_published", "allow_single_operator=true", "all 2 adapters, and every share, in every step", {}),
-        ("p3eft", "allow_single_operator=true", "it can learn the labels from gradients: their shares meet", {}),
+        ("randomized-response", "epsilon=2", "only labels that were randomised with epsilon 2", {"label_epsilon": 2.0}),
+        ("p3eft", "allow_single_operator=true", "all 2 adapters, and every share, in every step", {}),
+        ("padded-lora", "allow_single_operator=true", "it can learn the labels from gradients: their shares meet", {}),
     ],
 )
-def test_the_baselines_train_and_predict(tiny_server, notes, tmp_path, method, setting, sees, report):
+def test_methods_to_compare_with_train_and_predict(tiny_server, notes, tmp_path, method, setting, sees, report):
     from typer.testing import CliRunner
 
     from blindtune.cli import app
 
     out, results, scores = tmp_path / "out", tmp_path / "train.json", tmp_path / "predict.json"
     arguments = [
-        "train", "--server", tiny_server.url, "--model", "bert", *map(str, columns(notes)), *SMALL,
+        "labels", "train", "--server", tiny_server.url, "--model", "bert", *map(str, columns(notes)), *SMALL,
         "--method", method, "--set", setting, "--output", str(out), "--json", str(results),
     ]  # fmt: skip
     trained = CliRunner().invoke(app, arguments, env={"COLUMNS": "300"})
@@ -204,20 +223,30 @@ def test_the_baselines_train_and_predict(tiny_server, notes, tmp_path, method, s
     assert json.loads((out / "blindtune.json").read_text())["options"][name] == json.loads(value)
     again = CliRunner().invoke(app, [*arguments, "--resume"], env={"COLUMNS": "300"})
     assert "Resumed after step 6" in again.output
-    arguments = ["predict", out, "--server", tiny_server.url, *columns(notes)]
+    arguments = ["labels", "predict", out, "--server", tiny_server.url, *columns(notes)]
     arguments += ["--output", tmp_path / "predicted.csv", "--json", scores]
     predicted = CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "300"})
     assert predicted.exit_code == 0, predicted.output
     assert json.loads(scores.read_text())["accuracy"] > 0
 
 
-@pytest.mark.parametrize("method", ["p3eft", "p3eft_published"])
-def test_one_server_is_not_enough_for_p3eft(tiny_server, notes, tmp_path, method):
+@pytest.mark.parametrize("method", ["padded-lora", "p3eft"])
+def test_one_server_is_not_enough_for_two_shares(tiny_server, notes, tmp_path, method):
     from typer.testing import CliRunner
 
     from blindtune.cli import app
 
-    command = ["train", "--server", tiny_server.url, "--model", "bert", *map(str, columns(notes)), "--method", method]
+    command = [
+        "labels",
+        "train",
+        "--server",
+        tiny_server.url,
+        "--model",
+        "bert",
+        *map(str, columns(notes)),
+        "--method",
+        method,
+    ]
     result = CliRunner().invoke(app, [*command, "--output", str(tmp_path / "out")], env={"COLUMNS": "300"})
     assert result.exit_code == 1
     assert "2 shares of one gradient need 2 operators that don't collude" in result.output
@@ -226,12 +255,12 @@ def test_one_server_is_not_enough_for_p3eft(tiny_server, notes, tmp_path, method
 @pytest.mark.parametrize(
     ("method", "arguments", "rank", "alpha", "lr"),
     [
-        ("p3eft", [], 32, 64, 2e-3),
-        ("p3eft", ["--rank", "4"], 4, 8, 2e-3),
-        ("p3eft", ["--alpha", "16", "--lr", "0.01"], 32, 16, 1e-2),
-        ("p3eft_published", [], 8, 16, 5e-4),
+        ("padded-lora", [], 32, 64, 2e-3),
+        ("padded-lora", ["--rank", "4"], 4, 8, 2e-3),
+        ("padded-lora", ["--lora", "alpha=16", "--lr", "0.01"], 32, 16, 1e-2),
+        ("p3eft", [], 8, 16, 5e-4),
         ("lora", [], 8, 16, 3e-3),
-        ("lora", ["--rank", "2", "--alpha", "3", "--lr", "0.02"], 2, 3, 2e-2),
+        ("lora", ["--rank", "2", "--lora", "alpha=3", "--lr", "0.02"], 2, 3, 2e-2),
     ],
 )
 def test_a_method_has_its_own_defaults_and_options_overrule_them(
@@ -240,7 +269,7 @@ def test_a_method_has_its_own_defaults_and_options_overrule_them(
     from typer.testing import CliRunner
 
     from blindtune.cli import app
-    from blindtune.training import Trainer
+    from blindtune.labels.trainer import Trainer
 
     rates = []
     original = Trainer.__init__
@@ -250,13 +279,23 @@ def test_a_method_has_its_own_defaults_and_options_overrule_them(
         original(self, model, train, config, **options)
 
     monkeypatch.setattr(Trainer, "__init__", spy)
-    command = ["train", *to(four_servers[:2]), *map(str, columns(notes)), *SMALL, "--steps", "2", "--method", method]
+    command = [
+        "labels",
+        "train",
+        *to(four_servers[:2]),
+        *map(str, columns(notes)),
+        *SMALL,
+        "--steps",
+        "2",
+        "--method",
+        method,
+    ]
     command += [*arguments, "--output", str(tmp_path)]
     for again in ([], ["--resume"]):
         result = CliRunner().invoke(app, [*command, *again], env={"COLUMNS": "300"})
         assert result.exit_code == 0, result.output
     assert rates == [lr, lr]
-    folder = tmp_path / "adapter_0" if method == "p3eft_published" else tmp_path
+    folder = tmp_path / "adapter_0" if method == "p3eft" else tmp_path
     adapter = json.loads((folder / "adapter_config.json").read_text())
     assert (adapter["r"], adapter["lora_alpha"]) == (rank, alpha)
     options = json.loads((tmp_path / "blindtune.json").read_text())["options"]
@@ -269,7 +308,7 @@ def test_a_run_is_as_long_as_its_pads_are_made_for_unless_told_otherwise(four_se
 
     from blindtune.cli import app
 
-    command = ["train", *to(four_servers[:2]), *map(str, columns(notes)), *SMALL, "--output", str(tmp_path)]
+    command = ["labels", "train", *to(four_servers[:2]), *map(str, columns(notes)), *SMALL, "--output", str(tmp_path)]
     result = CliRunner().invoke(app, [*command, "--set", "steps=2"], env={"COLUMNS": "300"})
     said = " ".join(result.output.split())
     assert result.exit_code == 0
@@ -288,9 +327,9 @@ def test_predictions_over_other_operators_are_counted_in_the_checkpoint(four_ser
         assert result.exit_code == 0, result.output
         return read_journal(tmp_path / "ledger.jsonl").messages("adapter")
 
-    train = ["train", *to(four_servers[:2]), *columns(notes), *SMALL, "--steps", "2", "--output", tmp_path]
+    train = ["labels", "train", *to(four_servers[:2]), *columns(notes), *SMALL, "--steps", "2", "--output", tmp_path]
     assert call(*train, "--set", "steps=5") == 3  # two steps and a validation
-    predict = ["predict", tmp_path, *columns(notes), "--output", tmp_path / "predicted.csv"]
+    predict = ["labels", "predict", tmp_path, *columns(notes), "--output", tmp_path / "predicted.csv"]
     assert call(*predict, *to(four_servers[:2])) == 4
     first, second, third, fourth = four_servers
     assert call(*predict, *to([second, first])) == 5
@@ -303,11 +342,14 @@ def test_every_operator_is_told_what_it_can_learn_before_the_first_step(four_ser
 
     from blindtune.cli import app
 
-    command = ["train", *to(four_servers[:2]), *map(str, columns(notes)), *SMALL, "--method", "lora"]
+    command = ["labels", "train", *to(four_servers[:2]), *map(str, columns(notes)), *SMALL, "--method", "lora"]
     for number, (arguments, words) in enumerate(
         [
             ([], "so in consecutive ones: activations and shifts carry the labels; consecutive adapters can tell"),
-            (["--random-moments", "0.1"], "although shares hide it; not the first steps': random moments"),
+            (
+                ["--training", "random_adam_moments=0.1"],
+                "although shares hide it; not the first steps': random Adam moments",
+            ),
             (["--set", "adapter_noise=0.01"], "noise of 0.01 on adapters hides what a step changed"),
         ]
     ):
@@ -323,14 +365,40 @@ def test_every_operator_is_told_what_it_can_learn_before_the_first_step(four_ser
         assert "gradient channel epsilon (δ = 1e-05)" in result.output
 
 
-def test_the_manual_of_train_names_every_method():
+def test_the_list_of_methods_names_every_method_and_its_options():
     from typer.testing import CliRunner
 
     from blindtune.cli import app
-    from blindtune.methods import METHODS
+    from blindtune.labels import METHODS
+    from blindtune.labels.methods.base import option_names
 
-    manual = " ".join(CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "400"}).output.split())
-    for name in METHODS:
+    listed = CliRunner().invoke(app, ["labels", "methods"], env={"COLUMNS": "400"})
+    assert listed.exit_code == 0, listed.output
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in listed.output.splitlines() if "│" in line]
+    rows: dict[str, str] = {}
+    last = ""
+    for name, _, options in cells:  # a row of several lines has its name in the first
+        last = name or last
+        rows[last] = f"{rows.get(last, '')} {options}".strip()
+    assert set(rows) == set(METHODS)
+    for name, kind in METHODS.items():
+        assert rows[name] == (", ".join(option_names(kind)) or "–")
+    assert "m, clip_norm, noise_ratio" in rows["lora"], "a composed option stands for its fields"
+    manual = " ".join(CliRunner().invoke(app, ["labels", "train", "--help"], env={"COLUMNS": "400"}).output.split())
+    assert "`blindtune labels methods`" in manual
+
+
+def test_the_manual_of_train_names_every_training_option():
+    from dataclasses import fields
+
+    from typer.testing import CliRunner
+
+    from blindtune.cli import app
+    from blindtune.labels import TrainConfig
+
+    manual = " ".join(CliRunner().invoke(app, ["labels", "train", "--help"], env={"COLUMNS": "400"}).output.split())
+    options_of_their_own = {"steps", "batch_size", "learning_rate"}
+    for name in {f.name for f in fields(TrainConfig)} - options_of_their_own | {"epochs", "save_every"}:
         assert re.search(rf"\b{name}\b", manual), name
 
 
@@ -354,8 +422,9 @@ def test_every_command_has_a_manual():
 
     from blindtune.cli import app
 
-    for name in ("train", "predict", "audit", "demo", "serve", "token"):
-        result = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"})
+    commands = ("demo", "serve", "token", "labels train", "labels predict", "labels audit", "emulator build")
+    for name in (*commands, "texts train", "texts deploy", "texts membership", "texts audit"):
+        result = CliRunner().invoke(app, [*name.split(), "--help"], env={"COLUMNS": "200"})
         assert result.exit_code == 0
         assert len(result.output.splitlines()) > 8
     assert "--json" in CliRunner().invoke(app, ["demo", "--help"], env={"COLUMNS": "200"}).output
@@ -369,7 +438,7 @@ def test_help_does_not_load_torch():
 
 def test_public_names_are_sorted_documented_and_importable():
     names = blindtune.__all__
-    assert len(names) <= 20
+    assert len(names) <= 30
     for name in names:
         assert getattr(blindtune, name).__doc__, name
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
@@ -385,8 +454,8 @@ def test_runs_on_the_same_labels_add_up_in_the_plan(four_servers, notes, tmp_pat
     plans = []
     for number, seed in enumerate((0, 1, 2)):
         output = tmp_path / str(number)
-        command = ["train", *to(four_servers[:2]), *map(str, columns(notes)), *SMALL, "--output", str(output)]
-        result = CliRunner().invoke(app, [*command, "--seed", str(seed)], env={"COLUMNS": "300"})
+        command = ["labels", "train", *to(four_servers[:2]), *map(str, columns(notes)), *SMALL, "--output", str(output)]
+        result = CliRunner().invoke(app, [*command, "--training", f"seed={seed}"], env={"COLUMNS": "300"})
         assert result.exit_code == 0, result.output
         plans.append(result.output.partition("frozen features")[0])
     assert "earlier run" not in plans[0]

@@ -12,12 +12,12 @@ import pytest
 from typer.testing import CliRunner
 
 from blindtune.cli import app
-from blindtune.cli.public_text import PublicText, passages, read_lines
 from blindtune.client import Operator, Transport, fetch_emulator
+from blindtune.data.public_text import PublicText, passages, read_lines
 from blindtune.errors import BadEncoding, DataError
 from blindtune.models import Tokenizer
-from blindtune.models.emulator import load_emulator
-from blindtune.models.manifest import public_key, signing_key
+from blindtune.models.cut.emulator import load_emulator
+from blindtune.models.cut.manifest import public_key, signing_key
 from tests.processes import run
 from tests.tiny import PAD, build_tokenizer
 from tests.tiny_causal import save_tiny_causal
@@ -42,7 +42,7 @@ def public(tmp_path_factory, film_sentences) -> list[Path]:
 def built(model, public, tmp_path_factory) -> tuple[Path, Path, str]:
     """The folder, the key's file, and what was printed."""
     folder = tmp_path_factory.mktemp("built")
-    options = {"model": model, "split": 2, "keep": 2, "key": folder / "provider.pem", "output": folder / "emulator"}
+    options = {"model": model, "cut": 2, "keep": 2, "key": folder / "provider.pem", "output": folder / "emulator"}
     options |= {"steps": 40, "batch-size": 4, "lr": 0.003, "max-length": 24, "threads": 1, "json": folder / "out.json"}
     switches = ["--int8", *(f"--public={path}" for path in public)]
     done = run("emulator", "build", *switches, *(f"--{name}={value}" for name, value in options.items()))
@@ -89,7 +89,7 @@ def test_the_key_that_was_made_is_for_its_owner_only(built):
 
 def test_a_server_offers_what_was_built(built, model, start_server):
     folder, key, _ = built
-    with start_server(model, split=2, emulator=folder) as server:
+    with start_server(model, cut=2, emulator=folder) as server:
         part, manifest = fetch_emulator(Operator(Transport(server.url), None), public_key(signing_key(key)))
     assert list(part.blocks) == manifest.blocks == [2, 5]
 
@@ -98,15 +98,15 @@ def test_a_server_offers_what_was_built(built, model, start_server):
     ("change", "words"),
     [
         ({"keep": 5}, "An emulator of 5 layers, of a trunk of 4"),
-        ({"split": "4"}, "every part needs a block"),
-        ({"split": "x"}, "--split x is no cut"),
+        ({"cut": "4"}, "every part needs a block"),
+        ({"cut": "x"}, "--cut x can't be read"),
         ({"public": "nowhere.txt"}, "There is no file nowhere.txt"),
         ({"max-length": 90}, "the model takes 64.*--max-length"),
         ({"lr": 1e30}, "Lower --lr"),
     ],
 )
 def test_what_cannot_work_is_said(model, public, tmp_path, change, words):
-    options = {"model": model, "split": 2, "keep": 2, "public": public[0], "key": tmp_path / "key.pem"}
+    options = {"model": model, "cut": 2, "keep": 2, "public": public[0], "key": tmp_path / "key.pem"}
     options |= {"output": tmp_path / "out", "steps": 9, "max-length": 24, **change}
     result = CliRunner().invoke(app, ["emulator", "build", *(f"--{name}={value}" for name, value in options.items())])
     assert result.exit_code == 1

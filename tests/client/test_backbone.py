@@ -538,8 +538,9 @@ class TestOptions:
     def test_a_token_for_each_server_or_one_for_all(self, two_servers: list[Server], connect: Connect):
         with pytest.raises(ConfigError, match="3 tokens for 2 servers"):
             connect(two_servers, token=["a", "b", "c"])
-        assert [o.transport.token for o in connect(two_servers, token=["a", "b"]).pool.operators] == ["a", "b"]
-        assert [o.transport.token for o in connect(two_servers, token="a").pool.operators] == ["a", "a"]
+        for given, expected in ((["a", "b"], ["Bearer a", "Bearer b"]), ("a", ["Bearer a", "Bearer a"])):
+            operators = connect(two_servers, token=given).pool.operators
+            assert [o.transport._http.headers["authorization"] for o in operators] == expected
 
     def test_a_pooling_that_is_not_offered_is_refused_by_name(self, tiny_server: Server, connect: Connect):
         with pytest.raises(UnknownPooling, match="'last'") as caught:

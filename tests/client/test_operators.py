@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from blindtune.client import Backbone, Operator, OperatorPool, Patience, Transport, Upload
+from blindtune.client import Backbone, Operator, OperatorPool, Timeout, Transport, Upload
 from blindtune.errors import ConfigError, DuplicateOperator, OperatorsDiffer, OperatorUnreachable, UnknownModel
 from blindtune.models import FrozenBackbone
 from tests.conftest import Server, StartServer, StrictServer
@@ -21,7 +21,7 @@ Connect = Callable[..., Backbone]
 
 
 def pool(*urls: str, model: str | None = None) -> OperatorPool:
-    return OperatorPool.connect([Transport(url, patience=Patience(2, 30, 5)) for url in urls], model)
+    return OperatorPool.connect([Transport(url, timeout=Timeout(2, 30, 5)) for url in urls], model)
 
 
 class TestDuplicates:
@@ -68,7 +68,7 @@ class TestPool:
         away = "http://127.0.0.1:9"
         with pytest.raises(OperatorUnreachable, match=away):
             OperatorPool.connect(
-                [Transport(url, patience=Patience(1, 5, 0.5)) for url in (two_servers[0].url, away)], None
+                [Transport(url, timeout=Timeout(1, 5, 0.5)) for url in (two_servers[0].url, away)], None
             )
 
     def test_calls_run_at_the_same_time_and_keep_their_order(self, two_servers: list[Server]):

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from blindtune.client import Backbone, Operator, Patience, Transport
+from blindtune.client import Backbone, Operator, Timeout, Transport
 from blindtune.errors import (
     BodyTooLarge,
     ConfigError,
@@ -29,7 +29,7 @@ from blindtune.errors import (
 from tests.client.faults import BUSY, CUT_ANSWER, DROP, LOSE_ANSWER, PASS, faulty_proxy
 from tests.conftest import Server, StrictServer
 
-BRIEF = Patience(connect=2, answer=30, total=1.5)
+BRIEF = Timeout(connect=2, answer=30, total=1.5)
 
 
 class TestAddress:
@@ -97,13 +97,13 @@ class TestFaults:
             assert (len(proxy.requests), len(proxy._open)) == (5, 1)
 
 
-class TestPatience:
+class TestTimeout:
     def test_ends_with_the_address_and_what_to_do(self):
         with socket.create_server(("127.0.0.1", 0)) as taken:
             url = f"http://127.0.0.1:{taken.getsockname()[1]}"
         waits: list[int] = []
         with pytest.raises(OperatorUnreachable, match=url) as caught:
-            Transport(url, patience=BRIEF, on_wait=lambda _, attempt: waits.append(attempt)).get("/healthz")
+            Transport(url, timeout=BRIEF, on_wait=lambda _, attempt: waits.append(attempt)).get("/healthz")
         assert "2 s" in caught.value.message
         assert "server runs" in caught.value.remedy
         assert waits[0] == 2
@@ -112,11 +112,11 @@ class TestPatience:
         with socket.create_server(("127.0.0.1", 0)) as mute:
             url = f"http://127.0.0.1:{mute.getsockname()[1]}"
             with pytest.raises(OperatorUnreachable, match=url):
-                Transport(url, patience=Patience(connect=1, answer=0.3, total=1)).get("/healthz")
+                Transport(url, timeout=Timeout(connect=1, answer=0.3, total=1)).get("/healthz")
 
     def test_ends_for_a_server_that_stays_busy_and_says_so(self, tiny_server: Server):
         with faulty_proxy(tiny_server.port, *[BUSY] * 50) as proxy:
-            transport = Transport(proxy.url, patience=BRIEF)
+            transport = Transport(proxy.url, timeout=BRIEF)
             with pytest.raises(OperatorUnreachable, match="503"):
                 transport.get("/healthz")
             transport.close()
@@ -125,7 +125,7 @@ class TestPatience:
     def test_lasts_until_the_server_is_there(self, tiny_server: Server):
         """A server that is being restarted is waited for."""
         with faulty_proxy(tiny_server.port, *[DROP] * 4) as proxy:
-            transport = Transport(proxy.url, patience=Patience(connect=2, answer=10, total=60))
+            transport = Transport(proxy.url, timeout=Timeout(connect=2, answer=10, total=60))
             assert transport.get("/healthz") == {"status": "ok"}
             transport.close()
 
@@ -137,9 +137,8 @@ class TestRefusals:
             transport.get("/v1/models/gpt5")
         with pytest.raises(MalformedMessage, match="5 bytes"):
             transport.post("/v1/models/bert/forward", b"12345")
-        transport.token = None
         with pytest.raises(Unauthenticated):
-            Transport(strict_server.url, "wrong", strict_server.trust).get("/v1/models")
+            Transport(strict_server.url, token="wrong", verify=strict_server.trust).get("/v1/models")
 
     @pytest.mark.parametrize("size", [2**20 + 1, 3 * 2**20, 40 * 2**20])
     def test_a_body_over_the_limit_is_refused_with_the_limit_and_not_taken_for_a_broken_connection(
@@ -151,14 +150,14 @@ class TestRefusals:
         assert transport.get("/healthz") == {"status": "ok"}
 
     def test_a_wrong_token_is_told_even_if_the_body_is_large(self, strict_server: StrictServer):
-        transport = Transport(strict_server.url, "wrong", strict_server.trust, BRIEF)
+        transport = Transport(strict_server.url, token="wrong", verify=strict_server.trust, timeout=BRIEF)
         with pytest.raises(Unauthenticated):
             transport.post("/v1/models/bert/forward", bytes(40 * 2**20))
 
     def test_a_page_that_is_no_problem_document_is_quoted(self):
         page = b"HTTP/1.1 418 I'm a teapot\r\ncontent-length: 11\r\n\r\nshort&stout"
         with fake_server(page) as url, pytest.raises(RequestError, match="418: short&stout"):
-            Transport(url, patience=BRIEF).get("/v1/models")
+            Transport(url, timeout=BRIEF).get("/v1/models")
 
 
 class fake_server:  # noqa: N801 - used like a function
@@ -193,7 +192,7 @@ class fake_server:  # noqa: N801 - used like a function
 def test_another_kind_of_server_is_recognised_as_such(page: bytes):
     head = b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(page)
     with fake_server(head + page) as url, pytest.raises(OperatorError, match="no blindtune server") as caught:
-        Operator(Transport(url, patience=BRIEF), None)
+        Operator(Transport(url, timeout=BRIEF), None)
     assert url in caught.value.message
 
 
@@ -205,7 +204,7 @@ class TestTls:
 
     def test_works_under_the_other_name_in_the_certificate(self, strict_server: StrictServer):
         url = strict_server.url.replace("127.0.0.1", "localhost")
-        transport = Transport(url, strict_server.tokens["ann"], strict_server.trust)
+        transport = Transport(url, token=strict_server.tokens["ann"], verify=strict_server.trust)
         assert "bert" in transport.get("/v1/models")["models"]
 
     @pytest.mark.parametrize("verify", [True, ssl.create_default_context()])
@@ -213,9 +212,13 @@ class TestTls:
         self, verify: Any, strict_server: StrictServer
     ):
         waits: list[int] = []
-        patience = Patience(connect=5, answer=30, total=600)
+        timeout = Timeout(connect=5, answer=30, total=600)
         transport = Transport(
-            strict_server.url, strict_server.tokens["ann"], verify, patience, lambda _, attempt: waits.append(attempt)
+            strict_server.url,
+            token=strict_server.tokens["ann"],
+            verify=verify,
+            timeout=timeout,
+            on_wait=lambda _, attempt: waits.append(attempt),
         )
         with pytest.raises(OperatorUnreachable, match="certificate") as caught:
             transport.get("/v1/models")
@@ -225,7 +228,7 @@ class TestTls:
 
     def test_plain_http_to_a_tls_port_ends_with_an_error(self, strict_server: StrictServer):
         with pytest.raises(OperatorUnreachable):
-            Transport(strict_server.url.replace("https", "http"), patience=BRIEF).get("/v1/models")
+            Transport(strict_server.url.replace("https", "http"), timeout=BRIEF).get("/v1/models")
 
 
 class TestTraffic:

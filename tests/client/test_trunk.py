@@ -1,4 +1,4 @@
-"""A split model over a real server: the same numbers as in one process, no padding, no text, and clear refusals."""
+"""A cut model over a real server: the same numbers as in one process, no padding, no text, and clear refusals."""
 
 from __future__ import annotations
 
@@ -21,28 +21,26 @@ from blindtune.errors import (
     SequenceTooLong,
     UnknownPart,
 )
-from blindtune.models import Cut, Part, SplitModel, load_backbone
-from blindtune.models.split import pack, padding_mask, tie, unpack
+from blindtune.models import Cut, CutModel, Part, load_backbone
+from blindtune.models.cut.parts import pack, padding_mask, tie, unpack
 from blindtune.wire import Codec, Transcript, TrunkRequest, decode, dequantize, encode, quantize
 from blindtune.wire.schema import TrunkResponse
-from tests.conftest import Server, SplitServer, StartServer
+from tests.conftest import CutServer, Server, StartServer
 
 LENGTHS = torch.tensor([9, 4, 1])
 IDS = torch.randint(4, 400, (3, 9), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
-def operator(split_server: SplitServer) -> Generator[Operator]:
-    transport = Transport(split_server.url)
+def operator(cut_server: CutServer) -> Generator[Operator]:
+    transport = Transport(cut_server.url)
     yield Operator(transport, None)
     transport.close()
 
 
 @pytest.fixture(scope="module")
-def whole(split_server: SplitServer) -> SplitModel:
-    split = load_backbone(str(split_server.model), cut=Cut(2, 2)).split
-    assert split is not None
-    return split
+def whole(cut_server: CutServer) -> CutModel:
+    return load_backbone(str(cut_server.model), cut=Cut(2, 2)).require_cut()
 
 
 def ends(operator: Operator) -> tuple[Part, Part]:
@@ -51,7 +49,7 @@ def ends(operator: Operator) -> tuple[Part, Part]:
     return bottom, top
 
 
-def test_logits_are_those_of_the_whole_model(operator: Operator, whole: SplitModel) -> None:
+def test_logits_are_those_of_the_whole_model(operator: Operator, whole: CutModel) -> None:
     bottom, top = ends(operator)
     trunk = RemoteTrunk(operator, up="fp32", down="fp32")
     with torch.no_grad():
@@ -69,7 +67,7 @@ def gradient(top: Part, trunk: object, smashed: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("codec", "error"), [("fp32", 0.0), ("fp16", 2e-3), ("int8", 0.05), ("int4", 0.3)])
 def test_gradients_come_back_through_the_network(
-    operator: Operator, whole: SplitModel, codec: Codec, error: float
+    operator: Operator, whole: CutModel, codec: Codec, error: float
 ) -> None:
     bottom, top = ends(operator)
     smashed = bottom(IDS, LENGTHS)
@@ -78,7 +76,7 @@ def test_gradients_come_back_through_the_network(
     assert float((ours - reference).norm() / reference.norm()) <= error
 
 
-def test_four_bits_of_each_value_travel(operator: Operator, whole: SplitModel) -> None:
+def test_four_bits_of_each_value_travel(operator: Operator, whole: CutModel) -> None:
     """Both ways: what comes is the trunk of rounded hidden states, rounded."""
 
     def rounded(packed: Tensor) -> Tensor:
@@ -91,6 +89,12 @@ def test_four_bits_of_each_value_travel(operator: Operator, whole: SplitModel) -
         found = trunk(smashed, LENGTHS)
         exact = whole.parts["trunk"](unpack(rounded(pack(smashed, LENGTHS)), LENGTHS), LENGTHS)
     assert torch.equal(pack(found, LENGTHS), rounded(pack(exact, LENGTHS)))
+
+
+def test_a_cut_is_described_under_the_name_that_it_has_on_the_wire(operator: Operator) -> None:
+    described = httpx2.get(f"{operator.transport.url}{operator.path}").json()
+    assert (described["split"]["bottom"], described["split"]["top"]) == (2, 2)
+    assert "cut" not in described
 
 
 def test_no_padding_and_no_tokens_travel(operator: Operator) -> None:
@@ -108,15 +112,14 @@ def test_no_padding_and_no_tokens_travel(operator: Operator) -> None:
 
 def test_a_forgotten_forward_pass_is_sent_again(start_server: StartServer, tiny_causal: dict[str, Path]) -> None:
     """A server without memory for graphs gives the identical gradient, for one more message."""
-    with start_server(tiny_causal["llama"], split=2, graph_mb=0) as server:
+    with start_server(tiny_causal["llama"], cut=2, graph_mb=0) as server:
         transport = Transport(server.url)
         operator = Operator(transport, None)
         bottom, top = ends(operator)
         trunk = RemoteTrunk(operator, up="fp32", down="fp32")
         forgotten = gradient(top, trunk, bottom(IDS, LENGTHS))
         requests = transport.traffic.requests
-        local = load_backbone(str(tiny_causal["llama"]), cut=Cut(2, 2)).split
-        assert local is not None
+        local = load_backbone(str(tiny_causal["llama"]), cut=Cut(2, 2)).require_cut()
         assert torch.equal(forgotten, gradient(local.parts["top"], local.parts["trunk"], bottom(IDS, LENGTHS)))
         assert requests == 2 + 2 + 3  # hello, parts, and forward, refused backward, backward
         transport.close()
@@ -132,7 +135,7 @@ def test_equal_requests_get_equal_answers(operator: Operator) -> None:
 
 
 def test_what_the_server_records(start_server: StartServer, tiny_causal: dict[str, Path], tmp_path: Path) -> None:
-    with start_server(tiny_causal["llama"], split=2, record=tmp_path / "record") as server:
+    with start_server(tiny_causal["llama"], cut=2, record=tmp_path / "record") as server:
         transport = Transport(server.url)
         operator = Operator(transport, None)
         bottom, top = ends(operator)
@@ -181,7 +184,7 @@ def test_refusals(operator: Operator, tensors: dict[str, Tensor], error: type[Re
         post(operator, "forward", FP32, tensors)
 
 
-def test_a_sequence_of_one_token(operator: Operator, whole: SplitModel) -> None:
+def test_a_sequence_of_one_token(operator: Operator, whole: CutModel) -> None:
     values = torch.randn(1, 32)
     _, answer = decode(post(operator, "forward", FP32, sent(values, [1])), TrunkResponse)
     with torch.no_grad():
@@ -199,10 +202,10 @@ def test_the_trunk_itself_is_not_offered(operator: Operator) -> None:
         fetch_part(operator, "trunk")
 
 
-def test_a_server_that_is_not_split(tiny_server: Server) -> None:
+def test_a_server_that_is_not_cut(tiny_server: Server) -> None:
     transport = Transport(tiny_server.url)
     operator = Operator(transport, "llama")
-    with pytest.raises(UnknownPart, match="--split"):
+    with pytest.raises(UnknownPart, match="--cut"):
         RemoteTrunk(operator)
     with pytest.raises(UnknownPart, match="none"):
         fetch_part(operator, "bottom")

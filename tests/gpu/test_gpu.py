@@ -1,7 +1,7 @@
 """Provider, client and attacker on a GPU do what they do on a CPU. Skipped where there is none, as in CI.
 
-pytest tests/gpu                                                  # on a machine with one
-BLINDTUNE_TEST_DEVICE=cuda pytest tests/cli tests/methods/guarded # servers of other tests on it too
+pytest tests/gpu                                                   # on a machine with one
+BLINDTUNE_TEST_DEVICE=cuda pytest tests/cli tests/texts           # servers of other tests on it too
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from blindtune.client import Upload
 from blindtune.errors import OutOfMemory
 from blindtune.models import FrozenBackbone, Tokens
-from blindtune.models.emulator import load_emulator
+from blindtune.models.cut.emulator import load_emulator
 from blindtune.server.memory import with_room
 from blindtune.wire import (
     BackwardRequest,
@@ -33,7 +33,7 @@ from blindtune.wire import (
     decode,
     encode,
 )
-from tests.audit.test_inputs_attacks import save
+from tests.audit.texts.test_attacks import save
 from tests.cli.commands import run
 from tests.conftest import Server, StartServer
 from tests.models.test_lora import batch, random_adapters
@@ -123,7 +123,7 @@ def notes(film_examples: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestLabels:
-    @pytest.mark.parametrize("method", ["p3eft", "lora"])
+    @pytest.mark.parametrize("method", ["padded-lora", "lora"])
     def test_operators_on_different_devices_train_together(
         self, method: str, start_server: StartServer, tiny_models: dict[str, Path], notes: Path, tmp_path: Path
     ):
@@ -134,14 +134,14 @@ class TestLabels:
             shares = ["--set", "m=2"] if method == "lora" else []
             with ExitStack() as stack:
                 a, b = (stack.enter_context(start_server(tiny_models["bert"], device=device)) for device in pair)
-                run("train", "--server", a.url, "--server", b.url, "--data", notes, "--method", method, *shares,
-                    "--output", out, "--steps", 6, "--batch-size", 16, "--validation-fraction", 0)  # fmt: skip
+                run("labels", "train", "--server", a.url, "--server", b.url, "--data", notes, "--method", method,
+                    *shares, "--output", out, "--steps", 6, "--batch-size", 16, "--validation", 0)  # fmt: skip
             found = sorted(out.rglob(ADAPTER))
             assert found
             adapters.append(load_file(found[0]))
         changes = [torch.cat([t.flatten() for name, t in a.items() if "lora_B" in name]) for a in adapters]
         assert changes[0].norm() > 0
-        if method == "lora":  # of p3eft's pads each run draws its own
+        if method == "lora":  # of padded LoRA's pads each run draws its own
             assert apart(changes[1], changes[0]) < 0.3  # two pairs of CPUs: .09, since Adam makes much of little
 
     def test_an_audit_on_the_gpu_finds_what_one_on_the_cpu_finds(
@@ -149,13 +149,13 @@ class TestLabels:
     ):
         seen = tmp_path / "seen"
         with start_server(tiny_models["bert"], device="cuda", record=seen) as server:
-            run("train", "--server", server.url, "--data", notes, "--method", "lora", "--output", tmp_path / "out",
-                "--steps", 10, "--batch-size", 16, "--validation-fraction", 0)  # fmt: skip
+            run("labels", "train", "--server", server.url, "--data", notes, "--method", "lora",
+                "--output", tmp_path / "out", "--steps", 10, "--batch-size", 16, "--validation", 0)  # fmt: skip
         found: list[dict[str, Any]] = []
         for device in DEVICES:
             results = tmp_path / f"{device}.json"
-            run("audit", seen, "--labels", notes, "--points", 2, "--updates", 2, "--device", device, "--json", results,
-                "--report", tmp_path / "audit.html")  # fmt: skip
+            run("labels", "audit", seen, "--labels", notes, "--points", 2, "--updates", 2, "--device", device,
+                "--json", results, "--report", tmp_path / "audit.html")  # fmt: skip
             found.append(json.loads(results.read_text()))
         print(*(result["headline"] for result in found))
         cells = [{(f["channel"], f["attack"], f["step"], f["knows"]): f["auc"] for f in r["findings"]} for r in found]
@@ -165,16 +165,16 @@ class TestLabels:
 
 
 DESIGNS = {
-    "online": ("guarded-online", "--set", "up=fp32", "--set", "down=fp32"),
-    "online int4": ("guarded-online", "--set", "up=int4", "--set", "down=int4"),
-    "decorrelated": ("guarded-online", "--set", "decorrelation_weight=2"),
-    "noisy": ("guarded-online", "--set", "noise=0.01", "--set", "clip_norm=4"),
-    "whole weights": ("guarded-online", "--tune", "full", "--lr", "0.003"),
-    "gradfree": ("guarded-gradfree",),
-    "groups": ("guarded-gradfree", "--set", "anonymity=4"),
-    "two points": ("guarded-gradfree", "--set", "zo=true"),
-    "offline": ("guarded-offline",),
-    "in the emulator": ("guarded-offline", "--set", "tune_emulator=true"),
+    "online": ("online", "--set", "up=fp32", "--set", "down=fp32"),
+    "online int4": ("online", "--set", "up=int4", "--set", "down=int4"),
+    "decorrelated": ("online", "--set", "decorrelation_weight=2"),
+    "noisy": ("online", "--set", "noise=0.01", "--set", "clip_norm=4"),
+    "whole weights": ("online", "--tune", "full", "--lr", "0.003"),
+    "gradfree": ("gradfree",),
+    "groups": ("gradfree", "--set", "anonymity=4"),
+    "two points": ("gradfree", "--set", "zo=true"),
+    "offline": ("offline",),
+    "in the emulator": ("offline", "--set", "tune_emulator=true"),
     "offsite": ("offsite",),
 }
 
@@ -195,7 +195,7 @@ class TestTexts:
         """Built on each device."""
         folder = tmp_path_factory.mktemp("emulators")
         for device in DEVICES:
-            run("emulator", "build", "--model", model, "--split", 2, "--keep", 2, "--public", public, "--steps", 20,
+            run("emulator", "build", "--model", model, "--cut", 2, "--keep", 2, "--public", public, "--steps", 20,
                 "--key", folder / "key.pem", "--output", folder / device, "--batch-size", 4, "--max-length", 24,
                 "--device", device, "--int8")  # fmt: skip
         return {device: folder / device for device in DEVICES}
@@ -205,7 +205,7 @@ class TestTexts:
         """One on each device, with the same emulator."""
         with ExitStack() as stack:
             yield {
-                device: stack.enter_context(start_server(model, split=2, emulator=emulators["cpu"], device=device))
+                device: stack.enter_context(start_server(model, cut=2, emulator=emulators["cpu"], device=device))
                 for device in DEVICES
             }
 
@@ -220,8 +220,8 @@ class TestTexts:
     @staticmethod
     def train(url: str, questions: Path, output: Path, device: str, *options: object) -> dict[str, Any]:
         results = output.with_suffix(".json")
-        run("train", "--server", url, "--data", questions, "--output", output, "--device", device, "--steps", 8,
-            "--batch-size", 8, "--max-length", 24, "--json", results, "--method", *options)  # fmt: skip
+        run("texts", "train", "--server", url, "--data", questions, "--output", output, "--device", device,
+            "--steps", 8, "--batch-size", 8, "--max-length", 24, "--json", results, "--design", *options)  # fmt: skip
         return json.loads(results.read_text())
 
     def test_an_emulator_is_distilled_to_the_same_loss(self, emulators: dict[str, Path]):
@@ -246,13 +246,13 @@ class TestTexts:
         assert cuda["traffic"].keys() == cpu["traffic"].keys()
         assert cuda["client_flops"] == pytest.approx(cpu["client_flops"], rel=0.1)
 
-    @pytest.mark.parametrize("method", ["guarded-online", "guarded-gradfree", "guarded-offline"])
-    def test_a_run_goes_on_on_the_gpu(self, method: str, servers: dict[str, Server], questions: Path, tmp_path: Path):
+    @pytest.mark.parametrize("design", ["online", "gradfree", "offline"])
+    def test_a_run_goes_on_on_the_gpu(self, design: str, servers: dict[str, Server], questions: Path, tmp_path: Path):
         whole, parts = tmp_path / "whole", tmp_path / "parts"
-        self.train(servers["cuda"].url, questions, whole, "cuda", method)
-        self.train(servers["cuda"].url, questions, parts, "cuda", method, "--save-every", 3)
+        self.train(servers["cuda"].url, questions, whole, "cuda", design)
+        self.train(servers["cuda"].url, questions, parts, "cuda", design, "--training", "save_every=3")
         state = [load_file(folder / ADAPTER) for folder in (whole, parts)]
-        self.train(servers["cuda"].url, questions, parts, "cuda", method, "--resume")
+        self.train(servers["cuda"].url, questions, parts, "cuda", design, "--resume")
         state.append(load_file(parts / ADAPTER))
         for other in state[1:]:
             assert all(torch.allclose(other[name], tensor, atol=1e-4) for name, tensor in state[0].items())
@@ -260,23 +260,21 @@ class TestTexts:
     def test_tuned_ends_go_back_to_a_provider_on_a_gpu(
         self, servers: dict[str, Server], questions: Path, tmp_path: Path
     ):
-        out, results = tmp_path / "out", tmp_path / "plugged.json"
-        self.train(servers["cpu"].url, questions, tmp_path / "ends", "cpu", "guarded-offline")
+        out, results = tmp_path / "out", tmp_path / "deployed.json"
+        self.train(servers["cpu"].url, questions, tmp_path / "ends", "cpu", "offline")
         start = ["--start", tmp_path / "ends"]
-        self.train(
-            servers["cuda"].url, questions, out, "cuda", "guarded-offline", "--set", "tune_emulator=true", *start
-        )
+        self.train(servers["cuda"].url, questions, out, "cuda", "offline", "--set", "tune_emulator=true", *start)
         found: list[dict[str, Any]] = []
         for device in DEVICES:
-            run("plug-in", out, "--server", servers[device].url, "--data", questions, "--prompt", "the film is",
+            run("texts", "deploy", out, "--server", servers[device].url, "--data", questions, "--prompt", "the film is",
                 "--max-new-tokens", 4, "--json", results)  # fmt: skip
             found.append(json.loads(results.read_text()))
-        assert found[1]["plug_in"]["loss"] == pytest.approx(found[0]["plug_in"]["loss"], rel=1e-4)
+        assert found[1]["deployed"]["loss"] == pytest.approx(found[0]["deployed"]["loss"], rel=1e-4)
         assert found[1]["texts"] == found[0]["texts"]
         aucs: list[list[float]] = []
         for device in DEVICES:
-            run("membership", out, "--server", servers["cuda"].url, "--members", questions, "--others", questions,
-                "--device", device, "--json", results)  # fmt: skip
+            run("texts", "membership", out, "--server", servers["cuda"].url, "--members", questions,
+                "--others", questions, "--device", device, "--json", results)  # fmt: skip
             aucs.append([f["auc"] for f in json.loads(results.read_text())["findings"]])
         assert aucs[1] == pytest.approx(aucs[0], abs=0.01)
 
@@ -285,14 +283,14 @@ class TestTexts:
     ):
         model, seen, truth = tmp_path / "llama", tmp_path / "seen", tmp_path / "truth.jsonl"
         save("llama", model, film_sentences[:600])
-        with start_server(model, split=2, record=seen, device="cuda") as server:
+        with start_server(model, cut=2, record=seen, device="cuda") as server:
             options = ["--set", "decorrelation_weight=2", "--set", "noise=0.001", "--set", "clip_norm=8"]
-            self.train(server.url, questions, tmp_path / "out", "cuda", "guarded-online", *options, "--truth", truth)
+            self.train(server.url, questions, tmp_path / "out", "cuda", "online", *options, "--ground-truth", truth)
         best: dict[str, dict[str, dict[str, float]]] = {}
         for device in DEVICES:
             results = tmp_path / f"{device}.json"
-            run("audit", seen, "--truth", truth, "--public", public, "--run", tmp_path / "out", "--sequences", 8,
-                "--device", device, "--json", results)  # fmt: skip
+            run("texts", "audit", seen, "--ground-truth", truth, "--public", public, "--run", tmp_path / "out",
+                "--sequences", 8, "--device", device, "--json", results)  # fmt: skip
             found = json.loads(results.read_text())
             assert found["valid"]
             best[device] = {

@@ -257,11 +257,11 @@ class TestDropout:
         expected = [one.forward(batch(3, 5), "none", seed=s) for s in range(40)]
         stop = threading.Event()
 
-        def disturb() -> None:
+        def perturb() -> None:
             while not stop.is_set():
                 two.forward(batch(3, 5), "none", seed=7)
 
-        thread = threading.Thread(target=disturb)
+        thread = threading.Thread(target=perturb)
         thread.start()
         try:
             found = [one.forward(batch(3, 5), "none", seed=s) for s in range(40)]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from click import unstyle
 
 from blindtune.errors import ConfigError
 from blindtune.models import load_backbone
@@ -35,12 +36,12 @@ def test_no_model_is_read_for_a_device_that_is_not_here():
     "command",
     [
         ["serve", "--model", "no/such", "--no-auth"],
-        ["emulator", "build", "--model", "no/such", "--split", 2, "--keep", 2, "--public", "DATA", "--key", "k",
+        ["emulator", "build", "--model", "no/such", "--cut", 2, "--keep", 2, "--public", "DATA", "--key", "k",
          "--output", "o"],
-        ["train", "--server", "http://127.0.0.1:9", "--data", "DATA", "--output", "out", "--method", "guarded-online"],
-        ["membership", "DATA", "--server", "http://127.0.0.1:9", "--members", "DATA", "--others", "DATA"],
+        ["texts", "train", "--server", "http://127.0.0.1:9", "--data", "DATA", "--output", "out", "--design", "online"],
+        ["texts", "membership", "DATA", "--server", "http://127.0.0.1:9", "--members", "DATA", "--others", "DATA"],
     ],
-    ids=lambda command: command[0],
+    ids=lambda command: " ".join(command[: 1 + (command[0] in ("emulator", "texts"))]),
 )  # fmt: skip
 def test_commands_say_so_before_they_connect(command: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
@@ -51,8 +52,8 @@ def test_commands_say_so_before_they_connect(command: list[object], tmp_path: Pa
     assert "There is no device 'cuda:99' here" in done.stderr.replace("\n", " ")
 
 
-def test_a_method_whose_model_runs_elsewhere_has_no_device(tmp_path: Path):
-    done = run("train", "--server", "http://127.0.0.1:9", "--data", "no.csv", "--output", tmp_path / "out",
-               "--method", "p3eft", "--device", "cuda", check=False)  # fmt: skip
-    assert done.exit_code == 1
-    assert "--device cuda is for split decoders" in done.stderr.replace("\n", " ")
+def test_private_labels_have_no_device_because_their_model_runs_elsewhere(tmp_path: Path):
+    done = run("labels", "train", "--server", "http://127.0.0.1:9", "--data", "no.csv", "--output", tmp_path / "out",
+               "--method", "padded-lora", "--device", "cuda", check=False)  # fmt: skip
+    assert done.exit_code == 2
+    assert "No such option: --device" in unstyle(done.stderr)

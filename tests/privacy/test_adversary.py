@@ -92,10 +92,10 @@ def test_three_classes():
 def test_state_restores_fit_and_buffer_and_is_not_changed_by_later_steps():
     adversary = Adversary(1, 48, 2, buffer=3)
     adversary.penalty(*labelled(seed=1))
-    state = adversary.state()
+    state = adversary.state_dict()
     kept = {name: tensor.clone() for name, tensor in state.items()}
     first = adversary.penalty(*labelled(seed=2))
     assert all(torch.equal(state[name], kept[name]) for name in kept)
     again = Adversary(1, 48, 2, buffer=3)
-    again.load_state(state)
+    again.load_state_dict(state)
     assert torch.equal(again.penalty(*labelled(seed=2)), first)

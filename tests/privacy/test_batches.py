@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, RandomSampler, Sampler, SequentialSampler, WeightedRandomSampler
 
+from blindtune.data.batches import BatchPlan
 from blindtune.errors import CheckpointError, LabelDependentBatches
 from blindtune.privacy import batches
 from blindtune.privacy.batches import BatchMonitor
-from blindtune.training.batches import BatchPlan
 
 SEEDS = 200
 Batches = Iterator[list[int]]

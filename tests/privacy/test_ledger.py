@@ -161,8 +161,8 @@ class TestJournal:
     @pytest.mark.parametrize(
         "content",
         [
-            '{"format": 4, "run": "r"}\nnonsense\n',
-            '{"format": 4, "run": "r"}\n{"kind": "share", "costs": {}}\n',
+            '{"format": 5, "run": "r"}\nnonsense\n',
+            '{"format": 5, "run": "r"}\n{"kind": "share", "costs": {}}\n',
             "[]\n",
         ],
     )

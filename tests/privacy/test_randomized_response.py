@@ -89,11 +89,11 @@ def test_state_restores_what_was_drawn():
     before = randomizer()
     drawn = before.labels(names(30), torch.arange(30) % 2)
     after = randomizer(key=bytes(32))  # another key: only the state can tell
-    after.load_state(before.state())
+    after.load_state_dict(before.state_dict())
     assert torch.equal(after.labels(names(30), torch.zeros(30, dtype=torch.int64)), drawn)
-    empty = randomizer().state()
+    empty = randomizer().state_dict()
     assert empty["examples"].shape == (0, 16)
-    after.load_state(empty)
+    after.load_state_dict(empty)
     assert torch.equal(after.labels(names(30), torch.arange(30) % 2), drawn)
 
 

@@ -293,7 +293,7 @@ class TestQueue:
             return b"done"
 
         async def queued() -> bytes:
-            with host.place():
+            with host.queue_slot():
                 return await host.on_engine("bert", work)
 
         async def scene() -> None:

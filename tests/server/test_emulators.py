@@ -14,8 +14,8 @@ from blindtune.client import Operator, Transport, fetch_emulator, fetch_part
 from blindtune.client.trunk import PART_LIMITS
 from blindtune.errors import EmulatorError, UnknownPart
 from blindtune.models import Cut, FrozenBackbone, load_backbone
-from blindtune.models.emulator import WEIGHTS_FILE, load_emulator, make_emulator, save_emulator
-from blindtune.models.manifest import public_key
+from blindtune.models.cut.emulator import WEIGHTS_FILE, load_emulator, make_emulator, save_emulator
+from blindtune.models.cut.manifest import public_key
 from blindtune.server.host import Host, ServerSettings
 from blindtune.wire import PartFile, decode, encode
 from tests.conftest import Server
@@ -39,8 +39,7 @@ def folders(tmp_path_factory, film_sentences) -> dict[str, Path]:
 
 def make(model: Path, folder: Path, key: Ed25519PrivateKey, *, keep: int = 2, int8: bool = False) -> FrozenBackbone:
     backbone = load_backbone(str(model), cut=Cut(1, 1))
-    assert backbone.split is not None
-    save_emulator(folder, make_emulator(backbone.split, keep), backbone, key, int8=int8)
+    save_emulator(folder, make_emulator(backbone.require_cut(), keep), backbone, key, int8=int8)
     return backbone
 
 
@@ -48,7 +47,7 @@ def make(model: Path, folder: Path, key: Ed25519PrivateKey, *, keep: int = 2, in
 def server(start_server, folders) -> Iterator[Server]:
     """Hosts the llama with its int8 emulator, and `other` without one."""
     models = [f"{name}={folders[name]}" for name in ("llama", "other")]
-    with start_server(models, split=1, emulator=folders["int8"]) as running:
+    with start_server(models, cut=1, emulator=folders["int8"]) as running:
         yield running
 
 
@@ -64,8 +63,8 @@ class Tampering(Transport):
 
 def test_what_arrives_is_what_was_stored_and_int8_travels_as_int8(server, folders):
     operator = Operator(Transport(server.url), "llama")
-    assert operator.info.split is not None
-    assert operator.info.split.parts == ["bottom", "top", "emulator"]
+    assert operator.info.cut is not None
+    assert operator.info.cut.parts == ["bottom", "top", "emulator"]
     bottom = fetch_part(operator, "bottom")
     before = operator.transport.traffic.received
     emulator, manifest = fetch_emulator(operator, public_key(KEY))
@@ -83,8 +82,8 @@ def test_what_arrives_is_what_was_stored_and_int8_travels_as_int8(server, folder
 
 def test_a_model_without_an_emulator_offers_none(server):
     operator = Operator(Transport(server.url), "other")
-    assert operator.info.split is not None
-    assert operator.info.split.parts == ["bottom", "top"]
+    assert operator.info.cut is not None
+    assert operator.info.cut.parts == ["bottom", "top"]
     with pytest.raises(UnknownPart, match="offers no part 'emulator'"):
         fetch_emulator(operator)
 
@@ -131,8 +130,7 @@ def test_what_is_changed_on_its_way_is_refused(server, change, words):
 def test_a_whole_emulator_in_place_of_the_right_one_is_refused(server, folders, tmp_path, name, words):
     if name == "cut":
         backbone = load_backbone(str(folders["llama"]), cut=Cut(1, 2))
-        assert backbone.split is not None
-        save_emulator(tmp_path, make_emulator(backbone.split, 2), backbone, KEY)
+        save_emulator(tmp_path, make_emulator(backbone.require_cut(), 2), backbone, KEY)
     replacement = load_emulator(tmp_path if name == "cut" else folders[name])
     cut = {"bottom": replacement.cut.bottom, "top": replacement.cut.top}
     transport = Tampering(server.url)
@@ -147,17 +145,17 @@ def test_a_whole_emulator_in_place_of_the_right_one_is_refused(server, folders, 
 def test_serve_refuses_the_emulator_of_another_model_and_says_why(start_server, folders):
     with (
         pytest.raises(AssertionError, match=r"(?s)Error:.*made from other weights, of 'other'.*Remedy: Build one from"),
-        start_server(folders["llama"], split=1, emulator=folders["of-other"]),
+        start_server(folders["llama"], cut=1, emulator=folders["of-other"]),
     ):
         pass
 
 
 def test_a_host_refuses_emulators_that_fit_no_model(folders, tmp_path):
-    whole, split = load_backbone(str(folders["llama"])), load_backbone(str(folders["llama"]), cut=Cut(2, 1))
+    whole, cut_backbone = load_backbone(str(folders["llama"])), load_backbone(str(folders["llama"]), cut=Cut(2, 1))
     for models, emulators, words in (
-        ({"llama": whole}, [folders["int8"]], "No model is split here.*--split"),
-        ({"llama": split}, [folders["int8"]], "the hosted model is cut at 2 and 1.*--split 1,1"),
-        ({"llama": split}, [tmp_path], "holds no emulator"),
+        ({"llama": whole}, [folders["int8"]], "No model is cut here.*--cut"),
+        ({"llama": cut_backbone}, [folders["int8"]], "the hosted model is cut at 2 and 1.*--cut 1,1"),
+        ({"llama": cut_backbone}, [tmp_path], "holds no emulator"),
         (
             {"llama": load_backbone(str(folders["llama"]), cut=Cut(1, 1))},
             [folders["int8"], folders["float"]],

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
+from blindtune.audit.channel_id import FROZEN_MODEL, ChannelId, Control
 from blindtune.audit.channels import (
     MIN_TEXTS,
+    Travelled,
     beyond_text_channels,
     collusion_channels,
     computed_channels,
@@ -23,29 +26,27 @@ from blindtune.audit.channels import (
 )
 from blindtune.audit.labels import ATTACKS, Attack, Channel
 from blindtune.audit.labels.few import COUNTS
+from blindtune.audit.labels.registry import Knowledge, When
 from blindtune.audit.observe import Adapter, Checkpoint, Features, Row, View
 from blindtune.audit.recompute import Memory, Recomputation
 from blindtune.audit.statistics import CachedScores, Labels, Scores, best_auc, bootstrap_auc, mean_auc
 from blindtune.errors import TranscriptError
 
-FROZEN = "frozen model"
-"""How channels begin that no label has anything to do with: what texts tell by themselves."""
-SHUFFLED = f"{FROZEN}, shuffled adapter"
 _LIBRARIES = ThreadpoolController()
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One attack on one channel at one step: AUC over `texts` examples.
+    """Holds the AUC of one attack on one channel at one step, over `texts` examples.
 
-    The worst moment of each attack on each channel has a 95% bootstrap interval. Probes with few labels have the mean
-    over draws of the known texts, and the interval over draws.
+    For each attack on each channel, the step with the highest AUC has a 95% bootstrap interval. Probes with few labels
+    have the mean over draws of the known texts, and the interval over draws.
     """
 
     operator: str
-    channel: str
+    channel: ChannelId
     attack: str
-    knows: str
+    knows: Knowledge
     step: int
     texts: int
     auc: float
@@ -53,18 +54,25 @@ class Finding:
     high: float | None = None
 
     def interval(self) -> str:
-        """`0.612 [0.58, 0.64]`."""
+        """Formats the AUC with its interval, as `0.612 [0.58, 0.64]`."""
         return f"{self.auc:.3f}" + ("" if self.low is None else f" [{self.low:.2f}, {self.high:.2f}]")
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns all fields, with channel and knowledge as text."""
+        return {**asdict(self), "channel": str(self.channel), "knows": str(self.knows)}
 
 
 @dataclass
 class Plan:
-    """What to attack: labels of known texts, how many points in time, at how many of them what costs more.
-
-    That is the probe with all labels, and averages of adapters.
+    """Says what to attack.
 
     Attributes:
-        updates: how many optimizer steps to invert; each costs as much as twenty or more training steps.
+        labels: the labels of known texts.
+        points: number of snapshots to attack.
+        probe_points: number of snapshots at which expensive attacks run too: the probe with all labels, and averages of
+            adapters.
+        max_texts: most texts to attack; all if None.
+        updates: number of optimizer steps to invert. Each one costs as much as twenty or more training steps.
         control: whether shuffled adapters are attacked too, which takes half of the time.
     """
 
@@ -78,51 +86,54 @@ class Plan:
 
 @dataclass
 class Attacked:
-    """All findings on one server, and the features that its report draws."""
+    """Holds all findings on one server, and the features that its report draws.
+
+    Attributes:
+        pictures: channel, and "early" or "late" -> features and labels.
+        cached: scores of the attacks without labels, for the null distribution of their maximum.
+    """
 
     operator: str
     checkpoints: int
     texts: int
     memory: Memory = field(default_factory=Memory, repr=False)
     findings: list[Finding] = field(default_factory=list[Finding])
-    pictures: dict[tuple[str, str], tuple[Features, Labels]] = field(
-        default_factory=dict[tuple[str, str], tuple[Features, Labels]]
+    pictures: dict[tuple[ChannelId, str], tuple[Features, Labels]] = field(
+        default_factory=dict[tuple[ChannelId, str], tuple[Features, Labels]]
     )
-    """`(channel, "early" or "late") -> features and labels`."""
     cached: list[CachedScores] = field(default_factory=list[CachedScores], repr=False)
-    """Scores of the attacks without labels, for the null distribution of their maximum."""
     labels: dict[Hashable, int] = field(default_factory=dict[Hashable, int], repr=False)
-    _worst: dict[tuple[str, str], tuple[Finding, Scores, NDArray[np.bool_]]] = field(
-        default_factory=dict[tuple[str, str], tuple[Finding, Scores, NDArray[np.bool_]]], repr=False
+    _strongest: dict[tuple[ChannelId, str], tuple[Finding, Scores, NDArray[np.bool_]]] = field(
+        default_factory=dict[tuple[ChannelId, str], tuple[Finding, Scores, NDArray[np.bool_]]], repr=False
     )
-    """`(channel, attack) -> its best finding, with the scores and the class that gave it`."""
+    """Channel and attack -> its best finding, the scores, and which texts are of the class with this AUC."""
 
     def attack(
         self,
-        name: str,
+        channel_id: ChannelId,
         step: int,
         channel: Channel,
         rows: Sequence[Hashable],
         labels: Labels,
         attacks: Sequence[Attack] | None = None,
     ) -> None:
-        """Runs attacks (all if left out) on the channel `name`, whose vectors belong to the examples `rows`."""
+        """Runs attacks (all if left out) on a channel whose vectors belong to the examples `rows`."""
         features = channel.features
         varies = float(np.abs(features - features.mean(0)).max()) > 1e-6 * max(1e-6, float(np.abs(features).max()))
         if not varies or len(np.unique(labels)) < 2:
             return
         digest = _digest(features, labels)
         for attack in attacks or ATTACKS.values():
-            if not attack.fits(name):
+            if not attack.fits(channel_id):
                 continue
             key = (attack.name, digest)
-            if key not in self.memory:  # operators that see the same adapters see the same vectors
+            if key not in self.memory:  # operators with the same adapters have the same vectors
                 with _LIBRARIES.limit(limits=1):  # threads slow matrices of this size down, up to twenty times
                     self.memory[key] = attack.run(channel, labels)
             scores = self.memory[key]
             if scores is None:
                 continue
-            finding = Finding(self.operator, name, attack.name, attack.knows, step, len(labels), 0.5)
+            finding = Finding(self.operator, channel_id, attack.name, attack.knows, step, len(labels), 0.5)
             if scores.ndim == 3:
                 value, low, high = mean_auc(scores, labels)
                 self.findings.append(replace(finding, auc=value, low=low, high=high))
@@ -130,26 +141,23 @@ class Attacked:
             value, label, column = best_auc(scores, labels, symmetric=attack.symmetric)
             finding = replace(finding, auc=value)
             self.findings.append(finding)
-            worst = self._worst.get((name, attack.name))
-            if worst is None or value > worst[0].auc:
-                self._worst[name, attack.name] = (finding, scores[:, column], labels == label)
-            if attack.unsupervised and not name.startswith(FROZEN):
+            strongest = self._strongest.get((channel_id, attack.name))
+            if strongest is None or value > strongest[0].auc:
+                self._strongest[channel_id, attack.name] = (finding, scores[:, column], labels == label)
+            if attack.unsupervised and not channel_id.is_control:
                 self.cached.append(CachedScores(rows, scores))
                 self.labels.update(zip(rows, labels.tolist(), strict=True))
 
     def finish(self) -> None:
-        """Adds intervals to the worst moments."""
-        for found, scores, positive in self._worst.values():
-            low, high = bootstrap_auc(scores, positive, symmetric=ATTACKS[found.attack].symmetric)
-            self.findings[self.findings.index(found)] = replace(found, low=low, high=high)
-        self._worst.clear()
+        """Adds an interval to the best finding of each attack on each channel."""
+        for finding, scores, positive in self._strongest.values():
+            low, high = bootstrap_auc(scores, positive, symmetric=ATTACKS[finding.attack].symmetric)
+            self.findings[self.findings.index(finding)] = replace(finding, low=low, high=high)
+        self._strongest.clear()
 
 
 def audited_checkpoints(view: View, points: int) -> list[Checkpoint]:
-    """Points in time, evenly spread, the last one included; the very first one only if there is no other.
-
-    Adapters that stand still are none.
-    """
+    """Returns evenly spaced moving checkpoints and the last one. The first one counts only if it is the only one."""
     count = len(view.moving)
     if count == 0:
         return []
@@ -158,7 +166,7 @@ def audited_checkpoints(view: View, points: int) -> list[Checkpoint]:
 
 
 def scored_rows(view: View, plan: Plan) -> list[Row]:
-    """Texts with a known label, in order of first sight; a random sample of `max_texts` of them.
+    """Returns texts with a known label, in the order of their first receipt; a random sample of `max_texts`.
 
     Raises:
         TranscriptError: too few texts of this server have labels.
@@ -171,7 +179,7 @@ def scored_rows(view: View, plan: Plan) -> list[Row]:
             remedy="Give the labels of the texts that were trained on (--labels), with the same --text columns.",
         )
     if plan.max_texts is not None and len(rows) > plan.max_texts:
-        kept = set(sorted(rows, key=_shuffled)[: plan.max_texts])  # the same texts for every server that saw them
+        kept = set(sorted(rows, key=_random_key)[: plan.max_texts])  # the same texts for every server
         rows = [row for row in rows if row in kept]
     return rows
 
@@ -179,80 +187,130 @@ def scored_rows(view: View, plan: Plan) -> list[Row]:
 def attack_view(
     view: View, plan: Plan, recompute: Recomputation, on_cell: Callable[[], None] | None = None
 ) -> Attacked:
-    """Attacks everything that this server could compute or was sent.
+    """Attacks every channel that this server could compute, or whose vectors were sent.
 
-    The control is attacked as often: the same channels at the same looks, computed with adapters that have the received
-    ones' weights in random order. The best of many attacks is good by luck, and better on texts that tell their labels.
+    The control is attacked as often: the same channels at the same snapshots, with adapters whose weights are in random
+    order. The best of many attacks exceeds 0.5 by chance, and further if the texts reveal their labels.
     """
     rows = scored_rows(view, plan)
-    checkpoints = audited_checkpoints(view, plan.points)
+    snapshots = audited_checkpoints(view, plan.points)
     recompute.ensure(view, [()], rows)
-    chosen = np.linspace(len(checkpoints) - 1, 0, plan.probe_points if checkpoints else 0).round().astype(int)
-    probed = {checkpoints[index].step for index in chosen}
-    wanted: list[tuple[Adapter, ...]] = [checkpoint.adapters for checkpoint in [*view.moving[:1], *checkpoints]]
-    if plan.control:
-        wanted += [checkpoint.shuffled for checkpoint in [*view.moving[:1], *checkpoints]]
-    for checkpoint in checkpoints:
-        wanted += extra_adapters(view, checkpoint, means=checkpoint.step in probed)
-    recompute.ensure(view, wanted, rows)
+    positions = np.linspace(len(snapshots) - 1, 0, plan.probe_points if snapshots else 0).round().astype(int)
+    probed = {snapshots[position].step for position in positions}
+    recompute.ensure(view, _adapters(view, plan, snapshots, probed), rows)
     frozen = recompute.hidden(view, (), rows)[0]
     result = Attacked(view.operator, len(view.checkpoints), len(rows), recompute.scores)
     previous: Checkpoint | None = None
-    for checkpoint in checkpoints:
-        late = checkpoint is checkpoints[-1]
-        seen = set(view.rows_until(checkpoint.step))
-        visible = [row for row in rows if row in seen]
-        moments = {"every look": True, "some looks": checkpoint.step in probed, "last look": late}
-        attacks = [a for a in ATTACKS.values() if moments[a.when]]
-        earlier = {"the first step": view.moving[0], **({} if previous is None else {"the last look": previous})}
-        received = {name: past.adapters for name, past in earlier.items()}
-        computed = computed_channels(view, recompute, checkpoint.adapters, received, visible)
-        computed |= collusion_channels(view, recompute, checkpoint, visible)
-        if checkpoint.step in probed:
-            computed |= mean_channels(view, recompute, checkpoint, visible)
-        if plan.control:
-            unknowing = {name: past.shuffled for name, past in earlier.items()}
-            control = computed_channels(view, recompute, checkpoint.shuffled, unknowing, visible)
-            computed |= {f"{SHUFFLED}: {name}": features for name, features in control.items()}
-        gathered = travelled_channels(view, plan.labels, checkpoint.step)
-        gathered |= beyond_text_channels(view, recompute, gathered)
-        if late:
-            gathered |= inverted_channels(view, plan.labels, recompute, plan.updates)
-        gathered = {
-            (f"{FROZEN}: {channel}" if _is_frozen(found, frozen, rows) else channel): found
-            for channel, found in gathered.items()
+    for snapshot in snapshots:
+        last = snapshot is snapshots[-1]
+        received = set(view.rows_until(snapshot.step))
+        visible = [row for row in rows if row in received]
+        due: dict[When, bool] = {
+            "every snapshot": True,
+            "some snapshots": snapshot.step in probed,
+            "last snapshot": last,
         }
-        for channel, (features, channel_rows) in _all(computed, visible, gathered):
+        attacks = [attack for attack in ATTACKS.values() if due[attack.when]]
+        computed = _computed(view, plan, recompute, snapshot, previous, visible, means=snapshot.step in probed)
+        travelled = _travelled(view, plan, recompute, snapshot, frozen, rows, last=last)
+        channels = {channel_id: (features, visible) for channel_id, features in computed.items()} | travelled
+        for channel_id, (features, channel_rows) in channels.items():
             labels = _labels(plan, channel_rows)
-            few = [a for a in attacks if a.knows in COUNTS.values()] if channel in gathered else []
-            rest = [a for a in attacks if a not in few]
-            result.attack(channel, checkpoint.step, _channel(plan, features), channel_rows, labels, rest)
-            if few:  # on the texts that all other channels are attacked on, in their order: draws are the same
+            few = [a for a in attacks if a.knows in COUNTS.values()] if channel_id in travelled else []
+            others = [a for a in attacks if a not in few]
+            result.attack(channel_id, snapshot.step, _channel(plan, features), channel_rows, labels, others)
+            if few:  # on the texts of all other channels, in their order, so that the draws are the same
                 same, same_rows = _of_rows(features, channel_rows, visible)
-                result.attack(channel, checkpoint.step, _channel(plan, same), same_rows, _labels(plan, same_rows), few)
-            if not channel.startswith(FROZEN) and (late or (channel, "early") not in result.pictures):
-                result.pictures[channel, "late" if late else "early"] = (features, labels)
+                same_labels = _labels(plan, same_rows)
+                result.attack(channel_id, snapshot.step, _channel(plan, same), same_rows, same_labels, few)
+            if not channel_id.is_control and (last or (channel_id, "early") not in result.pictures):
+                result.pictures[channel_id, "late" if last else "early"] = (features, labels)
             if on_cell is not None:
                 on_cell()
-        previous = checkpoint
-    result.attack(FROZEN, 0, _channel(plan, frozen), rows, _labels(plan, rows))
-    result.pictures[FROZEN, "late"] = (frozen, _labels(plan, rows))
+        previous = snapshot
+    result.attack(FROZEN_MODEL, 0, _channel(plan, frozen), rows, _labels(plan, rows))
+    result.pictures[FROZEN_MODEL, "late"] = (frozen, _labels(plan, rows))
     result.finish()
     return result
 
 
+def _adapters(view: View, plan: Plan, snapshots: Sequence[Checkpoint], probed: set[int]) -> list[tuple[Adapter, ...]]:
+    """Returns all adapters that the attacks on these snapshots recompute."""
+    checkpoints = [*view.moving[:1], *snapshots]
+    adapters: list[tuple[Adapter, ...]] = [checkpoint.adapters for checkpoint in checkpoints]
+    if plan.control:
+        adapters += [checkpoint.shuffled for checkpoint in checkpoints]
+    for snapshot in snapshots:
+        adapters += extra_adapters(view, snapshot, means=snapshot.step in probed)
+    return adapters
+
+
+def _computed(
+    view: View,
+    plan: Plan,
+    recompute: Recomputation,
+    snapshot: Checkpoint,
+    previous: Checkpoint | None,
+    rows: list[Row],
+    *,
+    means: bool,
+) -> dict[ChannelId, Features]:
+    """Returns the channels that the server can compute at one snapshot, and the same channels of shuffled adapters."""
+    earlier = {"the first step": view.moving[0]}
+    if previous is not None:
+        earlier["the last look"] = previous
+    own = {name: checkpoint.adapters for name, checkpoint in earlier.items()}
+    channels = computed_channels(view, recompute, snapshot.adapters, own, rows)
+    channels |= collusion_channels(view, recompute, snapshot, rows)
+    if means:
+        channels |= mean_channels(view, recompute, snapshot, rows)
+    if plan.control:
+        shuffled = {name: checkpoint.shuffled for name, checkpoint in earlier.items()}
+        control = computed_channels(view, recompute, snapshot.shuffled, shuffled, rows)
+        for channel_id, features in control.items():
+            channels[replace(channel_id, control=Control.SHUFFLED)] = features
+    return channels
+
+
+def _travelled(
+    view: View,
+    plan: Plan,
+    recompute: Recomputation,
+    snapshot: Checkpoint,
+    frozen: Features,
+    rows: Sequence[Row],
+    *,
+    last: bool,
+) -> Travelled:
+    """Returns the channels whose vectors were sent or reconstructed. Marks those of the frozen model as controls.
+
+    Args:
+        frozen, rows: hidden states of the frozen model, and their texts.
+    """
+    channels = travelled_channels(view, plan.labels, snapshot.step)
+    channels |= beyond_text_channels(view, recompute, channels)
+    if last:
+        channels |= inverted_channels(view, plan.labels, recompute, plan.updates)
+    marked: Travelled = {}
+    for channel_id, (features, channel_rows) in channels.items():
+        if _is_frozen(features, channel_rows, frozen, rows):
+            channel_id = replace(channel_id, control=Control.FROZEN)
+        marked[channel_id] = (features, channel_rows)
+    return marked
+
+
 def _of_rows(features: Features, rows: Sequence[Row], wanted: Sequence[Row]) -> tuple[Features, list[Row]]:
-    """The vectors of those wanted texts that have one, in their order."""
-    places = {row: place for place, row in enumerate(rows)}
-    kept = [row for row in wanted if row in places]
-    return features[[places[row] for row in kept]], kept
+    """Returns the vectors of the wanted texts that have one, in the order of the wanted texts."""
+    index_of = {row: index for index, row in enumerate(rows)}
+    kept = [row for row in wanted if row in index_of]
+    return features[[index_of[row] for row in kept]], kept
 
 
-def _is_frozen(found: tuple[Features, list[Row]], frozen: Features, rows: Sequence[Row]) -> bool:
-    """Whether vectors `(N, d)` that travelled are the pretrained model's, which no label has anything to do with."""
-    features, kept = _of_rows(*found, rows)
-    expected, _ = _of_rows(frozen, rows, kept)
-    return len(kept) > 0 and features.shape == expected.shape and bool(np.allclose(features, expected, atol=1e-4))
+def _is_frozen(features: Features, rows: Sequence[Row], frozen: Features, frozen_rows: Sequence[Row]) -> bool:
+    """Returns whether vectors `(N, d)` that were sent equal those of the pretrained model, which depend on no label."""
+    sent, kept = _of_rows(features, rows, frozen_rows)
+    expected, _ = _of_rows(frozen, frozen_rows, kept)
+    return len(kept) > 0 and sent.shape == expected.shape and bool(np.allclose(sent, expected, atol=1e-4))
 
 
 def _digest(features: Features, labels: Labels) -> bytes:
@@ -269,24 +327,16 @@ def _channel(plan: Plan, features: Features) -> Channel:
     return Channel(features, len(set(plan.labels.values())))
 
 
-def _shuffled(row: Row) -> bytes:
-    """A sort key that has nothing to do with a text's content or place."""
+def _random_key(row: Row) -> bytes:
+    """Returns A sort key that is independent of the content and the position of a text."""
     return hashlib.sha256(repr(row).encode()).digest()
 
 
 def cells(view: View, plan: Plan) -> int:
-    """About how many channels `attack_view` will attack, for a progress bar."""
-    looks = audited_checkpoints(view, plan.points)
-    if not looks:
+    """Returns the approximate number of channels that `attack_view` will attack, for a progress bar."""
+    snapshots = audited_checkpoints(view, plan.points)
+    if not snapshots:
         return 1
-    n = len(looks[0].adapters)
-    each = n * 9 + (10 if n > 1 else 0) + n * len(counterparts(view, looks[-1]))
-    return each * len(looks) + 2 * n * min(plan.probe_points, len(looks)) + 1
-
-
-def _all(
-    computed: Mapping[str, Features], rows: list[Row], travelled: Mapping[str, tuple[Features, list[Row]]]
-) -> Iterator[tuple[str, tuple[Features, list[Row]]]]:
-    for channel, features in computed.items():
-        yield channel, (features, rows)
-    yield from travelled.items()
+    n = len(snapshots[0].adapters)
+    each = n * 9 + (10 if n > 1 else 0) + n * len(counterparts(view, snapshots[-1]))
+    return each * len(snapshots) + 2 * n * min(plan.probe_points, len(snapshots)) + 1

@@ -1,7 +1,7 @@
-"""The control that an audit stands on: the same attacks on unprotected training, which must succeed.
+"""The control of an audit of labels: the same attacks on unprotected training, which must succeed.
 
-If they fail on a plain LoRA adapter that was trained on these very texts and labels, they say nothing about a
-defended run.
+If the attacks fail on a plain LoRA adapter that was trained on the same texts and labels, their failure on a defended
+run proves nothing.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 from blindtune.audit.attackers import Attacked, Finding, scored_rows
 from blindtune.audit.attackers import Plan as AttackPlan
+from blindtune.audit.channel_id import ChannelId, ChannelKind
 from blindtune.audit.labels import Channel
 from blindtune.audit.observe import Row, View
-from blindtune.audit.recompute import Recomputation, pad_rows
+from blindtune.audit.recompute import Recomputation, token_batch
 from blindtune.models import LoraLayout
 
 STEPS, BATCH, TEXTS, RATE = 100, 32, 1000, 2e-3
@@ -35,14 +36,15 @@ def unprotected_control(
     parts: list[Tensor] = []
     with torch.no_grad():
         for start in range(0, len(rows), BATCH):
-            tokens = pad_rows(view, rows[start : start + BATCH], backbone)
+            tokens = token_batch(view, rows[start : start + BATCH], backbone)
             parts.append(backbone.forward(tokens, view.pooling, layout, weights)[0].cpu())
     hidden = torch.cat(parts).numpy()
     shift = hidden - recompute.hidden(view, (), rows)[0]
     labels = np.array([plan.labels[row] for row in rows], dtype=np.int64)
     result = Attacked("unprotected control", 1, len(rows))
-    for name, features in {"activation 0": hidden, "shift 0": shift}.items():
-        result.attack(name, STEPS, Channel(features, len(np.unique(labels))), rows, labels)
+    for kind, features in ((ChannelKind.ACTIVATION, hidden), (ChannelKind.SHIFT, shift)):
+        channel = Channel(features, len(np.unique(labels)))
+        result.attack(ChannelId(kind, adapter=0), STEPS, channel, rows, labels)
     result.finish()
     return result.findings
 
@@ -50,15 +52,15 @@ def unprotected_control(
 def _train(
     view: View, rows: list[Row], labels: Mapping[Row, int], recompute: Recomputation, on_step: Callable[[], None] | None
 ) -> tuple[LoraLayout, Tensor]:
-    """Plain LoRA with a linear head for `STEPS` steps: the adapter's layout and weights `(1, P)`."""
-    assert view.spec is not None  # noqa: S101 - a view with checkpoints has a spec
+    """Trains plain LoRA with a linear head for `STEPS` steps: the layout of the adapter and its weights `(1, P)`."""
     backbone = recompute.backbone
-    layout = LoraLayout(view.spec, backbone.lora.shapes)
+    layout = recompute.layout(view)
+    rank = layout.spec.rank
     random = torch.Generator().manual_seed(0)
     matrices = {
         name: (
-            torch.randn(1, view.spec.rank, in_features, generator=random) / in_features**0.5,
-            torch.zeros(1, out_features, view.spec.rank),
+            torch.randn(1, rank, in_features, generator=random) / in_features**0.5,
+            torch.zeros(1, out_features, rank),
         )
         for name, out_features, in_features in layout.shapes
     }
@@ -70,7 +72,7 @@ def _train(
     for step in range(STEPS):
         start = step * BATCH % len(rows)
         batch = rows[start : start + BATCH]
-        hidden = backbone.forward(pad_rows(view, batch, backbone), view.pooling, layout, weights)[0]
+        hidden = backbone.forward(token_batch(view, batch, backbone), view.pooling, layout, weights)[0]
         target = torch.tensor([classes.index(labels[row]) for row in batch])
         loss = F.cross_entropy(head(hidden.cpu() / float(scale)), target)
         optimizer.zero_grad()

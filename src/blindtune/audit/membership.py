@@ -1,14 +1,15 @@
-"""What tuned weights tell about the texts that they were tuned on: membership, and texts that are known by heart.
+"""Membership inference and memorization: what tuned weights reveal about the texts that they were tuned on.
 
-The attacker holds the tuned model, and has a text of which it wants to know whether it was among the training texts.
+The attacker holds the tuned model and a text, and decides whether the text was among the training texts.
 
 | attack | score of a text | needs |
 |---|---|---|
 | loss | −loss under the tuned model (Yeom et al. 2018, arXiv:1709.01604) | the tuned model |
 | calibrated loss | loss before tuning − loss after it (Watson et al. 2022, arXiv:2111.08440) | the model before, too |
 
-Losses are means over the tokens that were learned. Members and others must be alike in all but membership, such as a
-random part of one file that was kept out of training: else attacks find the difference between two files.
+Losses are means over the tokens that were learned. Members and other texts must differ in membership only: the other
+texts should be a random part of the same file that was kept out of training. Otherwise the attacks measure the
+difference between two files.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ FEW_FALSE_ALARMS = 0.01
 
 @dataclass(frozen=True)
 class Scored:
-    """How well a model knows texts.
+    """Holds the scores of texts under a model.
 
     Attributes:
-        losses: −log p for each learned token on average, `(N,)`, nats.
-        greedy: whether the likeliest token at each place is the text's own: it would be written word for word.
+        losses: mean −log p over the learned tokens, `(N,)`, in nats.
+        greedy: whether the likeliest token at each position is the text's own, so that the model would write it
+            word for word.
     """
 
     losses: Sequence[float]
@@ -41,11 +43,12 @@ class Scored:
 
 @dataclass(frozen=True)
 class MembershipFinding:
-    """What one attack tells.
+    """Holds the result of one attack.
 
     Attributes:
-        auc: a random member scores above a random other text with this probability; low, high: 95%, over texts.
-        found: part of the members that are found if one in a hundred others may be taken for one.
+        auc: probability that a random member has a higher score than a random other text.
+        low, high: its 95% interval over texts.
+        found: part of the members that the attack identifies at a false positive rate of 1%.
     """
 
     attack: str
@@ -57,17 +60,19 @@ class MembershipFinding:
 
 @dataclass(frozen=True)
 class Membership:
-    """The attacks on one set of tuned weights, and what of the texts' learned part is known by heart.
+    """Holds the attacks on one set of tuned weights, and how much of the texts is memorized.
 
     Attributes:
-        heart: parts of members and others that the tuned model would write word for word; heart_before: before tuning.
-        gap: mean loss of others minus that of members, under the tuned model; gap_before: before tuning, where it
-            should be near zero: else the two groups differ by themselves.
+        memorized: parts of the members and of the other texts that the tuned model would write word for word.
+        memorized_before: the same before tuning.
+        gap: mean loss of other texts minus that of members, under the tuned model.
+        gap_before: the same before tuning. It should be near zero; otherwise the two groups differ in more than
+            membership.
     """
 
     findings: list[MembershipFinding]
-    heart: tuple[float, float]
-    heart_before: tuple[float, float]
+    memorized: tuple[float, float]
+    memorized_before: tuple[float, float]
     gap: float
     gap_before: float
     members: int
@@ -75,11 +80,12 @@ class Membership:
 
     @property
     def strongest(self) -> MembershipFinding:
+        """Returns the attack with the highest AUC."""
         return max(self.findings, key=lambda finding: finding.auc)
 
 
 def attack_membership(tuned: tuple[Scored, Scored], before: tuple[Scored, Scored]) -> Membership:
-    """Membership attacks on `(members, others)`, scored by the tuned model and by the model before tuning.
+    """Attacks `(members, others)`, scored by the tuned model and by the model before tuning.
 
     Raises:
         DataError: too few members or others.
@@ -89,20 +95,40 @@ def attack_membership(tuned: tuple[Scored, Scored], before: tuple[Scored, Scored
         raise DataError(
             f"{members} members and {others} other texts say little.", remedy=f"Give at least {MIN_TEXTS} of each."
         )
-    after, first = (np.concatenate([np.asarray(s.losses, dtype=np.float64) for s in pair]) for pair in (tuned, before))
-    truth = np.arange(members + others) < members
-    findings = [
-        _finding("loss", -after, truth),
-        _finding("calibrated loss", first - after, truth),
-    ]
-    gap, gap_before = (float(losses[~truth].mean() - losses[truth].mean()) for losses in (after, first))
-    heart, heart_before = (tuple(float(np.mean(s.greedy)) for s in pair) for pair in (tuned, before))
+    losses, losses_before = _losses(tuned), _losses(before)
+    is_member = np.arange(members + others) < members
     return Membership(
-        findings, (heart[0], heart[1]), (heart_before[0], heart_before[1]), gap, gap_before, members, others
+        [
+            _finding("loss", -losses, is_member),
+            _finding("calibrated loss", losses_before - losses, is_member),
+        ],
+        _memorized(tuned),
+        _memorized(before),
+        _gap(losses, is_member),
+        _gap(losses_before, is_member),
+        members,
+        others,
     )
 
 
-def _finding(attack: str, scores: NDArray[np.float64], members: NDArray[np.bool_]) -> MembershipFinding:
-    low, high = bootstrap_auc(scores, members, symmetric=False)
-    threshold = np.quantile(scores[~members], 1 - FEW_FALSE_ALARMS)
-    return MembershipFinding(attack, auc(scores, members), low, high, float((scores[members] > threshold).mean()))
+def _losses(pair: tuple[Scored, Scored]) -> NDArray[np.float64]:
+    """Returns the losses of members and others, one after the other."""
+    return np.concatenate([np.asarray(scored.losses, dtype=np.float64) for scored in pair])
+
+
+def _memorized(pair: tuple[Scored, Scored]) -> tuple[float, float]:
+    """Returns the parts of members and others that a model would write word for word."""
+    members, others = pair
+    return float(np.mean(members.greedy)), float(np.mean(others.greedy))
+
+
+def _gap(losses: NDArray[np.float64], is_member: NDArray[np.bool_]) -> float:
+    """Returns the mean loss of others minus that of members."""
+    return float(losses[~is_member].mean() - losses[is_member].mean())
+
+
+def _finding(attack: str, scores: NDArray[np.float64], is_member: NDArray[np.bool_]) -> MembershipFinding:
+    low, high = bootstrap_auc(scores, is_member, symmetric=False)
+    threshold = np.quantile(scores[~is_member], 1 - FEW_FALSE_ALARMS)
+    identified = float((scores[is_member] > threshold).mean())
+    return MembershipFinding(attack, auc(scores, is_member), low, high, identified)

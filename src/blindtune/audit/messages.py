@@ -1,15 +1,16 @@
-"""The calls of a recording: when each happened, and which shares belong to one gradient.
+"""The calls of a recording: the step of each call, and which shares belong to one gradient.
 
-The *moment* of a call is the number of the newest adapters that had been received when it came. Most methods train
-the adapters that they send, so a moment is a training step. Others take all gradients under one public adapter, which
-*stands still* while others move past it. So adapters alone don't say when.
+The *step* of a call is the position, from 0, of the newest adapters that had been received before it. Most methods
+train the adapters that they send, so this is a training step. Other methods take all gradients under one public set of
+adapters, which is *fixed* while the other adapters change. Therefore the adapters of a call alone don't give its step.
 
-Shares are of one gradient if they came for one batch under the same adapters and
+Shares belong to one gradient if they were sent for one batch, under the same adapters, and
 
-- at one operator: no new adapters came between them (one *visit*);
-- at several: each operator gives one visit. Visits with the fewest new adapters between them are put together first,
-  of those the ones with the least time between. Clocks differ, so some new adapters may come between; but under
-  adapters that stand still at most `APART`, since the same batch comes again in another epoch with another gradient.
+- to one operator, without new adapters between them (one *exchange*);
+- or to several operators, in one exchange with each. Exchanges with the fewest new adapters between them are grouped
+  first, and of these, those with the least time between them. Clocks of operators differ, so some new adapters may
+  come between two exchanges of a group. If the adapters are fixed, these may be at most `MAX_STEPS_APART`, because the
+  same batch returns in another epoch with another gradient.
 """
 
 from __future__ import annotations
@@ -28,15 +29,17 @@ Row = tuple[int, ...]
 """Token ids of one text, without padding."""
 Features = NDArray[np.float32]
 Adapters = tuple[str, ...]
-"""The adapters of one call by content, in the order of the request."""
+"""Content hashes of the adapters of one call, in the order of the request."""
+Batch = tuple[Adapters, tuple[Row, ...]]
+"""The adapters and the texts of a call."""
 
-APART = 4
-"""Two steps of a method that sends new adapters to each of two operators."""
+MAX_STEPS_APART = 4
+"""New adapters that two steps bring, with a method that sends its own adapters to each of two operators."""
 
 
 @dataclass(frozen=True)
 class Message:
-    """A forward or backward call with what it carried, and whom it was sent to."""
+    """Holds a forward or backward call with its vectors, and the operator that received it."""
 
     time: float
     kind: Literal["forward", "backward"]
@@ -49,18 +52,21 @@ class Message:
 
 
 @dataclass(frozen=True)
-class Meeting:
-    """All distinct shares `(m, n, B, d)` of one gradient."""
+class ShareGroup:
+    """Holds all distinct shares `(m, n, B, d)` of one gradient: cotangents for one batch under one set of adapters.
 
-    moment: int
-    """When the last of them came."""
-    adapters: Adapters
+    Attributes:
+        step: the step of the last of them.
+    """
+
+    step: int
     rows: tuple[Row, ...]
     shares: Features
+    adapters: Adapters
 
 
 def read_message(event: Event, tensors: dict[str, Tensor], operator: str) -> Message:
-    """A forward or backward event."""
+    """Converts a forward or backward event."""
     rows = _rows(tensors)
     name = "hidden" if event.kind == "forward" else "cotangents"
     vectors = tensors[name].float().numpy() if name in tensors else None
@@ -69,93 +75,113 @@ def read_message(event: Event, tensors: dict[str, Tensor], operator: str) -> Mes
     return Message(event.time, kind, tuple(event.adapters), ids, types, vectors, operator)
 
 
-def moments(calls: Sequence[Message]) -> list[int]:
-    """For each call how many different adapters had come before the newest; 0 where none had come."""
-    seen: set[Adapters] = set()
-    found: list[int] = []
+def call_steps(calls: Sequence[Message]) -> list[int]:
+    """Returns the step of each call: the number of distinct adapters that had been received before the newest."""
+    received: set[Adapters] = set()
+    steps: list[int] = []
     for call in calls:
         if call.adapters:
-            seen.add(call.adapters)
-        found.append(max(0, len(seen) - 1))
-    return found
+            received.add(call.adapters)
+        steps.append(max(0, len(received) - 1))
+    return steps
 
 
-def meetings(calls: Sequence[Message]) -> tuple[list[Meeting], set[Adapters]]:
-    """The shares of every gradient, in the order of moments, and the adapters that stand still.
+def share_groups(calls: Sequence[Message]) -> tuple[list[ShareGroup], set[Adapters]]:
+    """Returns the shares of every gradient, in the order of steps, and the adapters that are fixed.
 
-    A message that was sent again adds nothing.
+    A message that was sent twice counts once.
     """
-    visits = _visits(calls)
-    places: dict[tuple[Adapters, str], set[int]] = {}
-    for (adapters, _), found in visits.items():
-        for visit in found:
-            places.setdefault((adapters, visit.operator), set()).add(visit.received)
-    standing = {adapters for (adapters, _), received in places.items() if len(received) > 1}
-    met: list[Meeting] = []
-    for (adapters, rows), found in visits.items():
-        for group in _grouped(found, APART if adapters in standing else None):
-            shares = np.stack([share for visit in group for share in visit.shares.values()])
-            met.append(Meeting(max(visit.moment for visit in group), adapters, rows, shares))
-    return sorted(met, key=lambda meeting: meeting.moment), standing
+    exchanges_of = _exchanges(calls)
+    positions: dict[tuple[Adapters, str], set[int]] = {}
+    for (adapters, _), exchanges in exchanges_of.items():
+        for exchange in exchanges:
+            positions.setdefault((adapters, exchange.operator), set()).add(exchange.received)
+    fixed = {adapters for (adapters, _), received in positions.items() if len(received) > 1}
+    groups: list[ShareGroup] = []
+    for (adapters, rows), exchanges in exchanges_of.items():
+        for group in _grouped(exchanges, MAX_STEPS_APART if adapters in fixed else None):
+            shares = np.stack([share for exchange in group for share in exchange.shares.values()])
+            groups.append(ShareGroup(max(exchange.step for exchange in group), rows, shares, adapters))
+    return sorted(groups, key=lambda group: group.step), fixed
 
 
 @dataclass
-class _Visit:
-    """Shares for one batch under one set of adapters that came to one operator, with no new adapters in between."""
+class _Exchange:
+    """Holds shares for one batch under one set of adapters that one operator received between two new adapters.
+
+    Attributes:
+        received: how many distinct sets of adapters the operator had received.
+        step: the step of the last share.
+        shares: the content of each share -> the share.
+    """
 
     operator: str
     received: int
-    """How many different sets of adapters the operator had."""
     time: float
-    moment: int
+    step: int
     shares: dict[bytes, Features] = field(default_factory=dict[bytes, Features])
 
 
-def _visits(calls: Sequence[Message]) -> dict[tuple[Adapters, tuple[Row, ...]], list[_Visit]]:
-    """In the order of time."""
-    found: dict[tuple[Adapters, tuple[Row, ...]], list[_Visit]] = {}
-    seen: dict[str, set[Adapters]] = {}
-    for call, moment in zip(calls, moments(calls), strict=True):
-        mine = seen.setdefault(call.operator, set())
+def _exchanges(calls: Sequence[Message]) -> dict[Batch, list[_Exchange]]:
+    """Returns the exchanges of each batch, in the order of time."""
+    exchanges_of: dict[Batch, list[_Exchange]] = {}
+    received_by: dict[str, set[Adapters]] = {}
+    for call, step in zip(calls, call_steps(calls), strict=True):
+        received = received_by.setdefault(call.operator, set())
         if call.adapters:
-            mine.add(call.adapters)
+            received.add(call.adapters)
         if call.kind != "backward" or call.vectors is None:
             continue
-        visits = found.setdefault((call.adapters, call.rows), [])
+        exchanges = exchanges_of.setdefault((call.adapters, call.rows), [])
         for share in call.vectors:
             content = share.tobytes()
-            if any(content in visit.shares for visit in visits):
+            if any(content in exchange.shares for exchange in exchanges):
                 continue
-            place = (call.operator, len(mine))
-            visit = next((v for v in reversed(visits) if (v.operator, v.received) == place), None)
-            if visit is None:
-                visit = _Visit(*place, call.time, moment)
-                visits.append(visit)
-            visit.shares[content], visit.moment = share, moment
-    return found
+            exchange = _latest(exchanges, call.operator, len(received))
+            if exchange is None:
+                exchange = _Exchange(call.operator, len(received), call.time, step)
+                exchanges.append(exchange)
+            exchange.shares[content] = share
+            exchange.step = step
+    return exchanges_of
 
 
-def _grouped(visits: list[_Visit], apart: int | None) -> list[list[_Visit]]:
-    """Visits of different operators that belong together; at most `apart` new adapters between any two, if given."""
+def _latest(exchanges: Sequence[_Exchange], operator: str, received: int) -> _Exchange | None:
+    """Returns the last exchange with this operator since it received its newest adapters, if there is one."""
+    for exchange in reversed(exchanges):
+        if exchange.operator == operator and exchange.received == received:
+            return exchange
+    return None
+
+
+def _grouped(exchanges: list[_Exchange], max_steps: int | None) -> list[list[_Exchange]]:
+    """Groups exchanges with different operators that belong together.
+
+    Args:
+        max_steps: most new adapters between any two exchanges of a group; no limit if None.
+    """
 
     def pairs() -> Iterator[tuple[int, float, int, int]]:
-        for later, visit in enumerate(visits):
+        for later, exchange in enumerate(exchanges):
             for earlier in range(later - 1, -1, -1):
-                between = abs(visit.moment - visits[earlier].moment)
-                if apart is not None and between > apart:
+                between = abs(exchange.step - exchanges[earlier].step)
+                if max_steps is not None and between > max_steps:
                     break
-                yield between, visit.time - visits[earlier].time, earlier, later
+                yield between, exchange.time - exchanges[earlier].time, earlier, later
 
-    group_of = {index: [visit] for index, visit in enumerate(visits)}
+    group_of = list(range(len(exchanges)))  # the number of the group of each exchange
+    members = {number: [exchange] for number, exchange in enumerate(exchanges)}
     for _, _, earlier, later in sorted(pairs()):
-        one, other = group_of[earlier], group_of[later]
-        if {visit.operator for visit in one}.isdisjoint(visit.operator for visit in other):
-            one += other
-            group_of = {index: one if group is other else group for index, group in group_of.items()}
-    return list({id(group): group for group in group_of.values()}.values())
+        kept, merged = group_of[earlier], group_of[later]
+        operators = {exchange.operator for exchange in members[kept]}
+        if operators.isdisjoint(exchange.operator for exchange in members[merged]):
+            members[kept] += members.pop(merged)
+            group_of = [kept if number == merged else number for number in group_of]
+    return [members[number] for number in dict.fromkeys(group_of)]
 
 
 def _rows(tensors: dict[str, Tensor]) -> list[tuple[Row, Row]]:
+    """Returns token ids and token types of each text, without padding."""
     ids, lengths, types = tensors["input_ids"], tensors["lengths"].tolist(), tensors.get("token_type_ids")
     listed = ids.tolist()
     listed_types = types.tolist() if types is not None else [[0] * ids.shape[1]] * len(listed)

@@ -1,21 +1,21 @@
-"""What a server can compute from what it saw: activations and shifts of every text under every adapter it received.
+"""The view of a server: the texts, adapters and vectors that it received, sent, or can compute.
 
-The server keeps all texts and all adapters θ_t. At any later moment it can run each text that it has seen through
-the adapters of any step, so it isn't bound to the (x, θ) pairs that were sent together.
+A server keeps all texts and all adapters θ_t. It can later run each text through the adapters of any step. So it isn't
+limited to the pairs (x, θ) that were sent together.
 
-Attacks observe one of four things, each a part of a `View`:
+Attacks observe parts of a `View`:
 
 | what | where |
 |---|---|
 | vectors of one channel, one for each text | `Sighting`, or recomputed (`Recomputation`) |
 | averages of adapters, as if they had been received | `Mean`, recomputed |
-| the shares of one gradient | `Gradients` |
-| consecutive adapters, with the texts between | `Update` |
+| the shares of one gradient | `ShareGroup` |
+| consecutive adapters, with the texts between them | `Update` |
 | the views of several operators | `join_views`, which gives a view with more of the above |
 
-Every step is a moment: how many different adapters had come before the newest (`blindtune.audit.messages`). A
-checkpoint that *stands still* (all gradients are taken under it, while others move past it) is neither a look nor
-part of an update.
+A step is the position of the newest adapters among all distinct ones (`blindtune.audit.messages`). A checkpoint that is
+*fixed* (the client takes all gradients under it, while the other adapters change) is neither a snapshot nor part of an
+update.
 """
 
 from __future__ import annotations
@@ -27,77 +27,81 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blindtune.audit.messages import Adapters, Features, Message, Row, meetings, moments, read_message
+from blindtune.audit.channel_id import JOINT, ChannelId, ChannelKind
+from blindtune.audit.messages import (
+    Adapters,
+    Batch,
+    Features,
+    Message,
+    Row,
+    ShareGroup,
+    call_steps,
+    read_message,
+    share_groups,
+)
 from blindtune.errors import TranscriptError
 from blindtune.wire import Event, LoraSpec, Pooling, Transcript
+
+AT_THE_BASE = "at the base"
+"""Modifier of activations under fixed adapters."""
 
 
 @dataclass(frozen=True)
 class Mean:
-    """A synthetic adapter: the average of some that were received."""
+    """Identifies a synthetic adapter: the average of several received ones."""
 
     of: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Shuffled:
-    """A synthetic adapter that knows nothing: the weights of a received one, in random order within each matrix."""
+    """Identifies the adapter of a control: a received one with the weights of each matrix in random order."""
 
     of: str
 
 
 Adapter = str | Mean | Shuffled
-"""Something with weights: an adapter's content hash, what an attacker makes of several, or a control."""
+"""The content hash of a received adapter, an average of received adapters, or a control."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Adapters that one call was made with, by content, in the order of the request."""
+    """Identifies the adapters of a call by content hash, in the order of the request."""
 
     adapters: Adapters
     step: int
-    """Position among the distinct sets of adapters that this server received, from 0."""
+    """Position, from 0, among the distinct sets of adapters that this server received."""
 
     @property
     def shuffled(self) -> tuple[Shuffled, ...]:
-        """Adapters of the same size that know nothing."""
+        """Returns the control adapters: the same weights, in random order."""
         return tuple(Shuffled(name) for name in self.adapters)
 
 
 @dataclass(frozen=True)
 class Sighting:
-    """Vectors that travelled for the texts of one message: `(B, d)` for each named channel."""
+    """Holds the vectors that one message carried for its texts: `(B, d)` for each channel."""
 
     step: int
     rows: tuple[Row, ...]
-    channels: dict[str, Features]
-
-
-@dataclass(frozen=True)
-class Gradients:
-    """All distinct shares `(m, n, B, d)` of one gradient that met here: cotangents for one batch under one θ."""
-
-    step: int
-    rows: tuple[Row, ...]
-    shares: Features
-    adapters: Adapters
+    channels: dict[ChannelId, Features]
 
 
 @dataclass(frozen=True)
 class Update:
-    """One optimizer step as a server sees it: θ_t, θ_{t+1}, and the texts whose gradients came between."""
+    """Describes one optimizer step as a server observes it: θ_t, θ_{t+1}, and the texts with gradients between them."""
 
     step: int
     rows: tuple[Row, ...]
     before: Adapters
     after: Adapters
     at: Adapters
-    """Where the gradient was taken: θ_t, or adapters that stand still."""
+    """The adapters at which the gradient was taken: θ_t, or fixed ones."""
 
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """Where an adapter's weights were recorded."""
+    """Names the recorded event that holds an adapter's weights."""
 
     transcript: Transcript
     event: Event
@@ -105,7 +109,7 @@ class StoredWeights:
 
 @dataclass
 class View:
-    """One server's knowledge, in its own order: texts, checkpoints, and the vectors that it was sent or sent."""
+    """Holds what one server knows, in the order in which it learned it: texts, checkpoints, and sent vectors."""
 
     operator: str
     transcript: Transcript
@@ -115,20 +119,20 @@ class View:
     calls: list[Message]
     weights: dict[str, StoredWeights]
     types: dict[Row, Row] = field(default_factory=dict[Row, Row])
-    """Texts in order of first sight, with their token types."""
+    """Text -> its token types, in the order in which the server received the texts first."""
     first_seen: dict[Row, int] = field(default_factory=dict[Row, int])
-    """Text -> first step at which the server had it."""
+    """Text -> the first step at which the server had it."""
     checkpoints: list[Checkpoint] = field(default_factory=list[Checkpoint])
     moving: list[Checkpoint] = field(default_factory=list[Checkpoint])
-    """Those that don't stand still; all if there are no others."""
+    """The checkpoints that aren't fixed; all checkpoints if every one is fixed."""
     received: dict[Adapters, dict[str, float]] = field(default_factory=dict[Adapters, dict[str, float]])
-    """Adapters -> the operators that got them, and when each did first. In a view that isn't joined there is one."""
+    """Adapters -> operator -> the time when it received them first. A view that isn't joined has one operator."""
     sightings: list[Sighting] = field(default_factory=list[Sighting])
-    gradients: list[Gradients] = field(default_factory=list[Gradients])
+    gradients: list[ShareGroup] = field(default_factory=list[ShareGroup])
 
     def __post_init__(self) -> None:
-        met, standing = meetings(self.calls)
-        for call, step in zip(self.calls, moments(self.calls), strict=True):
+        self.gradients, fixed = share_groups(self.calls)
+        for call, step in zip(self.calls, call_steps(self.calls), strict=True):
             if call.adapters:
                 if call.adapters not in self.received:
                     self.checkpoints.append(Checkpoint(call.adapters, step))
@@ -137,84 +141,96 @@ class View:
                 self.types.setdefault(row, row_types)
                 self.first_seen.setdefault(row, step)
             if call.kind == "forward" and call.adapters and call.vectors is not None:
-                where = " at the base" if call.adapters in standing else ""
-                channels = {f"sent activation {i}{where}": vectors for i, vectors in enumerate(call.vectors)}
+                modifier = AT_THE_BASE if call.adapters in fixed else ""
+                channels = {
+                    ChannelId(ChannelKind.SENT_ACTIVATION, adapter=i, modifier=modifier): vectors
+                    for i, vectors in enumerate(call.vectors)
+                }
                 self.sightings.append(Sighting(step, call.rows, channels))
-        self.moving = [c for c in self.checkpoints if c.adapters not in standing] or self.checkpoints
-        for found in met:
-            self.gradients.append(Gradients(found.moment, found.rows, found.shares, found.adapters))
-            self.sightings.append(Sighting(found.moment, found.rows, _gradient_channels(found.shares)))
+        self.moving = [c for c in self.checkpoints if c.adapters not in fixed] or self.checkpoints
+        for group in self.gradients:
+            self.sightings.append(Sighting(group.step, group.rows, _gradient_channels(group.shares)))
 
     @property
     def messages(self) -> int:
+        """Returns the number of recorded calls."""
         return len(self.calls)
 
     def rows_until(self, step: int) -> list[Row]:
-        """Texts that the server had seen when it received the adapters of `step`."""
+        """Returns the texts that the server had received when it received the adapters of `step`."""
         return [row for row, first in self.first_seen.items() if first <= step]
 
     def updates(self) -> list[Update]:
-        """Consecutive checkpoints of one operator with gradients for one batch between them.
+        """Returns consecutive checkpoints of one operator with gradients for exactly one batch between them.
 
-        Those are gradients at the first of the two, or at adapters that stand still. A server can't know whether the
-        client took further steps with other operators in between.
+        The gradients were taken at the first of the two checkpoints, or at fixed adapters. A server can't know whether
+        the client took further steps with other operators in between.
         """
         moving = {checkpoint.adapters for checkpoint in self.moving}
-        own: dict[Adapters, set[tuple[Adapters, tuple[Row, ...]]]] = {}
-        standing: dict[int, set[tuple[Adapters, tuple[Row, ...]]]] = {}
-        for found in self.gradients:
-            batch = (found.adapters, found.rows)
-            if found.adapters in moving:
-                own.setdefault(found.adapters, set()).add(batch)
+        own: dict[Adapters, set[Batch]] = {}
+        fixed: dict[int, set[Batch]] = {}
+        for group in self.gradients:
+            batch = (group.adapters, group.rows)
+            if group.adapters in moving:
+                own.setdefault(group.adapters, set()).add(batch)
             else:
-                standing.setdefault(found.step, set()).add(batch)
+                fixed.setdefault(group.step, set()).add(batch)
         updates: list[Update] = []
         for index, now in enumerate(self.moving):
-            mine = self.received[now.adapters].keys()
-            after = next((c for c in self.moving[index + 1 :] if mine & self.received[c.adapters].keys()), None)
-            if after is not None:
-                between = [standing.get(step, set()) for step in range(now.step, after.step)]
-                batches = own.get(now.adapters, set()).union(*between)
-                if len(batches) == 1:
-                    at, rows = batches.pop()
-                    updates.append(Update(now.step, rows, now.adapters, after.adapters, at))
+            after = self._next_of_same_operator(index)
+            if after is None:
+                continue
+            between = [fixed.get(step, set()) for step in range(now.step, after.step)]
+            batches = own.get(now.adapters, set()).union(*between)
+            if len(batches) == 1:
+                at, rows = batches.pop()
+                updates.append(Update(now.step, rows, now.adapters, after.adapters, at))
         return updates
 
+    def _next_of_same_operator(self, index: int) -> Checkpoint | None:
+        """Returns the next moving checkpoint that an operator of checkpoint `index` received, if any."""
+        operators = self.received[self.moving[index].adapters].keys()
+        for checkpoint in self.moving[index + 1 :]:
+            if operators & self.received[checkpoint.adapters].keys():
+                return checkpoint
+        return None
+
     def adapter(self, name: str | Mean) -> Tensor:
-        """Weights `(P,)` of the adapter with this content hash, or of an average.
+        """Returns weights `(P,)` of the adapter with this content hash, or of an average.
 
         Raises:
-            TranscriptError: its upload is not in the recording.
+            TranscriptError: the recording lacks its upload.
         """
         return self.load([name])[name]
 
     def load(self, names: Iterable[str | Mean]) -> dict[str | Mean, Tensor]:
-        """Weights `(P,)` of several adapters; each recorded one is read once, for itself and for all means of it.
+        """Returns weights `(P,)` of several adapters. Reads each recorded one once, for itself and for all averages.
 
         Raises:
-            TranscriptError: an upload is not in the recording.
+            TranscriptError: the recording lacks an upload.
         """
         wanted = list(dict.fromkeys(names))
         means = [name for name in wanted if isinstance(name, Mean)]
         sums: list[Tensor | None] = [None] * len(means)
         uses: dict[str, list[int]] = {name: [] for name in wanted if isinstance(name, str)}
-        for place, mean in enumerate(means):
+        for index, mean in enumerate(means):
             for name in mean.of:
-                uses.setdefault(name, []).append(place)
+                uses.setdefault(name, []).append(index)
         loaded: dict[str | Mean, Tensor] = dict.fromkeys(wanted, torch.empty(0))
-        for name, places in uses.items():
+        for name, indices in uses.items():
             weights = self._stored(name)
             if name in loaded:
                 loaded[name] = weights
-            for place in places:
-                total = sums[place]
-                sums[place] = weights.to(torch.float64, copy=True) if total is None else total.add_(weights)
+            for index in indices:
+                total = sums[index]
+                sums[index] = weights.to(torch.float64, copy=True) if total is None else total.add_(weights)
         for mean, total in zip(means, sums, strict=True):
             if total is not None:
                 loaded[mean] = (total / len(mean.of)).to(torch.float32)
         return loaded
 
     def _stored(self, name: str) -> Tensor:
+        """Reads the weights of one received adapter."""
         stored = self.weights.get(name)
         if stored is None:
             raise TranscriptError(f"The adapter {name[:12]}… was used but not recorded.", remedy="Record a whole run.")
@@ -222,10 +238,10 @@ class View:
 
 
 def read_view(transcript: Transcript, operator: str, tenant: str | None = None) -> View:
-    """Replays what one tenant sent.
+    """Reads the calls of one tenant from a recording.
 
     Raises:
-        TranscriptError: nothing in it to attack, or several tenants, models or runs in one recording.
+        TranscriptError: the recording has no calls, or several tenants, models or runs.
     """
     tenants = sorted({event.tenant for event in transcript.events})
     if tenant is None and len(tenants) > 1:
@@ -266,14 +282,14 @@ def read_view(transcript: Transcript, operator: str, tenant: str | None = None) 
 
 
 def join_views(views: Sequence[View]) -> View:
-    """What operators know together if they collude: all texts, all adapters, and the shares that met.
+    """Joins the views of operators that collude: all texts, all adapters, and all shares of each gradient.
 
-    Messages are put in the order of the operators' clocks, and keep the name of their operator. Backward calls for the
-    same texts under the same adapters carry shares of one gradient, whoever received them, unless they belong to
-    different moments (`blindtune.audit.messages`).
+    Messages are sorted by the operators' clocks, and keep the name of their operator. Backward calls for the same texts
+    under the same adapters carry shares of one gradient, whichever operators received them, unless they belong to
+    different steps (`blindtune.audit.messages`).
 
     Raises:
-        TranscriptError: the operators didn't serve one and the same run.
+        TranscriptError: the operators served different runs.
     """
     first = views[0]
     names = " + ".join(view.operator for view in views)
@@ -288,18 +304,21 @@ def join_views(views: Sequence[View]) -> View:
 
 
 def _pooling(value: str | None) -> Pooling:
+    """Returns the pooling of a transcript. Raises `TranscriptError` for an unknown one."""
     for pooling in ("cls", "mean", "last", "first"):
         if value == pooling:
             return pooling
     raise TranscriptError(f"The transcript has the pooling {value!r}.", remedy="Record it again.")
 
 
-def _gradient_channels(shares: Features) -> dict[str, Features]:
-    """`gradient i` from `(m, n, B, d)`, one for each share where there are several, and their joints over adapters."""
-    channels: dict[str, Features] = {}
-    for j, share in enumerate(shares):
-        mark = f".{j}" if len(shares) > 1 else ""
-        channels |= {f"gradient {i}{mark}": vectors for i, vectors in enumerate(share)}
-        if len(share) > 1:
-            channels[f"gradients joint{mark}"] = np.concatenate(list(share), axis=1)
+def _gradient_channels(shares: Features) -> dict[ChannelId, Features]:
+    """Returns the gradients `(m, n, B, d)` by adapter and share, and those of all adapters together."""
+    channels: dict[ChannelId, Features] = {}
+    for index, gradients in enumerate(shares):
+        share = index if len(shares) > 1 else None
+        for i, vectors in enumerate(gradients):
+            channels[ChannelId(ChannelKind.GRADIENT, adapter=i, share=share)] = vectors
+        if len(gradients) > 1:
+            joint = ChannelId(ChannelKind.GRADIENT, modifier=JOINT, share=share)
+            channels[joint] = np.concatenate(list(gradients), axis=1)
     return channels

@@ -1,4 +1,4 @@
-"""SVG drawings for the report: what a server sees (two principal components) and how attacks fare over time."""
+"""SVG drawings for the report: two principal components of a channel, and the AUC of attacks over training steps."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _SIDE, _MARGIN = 220, 10
 
 
 def scatter(features: Features, labels: Labels, seed: int = 0) -> str:
-    """Two principal components of `(N, d)`, coloured by the true label: the paper's Figure 1."""
+    """Draws two principal components of `(N, d)`, coloured by the true label, as in Figure 1 of P3EFT."""
     chosen = np.random.default_rng(seed).permutation(len(features))[:POINTS]
     if features.shape[1] < 2:
         features = np.pad(features, ((0, 0), (0, 1)))
     points = Channel(features).components(2)[chosen]
     low, high = np.percentile(points, 1, axis=0), np.percentile(points, 99, axis=0)
     unit = np.clip((points - low) / np.maximum(high - low, 1e-12), -0.03, 1.03)
-    places = _MARGIN + unit * (_SIDE - 2 * _MARGIN)
+    positions = _MARGIN + unit * (_SIDE - 2 * _MARGIN)
     dots = "".join(
         f'<circle cx="{x:.1f}" cy="{_SIDE - y:.1f}" r="2.2" fill="{COLOURS[label % len(COLOURS)]}"/>'
-        for (x, y), label in zip(places, labels[chosen].tolist(), strict=True)
+        for (x, y), label in zip(positions, labels[chosen].tolist(), strict=True)
     )
     return (
         f'<svg viewBox="0 0 {_SIDE} {_SIDE}" role="img" aria-label="two principal components">'
@@ -37,7 +37,7 @@ def scatter(features: Features, labels: Labels, seed: int = 0) -> str:
 
 
 def curves(series: Mapping[str, Sequence[Finding]], floor: float) -> str:
-    """AUC over training steps, one line for each named series; the frozen model's floor dashed."""
+    """Draws the AUC over training steps: a line for each named series, and a dashed line for the frozen model."""
     width, height, left, bottom, right = 720, 260, 44, 30, 190
     last = max((f.step for line in series.values() for f in line), default=1) or 1
 
@@ -64,9 +64,9 @@ def curves(series: Mapping[str, Sequence[Finding]], floor: float) -> str:
             legend.append((y(max(0.5, line[-1].auc)), name, colour))
     legend.append((y(floor), "frozen model", "#718096"))
     previous = -100.0
-    for place, name, colour in sorted(legend):
-        place = max(place, previous + 15)
-        previous = place
-        parts.append(f'<text x="{width - right + 10}" y="{place + 4:.1f}" fill="{colour}">{escape(name)}</text>')
+    for height_of_line, name, colour in sorted(legend):
+        baseline = max(height_of_line, previous + 15)
+        previous = baseline
+        parts.append(f'<text x="{width - right + 10}" y="{baseline + 4:.1f}" fill="{colour}">{escape(name)}</text>')
     title = "best attack without labels (AUC) by training step"
     return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{title}">{"".join(parts)}</svg>'

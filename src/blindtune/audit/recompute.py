@@ -1,6 +1,6 @@
-"""Runs texts through adapters, as a server can: hidden states, and Jacobians in the adapters.
+"""Runs texts through adapters, as a server can: hidden states, and Jacobians with respect to the adapters.
 
-The adapters are those of any moment, or what an attacker makes of them (`blindtune.audit.observe.Mean`).
+The adapters are those of any step, or synthetic ones (`blindtune.audit.observe.Mean`, `Shuffled`).
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from blindtune.audit.observe import Adapter, Features, Mean, Row, Shuffled, View
+from blindtune.audit.solvers import JacobianProducts
 from blindtune.audit.statistics import Scores
 from blindtune.errors import TranscriptError
 from blindtune.models import FrozenBackbone, LoraLayout, Tokens
@@ -23,9 +23,10 @@ Memory = dict[tuple[str, bytes], Scores | None]
 
 
 class Recomputation:
-    """Hidden states of texts under checkpoints, each computed once and kept for all views that share it.
+    """Computes hidden states of texts under checkpoints once, and keeps them for all views that need them.
 
-    `scores` remembers in the same way what attacks made of them.
+    Attributes:
+        scores: the scores of attacks on these hidden states, kept in the same way.
     """
 
     def __init__(self, backbone: FrozenBackbone, on_texts: Callable[[int], None] | None = None) -> None:
@@ -34,13 +35,13 @@ class Recomputation:
         self._known: dict[tuple[Adapter, ...], dict[Row, Features]] = {}
 
     def hidden(self, view: View, checkpoint: tuple[Adapter, ...], rows: Sequence[Row]) -> Features:
-        """h(x, θ_i): `(n, N, d)`; the empty checkpoint is the frozen model, n = 1."""
+        """Returns h(x, θ_i), `(n, N, d)`. The empty checkpoint is the frozen model, with n = 1."""
         self.ensure(view, [checkpoint], rows)
         known = self._known[checkpoint]
         return np.stack([known[row] for row in rows], axis=1)
 
     def ensure(self, view: View, checkpoints: Sequence[tuple[Adapter, ...]], rows: Sequence[Row]) -> None:
-        """Runs all texts through all checkpoints in shared passes: the layers below the adapters run once."""
+        """Runs all texts through all checkpoints in shared passes, so that the layers below the adapters run once."""
         groups: dict[int, list[tuple[Adapter, ...]]] = {}
         for checkpoint in dict.fromkeys(checkpoints):
             groups.setdefault(len(checkpoint), []).append(checkpoint)
@@ -52,8 +53,9 @@ class Recomputation:
                 self._known.setdefault(c, {})
             layout, weights = self._stack(view, group) if n else (None, None)
             for part in _portions(sorted(wanted, key=len), max(1, n * len(group))):
+                tokens = token_batch(view, part, self.backbone)
                 with torch.no_grad():
-                    hidden = self.backbone.forward(pad_rows(view, part, self.backbone), view.pooling, layout, weights)
+                    hidden = self.backbone.forward(tokens, view.pooling, layout, weights)
                 split = hidden.cpu().numpy().reshape(len(group), max(1, n), len(part), -1)
                 for c, vectors in zip(group, split, strict=True):
                     self._known[c].update({row: vectors[:, index] for index, row in enumerate(part)})
@@ -61,28 +63,28 @@ class Recomputation:
                     self.on_texts(len(part))
 
     def _stack(self, view: View, group: Sequence[tuple[Adapter, ...]]) -> tuple[LoraLayout, Tensor]:
-        """The adapters' layout, and the weights `(n * len(group), P)` of all checkpoints."""
+        """Returns the adapters' layout, and the weights `(n * len(group), P)` of all checkpoints."""
         layout = self.layout(view)
         return layout, adapter_weights(view, layout, [name for checkpoint in group for name in checkpoint])
 
     def layout(self, view: View) -> LoraLayout:
-        """Where each matrix of the run's adapters lies.
+        """Returns the layout of the run's adapters.
 
         Raises:
-            TranscriptError: it has none.
+            TranscriptError: the recording has no adapters.
         """
         if view.spec is None:
             raise TranscriptError(f"{view.transcript.folder} holds no adapters.", remedy="Record a whole run.")
         return LoraLayout(view.spec, self.backbone.lora.shapes)
 
     def jacobian(self, view: View, checkpoint: tuple[Adapter, ...], rows: Sequence[Row]) -> Jacobian:
-        """∂h/∂θ of a batch under a checkpoint."""
+        """Returns the Jacobian ∂h/∂θ of a batch under a checkpoint."""
         layout, weights = self._stack(view, [checkpoint])
         return Jacobian(self.backbone, view, layout, weights, rows)
 
 
 def adapter_weights(view: View, layout: LoraLayout, names: Sequence[Adapter]) -> Tensor:
-    """Weights `(n, P)` of adapters, received or synthetic."""
+    """Returns weights `(n, P)` of adapters, received or synthetic."""
     stored = view.load(_source(name) for name in names)
     return torch.stack(
         [_shuffled(stored[name.of], name.of, layout) if isinstance(name, Shuffled) else stored[name] for name in names]
@@ -90,12 +92,12 @@ def adapter_weights(view: View, layout: LoraLayout, names: Sequence[Adapter]) ->
 
 
 def _source(name: Adapter) -> str | Mean:
-    """What is read from the recording."""
+    """Returns the part of the recording from which an adapter is made."""
     return name.of if isinstance(name, Shuffled) else name
 
 
 def _shuffled(weights: Tensor, name: str, layout: LoraLayout) -> Tensor:
-    """Each matrix's entries in an order that depends on the adapter's hash alone."""
+    """Shuffles the entries of each matrix, in an order that depends on the adapter's hash alone."""
     random = torch.Generator().manual_seed(int(name[:15], 16))
 
     def reordered(matrix: Tensor) -> Tensor:
@@ -106,7 +108,7 @@ def _shuffled(weights: Tensor, name: str, layout: LoraLayout) -> Tensor:
 
 
 def _portions(rows: list[Row], copies: int) -> Iterator[list[Row]]:
-    """Consecutive rows whose padded size, times the adapters, stays below `TOKENS_IN_A_PASS`."""
+    """Splits rows into portions whose padded size, times the adapters, is at most `TOKENS_IN_A_PASS`."""
     portion: list[Row] = []
     for row in rows:
         if portion and (len(portion) + 1) * len(row) * copies > TOKENS_IN_A_PASS:
@@ -117,8 +119,8 @@ def _portions(rows: list[Row], copies: int) -> Iterator[list[Row]]:
         yield portion
 
 
-def pad_rows(view: View, rows: Sequence[Row], backbone: FrozenBackbone) -> Tokens:
-    """A right-padded batch of texts that this server saw."""
+def token_batch(view: View, rows: Sequence[Row], backbone: FrozenBackbone) -> Tokens:
+    """Makes a right-padded batch of texts that this server received."""
     length = max(len(row) for row in rows)
     ids = torch.full((len(rows), length), backbone.pad_token_id, dtype=torch.int32)
     types = torch.zeros((len(rows), length), dtype=torch.uint8)
@@ -129,31 +131,29 @@ def pad_rows(view: View, rows: Sequence[Row], backbone: FrozenBackbone) -> Token
 
 
 class Jacobian:
-    """J_b = ∂h(x_b, θ_i)/∂θ_i for a batch of texts and n adapters, as products with vectors, which are on the CPU."""
+    """Multiplies J_b = ∂h(x_b, θ_i)/∂θ_i, for a batch of texts and n adapters, with vectors on the CPU."""
 
     def __init__(
         self, backbone: FrozenBackbone, view: View, layout: LoraLayout, weights: Tensor, rows: Sequence[Row]
     ) -> None:
-        self._weights = weights.unsqueeze(1).repeat(1, len(rows), 1).requires_grad_()  # (n, B, P): each text its own
-        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivatives
-            self._hidden = backbone.forward(pad_rows(view, rows, backbone), view.pooling, layout, self._weights)
-            self._probe = torch.zeros_like(self._hidden, requires_grad=True)
-            (self._pulled,) = torch.autograd.grad(self._hidden, self._weights, self._probe, create_graph=True)
+        tokens = token_batch(view, rows, backbone)
+
+        def hidden(weights_of_each: Tensor) -> Tensor:
+            return backbone.forward(tokens, view.pooling, layout, weights_of_each)
+
+        own_weights = weights.unsqueeze(1).repeat(1, len(rows), 1)  # (n, B, P): a copy for each text
+        self._products = JacobianProducts(hidden, own_weights)
 
     def pull(self, cotangents: Tensor) -> Tensor:
-        """Σ_b J_bᵀ c_b for cotangents `(n, B, d)`: `(n, P)`."""
-        return self._each(cotangents).sum(1)
+        """Returns Σ_b J_bᵀ c_b for cotangents `(n, B, d)`: `(n, P)`."""
+        return self._products.transposed(cotangents).sum(1)
 
     def push(self, direction: Tensor) -> Tensor:
-        """J_b v for a direction `(n, P)` of the adapters: `(n, B, d)`. The derivative of Jᵀc, linear in c, by c."""
-        along = direction.unsqueeze(1).expand_as(self._pulled)
-        return torch.autograd.grad(self._pulled, self._probe, along, retain_graph=True)[0].cpu()
+        """Returns J_b v for a direction `(n, P)` of the adapters: `(n, B, d)`."""
+        of_each = direction.unsqueeze(1).expand(-1, self._products.output.shape[1], -1)
+        return self._products.times(of_each).cpu()
 
     def per_example(self, cotangent: Tensor) -> Tensor:
-        """J_bᵀ c for each text alone, for a cotangent `(n, d)` that all share: `(B, n P)`."""
-        return self._each(cotangent.unsqueeze(1).expand_as(self._hidden)).transpose(0, 1).flatten(1)
-
-    def _each(self, cotangents: Tensor) -> Tensor:
-        """J_bᵀ c_b for cotangents `(n, B, d)`: `(n, B, P)`."""
-        given = cotangents.to(self._hidden.device)
-        return torch.autograd.grad(self._hidden, self._weights, given, retain_graph=True)[0]
+        """Returns J_bᵀ c of each text, for one cotangent `(n, d)` for all texts: `(B, n P)`."""
+        of_each = cotangent.unsqueeze(1).expand_as(self._products.output)
+        return self._products.transposed(of_each).transpose(0, 1).flatten(1)

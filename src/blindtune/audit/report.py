@@ -1,4 +1,4 @@
-"""The audit as one self-contained HTML file: verdict, controls, curves, pictures, every number."""
+"""Writes an audit as one self-contained HTML file: verdict, controls, curves, pictures, and all numbers."""
 
 from __future__ import annotations
 
@@ -8,13 +8,25 @@ from typing import Any
 
 import jinja2
 
-from blindtune.audit.attackers import FROZEN, Attacked, Finding
+from blindtune.audit.attackers import Attacked, Finding
+from blindtune.audit.channel_id import ChannelId, ChannelKind
 from blindtune.audit.labels.few import COUNTS
+from blindtune.audit.labels.registry import Knowledge
 from blindtune.audit.pictures import COLOURS, curves, scatter
 from blindtune.audit.verdict import Verdict, strongest
 
-PICTURED = ("activation 0", "shift 0", "gradient 0", "gradient 0.0")
-GROUPS = {"activations": ("activation", "sent activation"), "shifts": ("shift",), "gradients": ("gradient",)}
+PICTURED = (
+    ChannelId(ChannelKind.ACTIVATION, adapter=0),
+    ChannelId(ChannelKind.SHIFT, adapter=0),
+    ChannelId(ChannelKind.GRADIENT, adapter=0),
+    ChannelId(ChannelKind.GRADIENT, adapter=0, share=0),
+)
+GROUPS = {
+    "activations": (ChannelKind.ACTIVATION, ChannelKind.SENT_ACTIVATION),
+    "shifts": (ChannelKind.SHIFT,),
+    "gradients": (ChannelKind.GRADIENT,),
+}
+KNOWLEDGE = (Knowledge.NOTHING, Knowledge.WHICH_COMPONENT, *COUNTS.values(), Knowledge.ALL_OTHER_LABELS)
 
 
 def write_report(
@@ -35,6 +47,7 @@ def write_report(
 
 
 def _server(result: Attacked) -> dict[str, Any]:
+    """Returns the template's variables for one server."""
     return {
         "name": result.operator,
         "checkpoints": result.checkpoints,
@@ -50,12 +63,12 @@ def _server(result: Attacked) -> dict[str, Any]:
 
 
 def _series(findings: Sequence[Finding]) -> dict[str, list[Finding]]:
-    """For each group of channels the best attack without labels at each step."""
+    """Returns the best attack without labels at each step, for each group of channels."""
     series: dict[str, list[Finding]] = {}
-    for name, prefixes in GROUPS.items():
+    for name, kinds in GROUPS.items():
         by_step: dict[int, list[Finding]] = {}
         for finding in findings:
-            if finding.knows == "nothing" and finding.channel.startswith(prefixes):
+            if finding.knows is Knowledge.NOTHING and finding.channel.observes(*kinds):
                 by_step.setdefault(finding.step, []).append(finding)
         if by_step:
             series[name] = [strongest(by_step[step]) for step in sorted(by_step)]
@@ -63,17 +76,15 @@ def _series(findings: Sequence[Finding]) -> dict[str, list[Finding]]:
 
 
 def _floor(findings: Sequence[Finding]) -> float:
-    return max((f.auc for f in findings if f.channel.startswith(FROZEN) and f.knows == "nothing"), default=0.5)
+    """Returns the best AUC without labels on controls."""
+    return max((f.auc for f in findings if f.channel.is_control and f.knows is Knowledge.NOTHING), default=0.5)
 
 
-KNOWLEDGE = ("nothing", "which component", *COUNTS.values(), "all other labels")
-
-
-def _rows(findings: Sequence[Finding]) -> list[tuple[str, list[Finding | None]]]:
-    """Channel, and its best attack for each kind of knowledge."""
-    rows: list[tuple[str, list[Finding | None]]] = []
+def _rows(findings: Sequence[Finding]) -> list[tuple[ChannelId, list[Finding | None]]]:
+    """Returns each channel with its best attack for each kind of knowledge."""
+    rows: list[tuple[ChannelId, list[Finding | None]]] = []
     for channel in dict.fromkeys(finding.channel for finding in findings):
-        mine = [finding for finding in findings if finding.channel == channel]
-        groups = [[finding for finding in mine if finding.knows == knows] for knows in KNOWLEDGE]
+        on_channel = [finding for finding in findings if finding.channel == channel]
+        groups = [[finding for finding in on_channel if finding.knows is knows] for knows in KNOWLEDGE]
         rows.append((channel, [strongest(group) if group else None for group in groups]))
     return rows

@@ -1,4 +1,4 @@
-"""AUC, its uncertainty, and what the best of many attacks would reach by luck."""
+"""AUC, its uncertainty, and the distribution of the best of many attacks under chance."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Labels = NDArray[np.int64]
 
 
 def auc(scores: Scores, positive: NDArray[np.bool_]) -> float:
-    """Area under the ROC curve of `scores (N,)` for the examples marked positive; ties count half.
+    """Returns the area under the ROC curve of `scores (N,)` for the examples marked positive; ties count half.
 
     Raises:
         ValueError: all examples are positive, or none.
@@ -27,10 +27,12 @@ def auc(scores: Scores, positive: NDArray[np.bool_]) -> float:
 
 
 def best_auc(scores: Scores, labels: Labels, *, symmetric: bool) -> tuple[float, int, int]:
-    """The best AUC over classes and score columns `(N, S)`: (AUC, class, column).
+    """Returns the best AUC over classes and score columns `(N, S)`: (AUC, class, column).
 
-    Symmetric: an attack without labels doesn't know which end is which, nor which column is which class, so
-    max(AUC, 1 − AUC) counts, over all pairs. Otherwise column j is for the j-th class.
+    Args:
+        symmetric: whether the attack had no labels. It then doesn't know which class has the high scores, nor which
+            column belongs to which class, so the result is the maximum of AUC and 1 − AUC over all pairs. Otherwise
+            column j is for the j-th class.
     """
     best = (0.0, 0, 0)
     for index, label in enumerate(np.unique(labels)):
@@ -42,9 +44,10 @@ def best_auc(scores: Scores, labels: Labels, *, symmetric: bool) -> tuple[float,
 
 
 def mean_auc(draws: Scores, labels: Labels) -> tuple[float, float, float]:
-    """The mean AUC over R draws `(R, N, S)` of its best class, and the 2.5% and 97.5% quantiles over draws.
+    """Returns the mean AUC over R draws `(R, N, S)` for the best class, and its 2.5% and 97.5% quantiles.
 
-    Texts with NaN are left out: the attacker was given their labels. A single draw has a bootstrap interval over texts.
+    Texts with NaN are left out, because the attacker knows their labels. A single draw has a bootstrap interval over
+    texts.
     """
     if len(draws) == 1:
         scored = np.isfinite(draws[0, :, 0])
@@ -65,7 +68,7 @@ def mean_auc(draws: Scores, labels: Labels) -> tuple[float, float, float]:
 def bootstrap_auc(
     scores: Scores, positive: NDArray[np.bool_], *, symmetric: bool, resamples: int = 500, seed: int = 0
 ) -> tuple[float, float]:
-    """95% percentile interval of the AUC over resampled examples."""
+    """Returns the 95% percentile interval of the AUC over resampled examples."""
     order = np.argsort(scores, kind="stable")
     sorted_scores, marks = scores[order], positive[order]
     weights = np.random.default_rng(seed).multinomial(len(scores), np.full(len(scores), 1 / len(scores)), resamples)
@@ -85,7 +88,10 @@ def bootstrap_auc(
 
 @dataclass(frozen=True)
 class CachedScores:
-    """Scores `(N, S)` of an attack that used no labels, and the examples that they belong to."""
+    """Holds scores `(N, S)` of an attack without labels, and the examples that they belong to.
+
+    Attacks on the same examples should share one `rows` object, so that the permutation test ranks them together.
+    """
 
     rows: Sequence[Hashable]
     scores: Scores
@@ -93,12 +99,12 @@ class CachedScores:
 
 @dataclass(frozen=True)
 class Chance:
-    """What the best of many attacks reaches where there is nothing to find.
+    """Describes the maximum AUC over many attacks if the labels are independent of what the servers received.
 
     Attributes:
-        quantile: 95% of the maxima over all attacks are below this, if labels have nothing to do with what was seen.
-        p: the chance of a maximum as high as the one found, at least 1 / (permutations + 1).
-        scores: how many score vectors compete.
+        quantile: 95% of the maxima are below this value.
+        p: probability of a maximum at least as high as the measured one, at least 1 / (permutations + 1).
+        scores: number of score vectors.
     """
 
     quantile: float
@@ -110,39 +116,51 @@ class Chance:
 def chance_of_maximum(
     cached: Sequence[CachedScores], labels: Mapping[Hashable, int], *, permutations: int = 1000, seed: int = 0
 ) -> Chance:
-    """Permutation test of the maximum over all attacks, channels and moments (Westfall and Young 1993).
+    """Runs a permutation test of the maximum over attacks, channels and steps (Westfall and Young 1993).
 
-    Labels are permuted over the texts, the same permutation for all attacks, and only the scoring is repeated:
-    scores of attacks that use no labels stay what they are. Dependence between attacks is thereby kept.
+    The test permutes the labels over the texts, with the same permutation for all attacks, and repeats the scoring
+    only, because the scores of attacks without labels don't change. This preserves the dependence between attacks.
 
     Raises:
         ValueError: nothing to score.
     """
     if not cached:
         raise ValueError("There are no scores.")
-    texts = list(dict.fromkeys(row for rows in {id(c.rows): c.rows for c in cached}.values() for row in rows))
-    place = {text: index for index, text in enumerate(texts)}
-    truth = np.array([labels[text] for text in texts])
+    groups = _by_rows(cached)
+    texts = list(dict.fromkeys(row for rows, _ in groups for row in rows))
+    index_of = {text: index for index, text in enumerate(texts)}
+    true_labels = np.array([labels[text] for text in texts])
     random = np.random.default_rng(seed)
-    permuted = np.stack([truth, *(random.permutation(truth) for _ in range(permutations))], axis=1)  # (N, 1 + R)
-    groups: dict[int, tuple[Sequence[Hashable], list[Scores]]] = {}
-    for entry in cached:
-        groups.setdefault(id(entry.rows), (entry.rows, []))[1].append(entry.scores)
-    classes = np.unique(truth)
+    shuffled = [random.permutation(true_labels) for _ in range(permutations)]
+    permuted = np.stack([true_labels, *shuffled], axis=1)  # (N, 1 + R)
+    classes = np.unique(true_labels)
     maxima = np.zeros(1 + permutations)
-    for rows, scores in groups.values():
+    for rows, scores in groups:
         columns = np.concatenate(scores, axis=1)
         ranks = rankdata(columns, axis=0).T.astype(np.float32)  # (S, N)
-        drawn = permuted[[place[row] for row in rows]]
+        drawn = permuted[[index_of[row] for row in rows]]
         for label in classes[1:] if len(classes) == 2 else classes:
             positive = (drawn == label).astype(np.float32)
             count = positive.sum(0, dtype=np.float64)
             pairs = np.maximum(count * (len(drawn) - count), 1.0)
             wins = (ranks @ positive).astype(np.float64) - count * (count + 1) / 2
-            found = np.abs(wins / pairs - 0.5) + 0.5
-            found[:, (count == 0) | (count == len(drawn))] = 0.5
-            maxima = np.maximum(maxima, found.max(0))
+            aucs = np.abs(wins / pairs - 0.5) + 0.5
+            aucs[:, (count == 0) | (count == len(drawn))] = 0.5
+            maxima = np.maximum(maxima, aucs.max(0))
     null = maxima[1:]
     p = (1 + int((null >= maxima[0] - 1e-6).sum())) / (1 + permutations)
     total = sum(entry.scores.shape[1] for entry in cached)
     return Chance(float(np.quantile(null, 0.95)), p, total, permutations)
+
+
+def _by_rows(cached: Sequence[CachedScores]) -> list[tuple[Sequence[Hashable], list[Scores]]]:
+    """Returns the scores of all attacks that share one `rows` object, with these rows."""
+    groups: list[tuple[Sequence[Hashable], list[Scores]]] = []
+    for entry in cached:
+        for rows, scores in groups:
+            if rows is entry.rows:
+                scores.append(entry.scores)
+                break
+        else:
+            groups.append((entry.rows, [entry.scores]))
+    return groups

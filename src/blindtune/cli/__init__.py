@@ -1,14 +1,13 @@
-"""The command line: one file for each command."""
+"""The command line, one file for each command. A command parses its options, calls the library, and prints results."""
 
 import typer
 
-from blindtune.cli.audit import audit
+from blindtune.cli.console import manual
 from blindtune.cli.demo import demo
 from blindtune.cli.emulator import app as emulator
-from blindtune.cli.membership import membership
-from blindtune.cli.plugin import plug_in
+from blindtune.cli.labels import app as labels
 from blindtune.cli.serve import serve, token
-from blindtune.cli.train import predict, train
+from blindtune.cli.texts import app as texts
 
 app = typer.Typer(
     name="blindtune",
@@ -17,13 +16,13 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-for command in (train, predict, audit, demo, serve, token):
-    app.command()(command)
-app.command("plug-in")(plug_in)
-app.command()(membership)
+app.add_typer(labels, name="labels")
+app.add_typer(texts, name="texts")
+for command in (serve, token, demo):
+    app.command(help=manual(command))(command)
 app.add_typer(emulator, name="emulator")
 
 
 def main() -> None:
-    """Entry point of the `blindtune` command."""
+    """Runs the `blindtune` command."""
     app()

@@ -1,9 +1,10 @@
-"""One console for all commands: results and progress to the terminal, errors in one sentence."""
+"""The consoles of all commands: one for results and progress, one for errors."""
 
+import inspect
 import json
 import logging
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,10 @@ errors = Console(stderr=True, width=None if os.environ.get("COLUMNS") or os.isat
 
 @contextmanager
 def reporting_errors() -> Generator[None]:
-    """Our own errors become one message and exit status 1; anything else is a bug and keeps its traceback."""
+    """Prints a `BlindtuneError` of this context as one message, and exits with status 1.
+
+    Any other exception is a bug and keeps its traceback.
+    """
     _quiet_libraries()
     try:
         yield
@@ -31,9 +35,15 @@ def reporting_errors() -> Generator[None]:
 
 
 def write_json(path: Path | None, result: dict[str, Any]) -> None:
-    """The `--json FILE` that every command with a table has."""
+    """Writes results to the file of `--json`, if that is given."""
     if path is not None:
         path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def manual(command: Callable[..., None]) -> str:
+    """Returns a command's docstring with each paragraph on one line, so that `--help` wraps it to the terminal."""
+    paragraphs = (inspect.getdoc(command) or "").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
 def _escape(text: str) -> str:
@@ -41,7 +51,8 @@ def _escape(text: str) -> str:
 
 
 def _quiet_libraries() -> None:
-    """Progress bars and notices of other libraries would break ours."""
+    """Turns off the progress bars and notices of other libraries, which would break ours."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
     import stamina.instrumentation
     from transformers.utils import logging as transformers_logging
 

@@ -1,11 +1,14 @@
-"""Options that several commands share, and how they become objects."""
+"""Options that several commands share, and functions that turn options into objects."""
 
 import ssl
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from blindtune.checks import check_counts, is_number
 from blindtune.cli.console import console
 from blindtune.errors import ConfigError
 
@@ -13,31 +16,91 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
     from blindtune.client import Backbone, Operator
+    from blindtune.data import Examples
+    from blindtune.training import TrainConfig
     from blindtune.wire import ModelInfo
 
-Servers = Annotated[list[str], typer.Option("--server", help="Address of an operator; repeat for each one.")]
+CONNECTION, DATA, ADAPTERS, TRAINING = "Connection", "Data", "Adapters", "Training"
+"""Panels of options in `--help`."""
+
+Servers = Annotated[
+    list[str],
+    typer.Option("--server", help="Address of an operator; repeat for each one.", rich_help_panel=CONNECTION),
+]
+CutServer = Annotated[
+    str,
+    typer.Option("--server", help="Address of the server that hosts the model with --cut.", rich_help_panel=CONNECTION),
+]
 Token = Annotated[
     list[str] | None,
-    typer.Option("--token", help="Bearer token, for all servers or one for each.", envvar="BLINDTUNE_TOKEN"),
+    typer.Option(
+        "--token",
+        help="Bearer token; give one for all servers, or repeat it for each server.",
+        envvar="BLINDTUNE_TOKEN",
+        rich_help_panel=CONNECTION,
+    ),
 ]
-Model = Annotated[str | None, typer.Option(help="Hosted model's name; not needed where a server hosts one.")]
-TlsCa = Annotated[Path | None, typer.Option(help="Certificates (PEM) of a private authority to trust.")]
-TextColumn = Annotated[str, typer.Option(help="Column of texts.")]
-TextPair = Annotated[str | None, typer.Option(help="Column of second texts, for tasks on pairs.")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="Name of the hosted model. It isn't needed if the server hosts only one.", rich_help_panel=CONNECTION
+    ),
+]
+TlsCa = Annotated[
+    Path | None,
+    typer.Option(help="File of certificates (PEM) of a private authority to trust.", rich_help_panel=CONNECTION),
+]
 Insecure = Annotated[
-    bool, typer.Option("--insecure", help="Allow plain http to other machines, in a network that you trust.")
+    bool,
+    typer.Option(
+        "--insecure",
+        help="Allow plain http to other machines. Use it only in a network that you trust.",
+        rich_help_panel=CONNECTION,
+    ),
 ]
-Wait = Annotated[float, typer.Option(help="Seconds to wait for a server that is away before giving up.")]
-
-
-Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda, cuda:1.")]
-SplitServer = Annotated[str, typer.Option(help="Address of the server that hosts the model with --split.")]
-TunedEnds = Annotated[Path, typer.Argument(help="Folder that `blindtune train --method guarded-…` wrote.")]
+Wait = Annotated[
+    float,
+    typer.Option(help="Seconds to wait for a server that doesn't answer before giving up.", rich_help_panel=CONNECTION),
+]
+ProviderKey = Annotated[
+    str | None,
+    typer.Option(help="Public key that must have signed the emulator.", rich_help_panel=CONNECTION),
+]
+TextColumns = Annotated[
+    list[str],
+    typer.Option("--text", help="Column of texts; repeat it for pairs of texts.", rich_help_panel=DATA),
+]
+Validation = Annotated[
+    str,
+    typer.Option(
+        help="Validation data: a file, a hub data set, or a fraction of the data such as 0.1; 0 for none.",
+        rich_help_panel=DATA,
+    ),
+]
+Question = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--question",
+        help="How to read questions, as name=value: template ('Question: {question}\\nAnswer:', with columns in "
+        "braces), or the column of choices, answer or label. Repeat for more.",
+        rich_help_panel=DATA,
+    ),
+]
+More = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--training",
+        help="Further training option, as name=value; see above. Repeat for more.",
+        rich_help_panel=TRAINING,
+    ),
+]
+Device = Annotated[str, typer.Option(help="Torch device, such as cpu, cuda or cuda:1.")]
+TunedEnds = Annotated[Path, typer.Argument(help="Folder that `blindtune texts train` wrote.")]
 Results = Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")]
 
 
 def parse_names(text: str | None) -> list[str] | None:
-    """Names between commas."""
+    """Returns the names in a list that is separated by commas."""
     return [name.strip() for name in text.split(",")] if text else None
 
 
@@ -50,8 +113,8 @@ def connect(
     insecure: bool = False,
     **options: Any,
 ) -> "Backbone":
-    """A backbone over the operators, with retries announced on the console."""
-    from blindtune.client import Backbone, Patience
+    """Returns a backbone over the operators, which announces retries on the console."""
+    from blindtune.client import Backbone, Timeout
 
     tokens = token[0] if token and len(token) == 1 else token or None
     return Backbone(
@@ -59,7 +122,7 @@ def connect(
         token=tokens,
         verify=_verify(tls_ca),
         insecure=insecure,
-        patience=Patience(total=wait),
+        timeout=Timeout(total=wait),
         on_wait=_announce,
         **options,
     )
@@ -68,11 +131,17 @@ def connect(
 def connect_operator(
     server: str, *, token: list[str] | None, tls_ca: Path | None, wait: float, insecure: bool, model: str | None
 ) -> "Operator":
-    """One server, as `connect`."""
-    from blindtune.client import Operator, Patience, Transport
+    """Returns the operator of one server, which announces retries on the console."""
+    from blindtune.client import Operator, Timeout, Transport
 
-    patience = Patience(total=wait)
-    transport = Transport(server, token[0] if token else None, _verify(tls_ca), patience, _announce, insecure)
+    transport = Transport(
+        server,
+        token=token[0] if token else None,
+        verify=_verify(tls_ca),
+        timeout=Timeout(total=wait),
+        on_wait=_announce,
+        insecure=insecure,
+    )
     return Operator(transport, model)
 
 
@@ -88,14 +157,77 @@ def _announce(url: str, attempt: int) -> None:
     console.print(f"[yellow]Waiting for {url} (attempt {attempt}); the same bytes are sent again.[/]")
 
 
+def read_examples(
+    data: str, text: list[str], label: str | None, *, classes: list[str] | None = None, split: str = "train"
+) -> "Examples":
+    """Reads labelled texts, or pairs of texts. Raises `ConfigError` for more than two columns of texts."""
+    from blindtune.data import Columns, load_examples
+
+    if len(text) > 2:
+        raise ConfigError(f"{len(text)} columns of texts.", remedy="Give one --text, or two for pairs of texts.")
+    columns = Columns(text[0], label, text[1] if len(text) > 1 else None)
+    return load_examples(data, columns, classes=classes, split=split)
+
+
+def fraction_of(validation: str) -> float | None:
+    """Returns the fraction of the data to validate on, or None if `--validation` isn't a number."""
+    try:
+        return float(validation)
+    except ValueError:
+        return None
+
+
+def read_training(config: "type[TrainConfig]", settings: list[str] | None, **given: Any) -> dict[str, Any]:
+    """Reads options of a training configuration from `--training`, and adds the `given` ones that aren't None.
+
+    `epochs` and `save_every` are accepted too, although they aren't fields of the configuration.
+
+    Raises:
+        ConfigError: the configuration has no such option, or a value isn't a number.
+    """
+    known = {f.name for f in fields(config)} - set(given) | {"epochs", "save_every"}
+    chosen = parse_settings(settings)
+    unknown = sorted(set(chosen) - known)
+    if unknown:
+        raise ConfigError(
+            f"There is no training option {unknown[0]!r}.", remedy=f"There are: {', '.join(sorted(known))}."
+        )
+    numbers = {name: _read_numbers(name, value) for name, value in chosen.items()}
+    return {**{name: value for name, value in given.items() if value is not None}, **numbers}
+
+
+def _read_numbers(name: str, value: Any) -> Any:
+    """Returns the number of a training option, or both numbers of `betas`. Raises `ConfigError`."""
+    numbers = [_value(part) for part in str(value).split(",")]
+    whole = name in ("save_every", "seed", "warmup")
+    if len(numbers) != (2 if name == "betas" else 1) or not all(is_number(number) for number in numbers):
+        example = "two numbers, e.g. betas=0.9,0.99" if name == "betas" else "a number"
+        raise ConfigError(f"--training {name}={value} can't be read.", remedy=f"Write {example}.")
+    if whole and type(numbers[0]) is not int:
+        raise ConfigError(f"--training {name}={value} can't be read.", remedy="Write a whole number.")
+    if name == "save_every":
+        check_counts(save_every=numbers[0])
+    return tuple(numbers) if name == "betas" else numbers[0]
+
+
+def read_lora(settings: list[str] | None, rank: int) -> dict[str, Any]:
+    """Reads `alpha` and `targets` from `--lora`, as `make_lora_config` accepts them. Raises `ConfigError`."""
+    chosen = parse_settings(settings, {"alpha": 0, "target_modules": ""})
+    alpha, targets = chosen.get("alpha", 2 * rank), chosen.get("target_modules")
+    if not is_number(alpha):
+        raise ConfigError(f"--lora alpha={alpha} can't be read.", remedy="Write a number, e.g. alpha=64.")
+    return {"alpha": alpha, "targets": None if targets is None else parse_names(str(targets))}
+
+
 def choose_modules(info: "ModelInfo", targets: list[str] | None, layers: str) -> list[str]:
-    """Full names of the layers that get adapters.
+    """Returns the full names of the layers that get adapters.
 
     Args:
-        targets: last parts of names (`query`, `value`); all linear layers if left out.
-        layers: `all`, `upper` (the upper half), or numbers such as `3-5,8`.
+        targets: last components of layer names (`query`, `value`). Default: all linear layers.
+        layers: `all`, `upper` (the upper half), or block numbers such as `3-5,8`.
     Raises:
-        ConfigError, UnknownTargetModule: a wrong range, or names that no layer has.
+        ConfigError: `layers` can't be read, or selects no layer.
+        UnknownTargetModule: no layer has one of these names.
     """
     from blindtune.errors import UnknownTargetModule
 
@@ -112,7 +244,7 @@ def choose_modules(info: "ModelInfo", targets: list[str] | None, layers: str) ->
 
 
 def _layer(name: str) -> int:
-    """The block's number in a module name: 3 in `encoder.layer.3.attention.self.query`."""
+    """Returns the block number in a module name: 3 in `encoder.layer.3.attention.self.query`."""
     return next(int(part) for part in name.split(".") if part.isdigit())
 
 
@@ -133,20 +265,29 @@ def _layer_numbers(layers: str, count: int) -> set[int]:
 def make_lora_config(
     info: "ModelInfo", *, rank: int, alpha: int, targets: list[str] | None, layers: str
 ) -> "LoraConfig":
-    """PEFT's configuration for the chosen layers."""
+    """Returns PEFT's configuration for the chosen layers."""
     from peft import LoraConfig
 
     return LoraConfig(r=rank, lora_alpha=alpha, target_modules=choose_modules(info, targets, layers))
 
 
-def parse_settings(settings: list[str] | None) -> dict[str, Any]:
-    """`name=value` pairs with numbers and booleans as such."""
+def parse_settings(settings: list[str] | None, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Parses `name=value` pairs, and converts values that are numbers or booleans.
+
+    Args:
+        known: allowed names. Default: any.
+    Raises:
+        ConfigError: a setting isn't a pair, or its name is unknown.
+    """
     parsed: dict[str, Any] = {}
     for setting in settings or []:
         name, equals, value = setting.partition("=")
         if not equals:
             raise ConfigError(f"{setting!r} is no setting.", remedy="Write it as name=value, e.g. --set n=3.")
         parsed[name.strip().replace("-", "_")] = _value(value.strip())
+    unknown = sorted(set(parsed) - set(known)) if known is not None else []
+    if unknown and known is not None:
+        raise ConfigError(f"There is no option {unknown[0]!r}.", remedy=f"There are: {', '.join(known)}.")
     return parsed
 
 

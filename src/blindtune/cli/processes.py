@@ -1,4 +1,4 @@
-"""Servers as child processes of a command: started, awaited, and ended by it."""
+"""Starts servers as child processes of a command, waits until they listen, and ends them with it."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from blindtune.errors import OperatorUnreachable
 
 @dataclass(frozen=True)
 class ServerProcess:
-    """A `blindtune serve` that runs beside us."""
+    """A running `blindtune serve`: its address, its process, and the file of its log."""
 
     url: str
     process: subprocess.Popen[str]
@@ -26,13 +26,18 @@ class ServerProcess:
 def local_servers(
     model: str, folders: list[Path], *, threads: int, dtype: str = "float32", more: Sequence[str] = ()
 ) -> Generator[list[ServerProcess]]:
-    """One recording server process on loopback for each folder; ended by SIGTERM, so transcripts are complete.
+    """Starts a server process on loopback for each folder, which records there what it sees.
+
+    At the end the servers get SIGTERM, so that they complete their transcripts.
 
     Args:
-        more: options of `blindtune serve`.
+        threads: number of torch threads of each server.
+        more: further options of `blindtune serve`.
+    Raises:
+        OperatorUnreachable: a server exited before it listened.
     """
     started: list[tuple[subprocess.Popen[str], Path]] = []
-    before = signal.signal(signal.SIGTERM, _leave)  # a killed parent takes its servers along
+    before = signal.signal(signal.SIGTERM, _leave)  # so that servers end with a command that is killed
     try:
         for folder in folders:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -65,4 +70,4 @@ def _await(process: subprocess.Popen[str], log: Path) -> ServerProcess:
     for line in process.stdout:
         if line.startswith("Serving") and " on " in line:
             return ServerProcess(line.split(" on ")[1].split()[0], process, log)
-    raise OperatorUnreachable(f"A server ended before it listened (see {log}).", remedy="Read its log.")
+    raise OperatorUnreachable("A server exited before it listened.", remedy=f"Read its log, {log}.")

@@ -18,63 +18,70 @@ def serve(
     model: Annotated[
         list[str],
         typer.Option(
-            help="A hub name, a folder, a .gguf file, `minilm` or `smollm2`. Write NAME=PATH to host it as NAME. "
-            "Repeat to host several."
+            help="Model to host: a hub name, a folder, a .gguf file, `minilm` or `smollm2`. Write NAME=PATH to host it "
+            "as NAME. Repeat to host several."
         ),
     ],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one and prints it.")] = 8000,
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 chooses a free port and prints it.")] = 8000,
     token_file: Annotated[
-        Path | None, typer.Option(help="File of tenants and token hashes, made by `blindtune token`.")
+        Path | None, typer.Option(help="File of tenants and token hashes that `blindtune token` wrote.")
     ] = None,
-    no_auth: Annotated[bool, typer.Option("--no-auth", help="Serve without tokens; on loopback only.")] = False,
-    tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain (PEM) to serve https.")] = None,
+    no_auth: Annotated[
+        bool, typer.Option("--no-auth", help="Serve without tokens, which is allowed on loopback only.")
+    ] = False,
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain (PEM) for https.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Private key (PEM) of the certificate.")] = None,
     insecure: Annotated[
-        bool, typer.Option("--insecure", help="Listen without TLS on other addresses than loopback.")
+        bool, typer.Option("--insecure", help="Allow listening without TLS on other addresses than loopback.")
     ] = False,
     device: options.Device = "cpu",
     dtype: Annotated[
         str,
         typer.Option(
-            help="float32, float64, bfloat16 or float16. Clients with gradient shares need float32 or float64."
+            help="Dtype of the model: float32, float64, bfloat16 or float16. Gradient shares need float32 or float64."
         ),
     ] = "float32",
-    split: Annotated[
+    cut: Annotated[
         str | None,
         typer.Option(
-            help="Let clients hold the first and the last blocks of decoders, e.g. 2 or 2,4, with embeddings and LM "
-            "head: their texts then stay with them."
+            help="Cut decoders: let clients download the first and the last blocks, e.g. 2 of both or 2,4, with "
+            "embeddings and LM head, so that their texts can stay with them."
         ),
     ] = None,
     emulator: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Also offer this emulator of a split model's middle, a folder that `blindtune emulator build` made. "
+            help="Folder of an emulator to offer for a cut model's trunk, which `blindtune emulator build` wrote. "
             "Repeat for several models."
         ),
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="Torch threads of this process; all cores if left out.")] = None,
-    max_body_mb: Annotated[int, typer.Option(help="Largest request body, MiB.")] = 256,
-    max_tokens: Annotated[int, typer.Option(help="Largest batch: adapters x examples x length.")] = 65_536,
-    max_length: Annotated[int, typer.Option(help="Longest sequence, tokens.")] = 512,
-    max_adapters: Annotated[int, typer.Option(help="Most adapters in one request.")] = 16,
+    threads: Annotated[int | None, typer.Option(help="Number of torch threads. Default: all cores.")] = None,
+    max_body_mb: Annotated[int, typer.Option(help="Largest size of a request body in MiB.")] = 256,
+    max_tokens: Annotated[
+        int, typer.Option(help="Largest number of tokens in a batch: adapters x examples x length.")
+    ] = 65_536,
+    max_length: Annotated[int, typer.Option(help="Largest number of tokens in a sequence.")] = 512,
+    max_adapters: Annotated[int, typer.Option(help="Largest number of adapters in a request.")] = 16,
     max_rank: Annotated[int, typer.Option(help="Largest LoRA rank.")] = 256,
-    max_queue: Annotated[int, typer.Option(help="Requests that may wait before clients are told to come back.")] = 64,
-    graph_mb: Annotated[int, typer.Option(help="Memory for retained autograd graphs, MiB.")] = 2048,
-    adapter_mb: Annotated[int, typer.Option(help="Memory for uploaded adapters, MiB.")] = 1024,
-    plugin_mb: Annotated[int, typer.Option(help="Memory for tuned ends that clients plug in, MiB.")] = 1024,
+    max_queue: Annotated[
+        int, typer.Option(help="Number of requests that may wait; clients have to repeat further ones later.")
+    ] = 64,
+    graph_mb: Annotated[int, typer.Option(help="Memory for retained autograd graphs in MiB.")] = 2048,
+    adapter_mb: Annotated[int, typer.Option(help="Memory for uploaded adapters in MiB.")] = 1024,
+    tuned_parts_mb: Annotated[int, typer.Option(help="Memory for tuned parts that clients deploy in MiB.")] = 1024,
     record: Annotated[
-        Path | None, typer.Option(help="Write what this server sees to this folder, for `blindtune audit`.")
+        Path | None,
+        typer.Option(help="Folder for a transcript of what this server sees, for audits."),
     ] = None,
 ) -> None:
     """Host models and compute forward and backward passes for clients' adapters.
 
-    Weights never leave the server, but for the ends of a model that is served with --split, and its --emulator. Logs
-    are JSON lines on stderr, without request bodies; Prometheus metrics are at /metrics. SIGTERM or Ctrl-C finishes the
-    requests that are under way.
+    Weights never leave the server, except for the ends of a model that is served with --cut, and its --emulator. The
+    server writes logs to stderr as JSON lines, without request bodies, and offers Prometheus metrics at /metrics. On
+    SIGTERM or Ctrl-C it finishes the requests in progress and exits.
 
-    Example:  blindtune serve --model minilm --port 8001 --no-auth
+    Example: blindtune serve --model minilm --port 8001 --no-auth
     """
     with reporting_errors():
         from blindtune.models import load_backbone
@@ -102,17 +109,17 @@ def serve(
             limits=limits,
             graph_bytes=graph_mb * 2**20,
             adapter_bytes=adapter_mb * 2**20,
-            plugin_bytes=plugin_mb * 2**20,
+            tuned_parts_bytes=tuned_parts_mb * 2**20,
             max_queue=max_queue,
             record=record,
             emulators=emulator or [],
         )
-        cut = parse_cut(split)
+        parsed = parse_cut(cut)
         models = {}
         for entry in model:
             path = entry.split("=", 1)[-1]
             console.print(f"Loading {path} ({dtype}, {device}) …")
-            backbone = load_backbone(path, device=device, dtype=dtype, cut=cut)
+            backbone = load_backbone(path, device=device, dtype=dtype, cut=parsed)
             models[entry.split("=", 1)[0] if "=" in entry else backbone.source.name] = backbone
 
         def announce(url: str) -> None:
@@ -121,20 +128,22 @@ def serve(
         run_server(models, settings, address, threads=threads, on_listen=announce)
 
 
-def parse_cut(split: str | None) -> "Cut | None":
-    """`2` or `2,4`: blocks of the bottom and of the top. Raises `ConfigError`."""
+def parse_cut(cut: str | None) -> "Cut | None":
+    """Parses the numbers of blocks in bottom and top, `2` for both or `2,4`. Raises `ConfigError`."""
     from blindtune.models import Cut
 
-    if split is None:
+    if cut is None:
         return None
-    numbers = [part.strip() for part in split.split(",")]
+    numbers = [part.strip() for part in cut.split(",")]
     if not all(number.isdigit() for number in numbers) or len(numbers) > 2:
-        raise ConfigError(f"--split {split} is no cut.", remedy="Write the bottom's blocks and the top's, e.g. 2,2.")
+        raise ConfigError(
+            f"--cut {cut} can't be read.", remedy="Write the numbers of blocks in bottom and top, e.g. 2,4."
+        )
     return Cut(int(numbers[0]), int(numbers[-1]))
 
 
 def token(
-    name: Annotated[str, typer.Argument(help="The tenant's name, a word.")],
+    name: Annotated[str, typer.Argument(help="Name of the tenant, one word.")],
     token_file: Annotated[Path, typer.Option(help="File that `blindtune serve --token-file` reads.")] = Path("tokens"),
 ) -> None:
     """Make a token for a tenant, print it once, and add its hash to the token file."""

@@ -1,22 +1,22 @@
-"""The data owner's side: hosted models as torch modules, over one or several operators."""
+"""The data owner's side: hosted models as torch modules, run by one or several operators."""
 
 from blindtune.client.backbone import Backbone
 from blindtune.client.channel import Channel, PlainChannel, RemoteBatch
 from blindtune.client.operators import Operator, OperatorPool, Upload
-from blindtune.client.plugin import RemotePlugin
-from blindtune.client.transport import Patience, Traffic, Transport
+from blindtune.client.transport import Timeout, Traffic, Transport
 from blindtune.client.trunk import RemoteTrunk, fetch_emulator, fetch_part
+from blindtune.client.tuned_parts import DeployedModel
 
 __all__ = [
     "Backbone",
     "Channel",
+    "DeployedModel",
     "Operator",
     "OperatorPool",
-    "Patience",
     "PlainChannel",
     "RemoteBatch",
-    "RemotePlugin",
     "RemoteTrunk",
+    "Timeout",
     "Traffic",
     "Transport",
     "Upload",

@@ -2,7 +2,7 @@
 
 hidden = backbone(texts)          # POST forward
 loss = criterion(head(hidden), labels)
-loss.backward()                   # POST backward; gradients arrive in backbone.parameters()
+loss.backward()                   # POST backward; sets the gradients of backbone.parameters()
 optimizer.step()
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 from weakref import WeakSet
 
@@ -22,27 +23,33 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from blindtune.client.channel import Channel, PlainChannel, RemoteBatch
 from blindtune.client.operators import OperatorPool
-from blindtune.client.transport import Patience, Traffic, Transport
+from blindtune.client.transport import Timeout, Traffic, Transport
 from blindtune.errors import ConfigError, SequenceTooLong, UnknownPooling
 from blindtune.models import LoraAdapter, Tokenizer
 from blindtune.models.tokenizer import Text, TokenRow
 from blindtune.wire import Pooling
 
 DEFAULT_LENGTH = 128
+"""Default number of tokens to which texts are truncated."""
 FROZEN_CACHE_ROWS = 200_000
+"""Number of texts whose hidden states under the frozen model are cached."""
 INFERENCE_TOKENS = 4096
-"""Tokens in one request without gradient."""
+"""Largest number of tokens in one request without gradient."""
 
 
 _backbones = WeakSet["Backbone"]()
 
 
 def _count_step(optimizer: Optimizer, *_: Any) -> None:
-    """After each step of any optimizer: fused ones write to parameters without changing their versions."""
+    """Counts the step of an optimizer at each backbone whose parameters it holds.
+
+    Tensor versions alone don't show all steps: fused optimizers write to parameters without changing their versions.
+    """
     if _backbones:
-        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        stepped: set[Tensor] = {parameter for group in optimizer.param_groups for parameter in group["params"]}
         for backbone in _backbones:
-            backbone.optimizer_steps += any(id(parameter) in stepped for parameter in backbone.parameters())
+            if not stepped.isdisjoint(backbone.parameters()):
+                backbone.optimizer_steps += 1
 
 
 register_optimizer_step_post_hook(_count_step)
@@ -52,18 +59,18 @@ class Backbone(nn.Module):
     """A hosted model with n trainable LoRA adapters, as a torch module.
 
     Args:
-        servers: addresses of the operators that host the model, or operators that are connected already; then `model`,
-            `token` and the connection's options have no effect.
-        model: the hosted name; may be left out where a server hosts one model.
-        adapter: PEFT's `LoraConfig`; rank 8 on PEFT's default layers for this architecture if left out.
-        num_adapters: n.
-        token: bearer token for all servers, or one for each.
-        pooling: `cls`, `mean`, `last`, `first` or `none`; the model's default if left out.
-        max_length: tokens to which texts are truncated; 128 if left out, or as many as the model takes if fewer.
-        channel: what operators are sent; adapters and gradients in the clear if left out.
-        verify, insecure, patience, on_wait: see `Transport`.
+        servers: addresses of the operators that host the model, or an `OperatorPool`. With a pool, `model`, `token` and
+            the options of `Transport` have no effect.
+        model: name of the hosted model. Default: the only one that the server hosts.
+        adapter: PEFT's `LoraConfig`. Default: rank 8 on PEFT's default layers for this architecture.
+        num_adapters: n, the number of adapters.
+        token: bearer token for all servers, or one for each server.
+        pooling: `cls`, `mean`, `last`, `first` or `none`. Default: the model's own.
+        max_length: number of tokens to which texts are truncated. Default: 128, or the model's limit if that is less.
+        channel: decides what each operator is sent. Default: adapters and gradients in the clear.
+        verify, insecure, timeout, on_wait: see `Transport`.
     Raises:
-        RequestError, OperatorError: what the servers answer, see `blindtune.errors`.
+        RequestError, OperatorError: a server refuses a request or doesn't answer (`blindtune.errors`).
     """
 
     def __init__(
@@ -79,7 +86,7 @@ class Backbone(nn.Module):
         channel: Channel | None = None,
         verify: Any = True,
         insecure: bool = False,
-        patience: Patience | None = None,
+        timeout: Timeout | None = None,
         on_wait: Callable[[str, int], None] | None = None,
     ) -> None:
         super().__init__()
@@ -87,7 +94,7 @@ class Backbone(nn.Module):
             self.pool = servers
         else:
             servers = [servers] if isinstance(servers, str) else servers
-            self.pool = _connect(servers, model, token, verify, patience, on_wait, insecure)
+            self.pool = _connect(servers, model, token, verify, timeout, on_wait, insecure)
         self.info = self.pool.info
         self.hidden_size = self.info.hidden_size
         self.pooling: Pooling = pooling or self.info.pooling
@@ -109,41 +116,46 @@ class Backbone(nn.Module):
         self.adapters = nn.ModuleList()
         self.set_adapters(num_adapters)
         self.steps = 0
-        """Forward passes so far that had a gradient; decides which operators see the next one."""
+        """Number of forward passes with gradient so far. The channel chooses the operators of a pass by it."""
         self.optimizer_steps = 0
-        """Steps so far of optimizers that hold parameters of the adapters."""
+        """Number of steps so far of optimizers that hold parameters of the adapters."""
         _backbones.add(self)
         self._frozen: OrderedDict[TokenRow, Tensor] = OrderedDict()
         self.on_infer: Callable[[int], None] | None = None
-        """Told how many texts each answered chunk of `infer` or `frozen` had; called from several threads."""
+        """Callback invoked with the number of texts in each completed chunk of `infer` and `frozen`.
+
+        Several threads may call it.
+        """
 
     @property
     def num_adapters(self) -> int:
+        """n, the number of adapters."""
         return len(self.adapters)
 
     @property
     def traffic(self) -> Traffic:
-        """Body bytes sent to and received from all operators so far."""
+        """Requests and bytes of HTTP messages to and from all operators so far."""
         return self.pool.traffic()
 
     def set_adapters(self, count: int, *, generator: torch.Generator | None = None, a_seed: str | None = None) -> None:
-        """Replaces the adapters by `count` new ones: independent A, B = 0. None at all for a frozen model.
+        """Replaces the adapters by `count` new ones with independent A and with B = 0. 0 gives the frozen model.
 
         Args:
-            a_seed: fixes A, see `LoraAdapter`; the same for all of them.
+            a_seed: public seed of a fixed A, the same for all adapters (`LoraAdapter`).
         """
         self.adapters = nn.ModuleList(
             LoraAdapter(self.adapter_config, self.info, generator=generator, a_seed=a_seed) for _ in range(count)
         )
 
     def lora_adapters(self) -> list[LoraAdapter]:
+        """Returns the adapters."""
         return [cast(LoraAdapter, adapter) for adapter in self.adapters]
 
     def rows(self, texts: Sequence[Text] | Sequence[TokenRow]) -> list[TokenRow]:
-        """Tokenized examples; token rows pass through.
+        """Tokenizes texts. Returns token rows unchanged.
 
         Raises:
-            ConfigError: one text in place of a list.
+            ConfigError: `texts` is a string, not a list of texts.
         """
         if isinstance(texts, str):
             raise ConfigError(f"{texts[:40]!r} is one text, not a list of texts.", remedy="Write [text].")
@@ -152,19 +164,19 @@ class Backbone(nn.Module):
         return self.tokenizer.rows(cast("Sequence[Text]", texts), max_length=self.max_length)
 
     def forward(self, texts: Sequence[Text] | Sequence[TokenRow], *, seed: int | None = None) -> Tensor:
-        """Hidden states h(x, θ), differentiable in the adapters.
+        """Computes hidden states h(x, θ), differentiable in the adapters.
 
         Args:
             texts: B texts, pairs of texts, or token rows.
-            seed: switches dropout on, with this seed.
+            seed: seed of dropout, which is off without one.
         Returns:
-            `(B, d)` for one adapter, `(n, B, d)` for several; with a position axis before d for pooling `none`.
+            `(B, d)` for one adapter or none, `(n, B, d)` for several; with a position axis before d for pooling `none`.
         """
         hidden = self.all_adapters(texts, seed=seed)
         return hidden[0] if self.num_adapters <= 1 else hidden
 
     def all_adapters(self, texts: Sequence[Text] | Sequence[TokenRow], *, seed: int | None = None) -> Tensor:
-        """As `forward`, but always `(n, B, d)`."""
+        """Computes hidden states as `forward` does, but always returns `(n, B, d)`."""
         rows = self.rows(texts)
         parameters = [p for adapter in self.lora_adapters() for p in adapter.parameters()]
         if not parameters:
@@ -181,35 +193,38 @@ class Backbone(nn.Module):
         return cast(Tensor, _RemoteForward.apply(self, batch, hidden, *parameters)) if differentiable else hidden
 
     def infer(self, texts: Sequence[Text] | Sequence[TokenRow]) -> Tensor:
-        """Hidden states of many texts without gradient, `(n, N, d)`: batched by length, over all operators at once.
+        """Computes hidden states of many texts without gradient, in batches of similar length, on all operators.
 
-        For pooling `none` `(n, N, L, d)`, zero behind a text's end.
+        Returns:
+            `(n, N, d)`; for pooling `none` `(n, N, L, d)`, zero after a text's end.
         """
         rows = self.rows(texts)
         if not self.num_adapters:
             return self.frozen(rows).unsqueeze(0)
 
-        def answer(part: list[TokenRow], team: tuple[int, ...]) -> Tensor:
+        def compute(part: list[TokenRow], team: tuple[int, ...]) -> Tensor:
             return self.channel.hidden(self.batch(part, team, None), self.pool, retain=False)
 
-        return self._infer(rows, self.channel.teams(len(self.pool)), answer)
+        return self._infer(rows, self.channel.teams(len(self.pool)), compute)
 
     def frozen(self, texts: Sequence[Text] | Sequence[TokenRow]) -> Tensor:
-        """h(x, 0) of the model without adapters: `(N, d)`, no gradient. Each text is asked for once, then cached."""
+        """Computes hidden states h(x, 0) of the frozen model without gradient, and caches them for each text.
+
+        Returns:
+            `(N, d)`; for pooling `none` `(N, L, d)`, zero after a text's end.
+        """
         rows = self.rows(texts)
         missing = list({row for row in rows if row not in self._frozen})
 
-        def answer(part: list[TokenRow], team: tuple[int, ...]) -> Tensor:
-            hidden = self.pool.operators[team[0]].forward(self.tokenizer.pad(part), (), self.pooling, None)
-            assert hidden is not None  # noqa: S101 - it was asked for
-            return hidden
+        def compute(part: list[TokenRow], team: tuple[int, ...]) -> Tensor:
+            return self.pool.operators[team[0]].forward(self.tokenizer.pad(part), (), self.pooling, None)
 
         if missing:
-            vectors = self._infer(missing, PlainChannel().teams(len(self.pool)), answer)[0]
+            vectors = self._infer(missing, PlainChannel().teams(len(self.pool)), compute)[0]
             for row, vector in zip(missing, vectors.clone(), strict=True):
                 self._frozen[row] = vector[: len(row)] if self.pooling == "none" else vector
-        known = [self._frozen[row] for row in rows]
-        result = pad_sequence(known, batch_first=True) if known else torch.empty(0, self.hidden_size)
+        hidden = [self._frozen[row] for row in rows]
+        result = pad_sequence(hidden, batch_first=True) if hidden else torch.empty(0, self.hidden_size)
         while len(self._frozen) > FROZEN_CACHE_ROWS:
             self._frozen.popitem(last=False)
         return result
@@ -218,31 +233,38 @@ class Backbone(nn.Module):
         self,
         rows: Sequence[TokenRow],
         teams: Sequence[tuple[int, ...]],
-        answer: Callable[[list[TokenRow], tuple[int, ...]], Tensor],
+        compute: Callable[[list[TokenRow], tuple[int, ...]], Tensor],
     ) -> Tensor:
-        """`(n, N, d)`: chunks of similar length, dealt out to teams of operators, which work at the same time."""
+        """Divides rows into chunks of similar length, which teams of operators compute in parallel.
+
+        Args:
+            teams: groups of operators that can each compute a chunk.
+            compute: returns a chunk's hidden states `(n, B, d)` or `(n, B, L, d)` from one team.
+        Returns:
+            `(n, N, d)`, or `(n, N, L, d)`.
+        """
         order = sorted(range(len(rows)), key=lambda index: (len(rows[index]), rows[index].ids))
         copies = max(1, self.num_adapters)
-        share = sum(len(row) for row in rows) * copies // len(teams) + 1
-        most = min(INFERENCE_TOKENS, share)  # few texts are dealt out too
+        tokens_per_team = sum(len(row) for row in rows) * copies // len(teams) + 1
+        max_tokens = min(INFERENCE_TOKENS, tokens_per_team)  # so that few texts are also divided among all teams
         chunks: list[list[int]] = [[]]
         for index in order:
-            if chunks[-1] and (len(chunks[-1]) + 1) * len(rows[index]) * copies > most:
+            if chunks[-1] and (len(chunks[-1]) + 1) * len(rows[index]) * copies > max_tokens:
                 chunks.append([])
             chunks[-1].append(index)
 
-        def work(position: int) -> list[tuple[list[int], Tensor]]:
-            done: list[tuple[list[int], Tensor]] = []
+        def run_team(position: int) -> list[tuple[list[int], Tensor]]:
+            results: list[tuple[list[int], Tensor]] = []
             for chunk in chunks[position :: len(teams)]:
-                done.append((chunk, answer([rows[index] for index in chunk], teams[position])))
+                results.append((chunk, compute([rows[index] for index in chunk], teams[position])))
                 if self.on_infer is not None:
                     self.on_infer(len(chunk))
-            return done
+            return results
 
-        parts = self.pool.parallel([lambda p=position: work(p) for position in range(len(teams))])
-        pairs = [pair for part in parts for pair in part if pair[0]]
+        by_team = self.pool.parallel([partial(run_team, position) for position in range(len(teams))])
+        pairs = [pair for results in by_team for pair in results if pair[0]]
         n, _, *positions, dim = pairs[0][1].shape
-        if positions:  # pooling none: as long as the longest text
+        if positions:  # pooling none: pad to the longest text
             positions = [max(hidden.shape[2] for _, hidden in pairs)]
         result = torch.zeros(n, len(rows), *positions, dim)
         for chunk, hidden in pairs:
@@ -259,18 +281,19 @@ class Backbone(nn.Module):
 
     @property
     def version(self) -> tuple[int, ...]:
-        """Changes whenever an optimizer of the adapters steps, or torch writes to them, whatever it writes.
+        """A value that changes with every step of an optimizer of the adapters, and with every write to them by torch.
 
-        Writes through `.data` don't change it, and neither do those that torch doesn't see.
+        It changes even if the adapters' values stay the same. It doesn't change with writes through `.data`, or with
+        writes outside torch.
         """
         parameters = [parameter for adapter in self.lora_adapters() for parameter in adapter.parameters()]
         written = [0 if parameter.is_inference() else parameter._version for parameter in parameters]
         return (self.optimizer_steps, *written)
 
     def batch(self, rows: Sequence[TokenRow], operators: tuple[int, ...], seed: int | None) -> RemoteBatch:
-        """These texts under the adapters as they are now, for a channel."""
+        """Returns a batch of these texts, with a copy of the adapters' current weights, for a channel."""
         adapters = self.lora_adapters()
-        version = self.version  # first: whoever writes meanwhile changes it
+        version = self.version  # read before the weights, so that a concurrent write makes it outdated
         with torch.no_grad():
             weights = torch.stack([adapter.vector() for adapter in adapters])
         spec = adapters[0].layout.spec
@@ -278,15 +301,17 @@ class Backbone(nn.Module):
         return RemoteBatch(tuple(rows), tokens, self.info.name, spec, weights, self.pooling, seed, operators, version)
 
     def backward_batch(self, batch: RemoteBatch, cotangent: Tensor) -> list[Tensor | None]:
-        """Gradients for every adapter parameter, in the order of `parameters()`, for a cotangent `(n, B, d)`."""
+        """Returns the gradient of every adapter parameter for a cotangent `(n, B, d)`, in the order of `parameters()`.
+
+        It is None for parameters that need no gradient.
+        """
         vectors = self.channel.gradients(cotangent, batch, self.pool).float()  # (n, P)
         gradients: list[Tensor | None] = []
         for adapter, vector in zip(self.lora_adapters(), vectors, strict=True):
             by_module = adapter.layout.split(vector)
-            of_parameter: dict[int, Tensor] = {}
-            for name, (a, b) in adapter.named_matrices().items():
-                of_parameter[id(a)], of_parameter[id(b)] = by_module[name]
-            gradients += [of_parameter[id(p)] if p.requires_grad else None for p in adapter.parameters()]
+            for name, matrices in adapter.named_matrices().items():  # `parameters()` has the same order
+                for parameter, gradient in zip(matrices, by_module[name], strict=True):
+                    gradients.append(gradient if parameter.requires_grad else None)
         return gradients
 
 
@@ -295,22 +320,23 @@ def _connect(
     model: str | None,
     token: str | Sequence[str] | None,
     verify: Any,
-    patience: Patience | None,
+    timeout: Timeout | None,
     on_wait: Callable[[str, int], None] | None,
     insecure: bool,
 ) -> OperatorPool:
+    """Connects to all servers."""
     tokens = [token] * len(servers) if token is None or isinstance(token, str) else list(token)
     if len(tokens) != len(servers):
         raise ConfigError(f"{len(tokens)} tokens for {len(servers)} servers.", remedy="Give one for each, or one.")
     transports = [
-        Transport(url, secret, verify, patience or Patience(), on_wait, insecure)
+        Transport(url, token=secret, verify=verify, timeout=timeout, on_wait=on_wait, insecure=insecure)
         for url, secret in zip(servers, tokens, strict=True)
     ]
     return OperatorPool.connect(transports, model)
 
 
 class _RemoteForward(torch.autograd.Function):
-    """Hidden states that came over the network; the backward pass goes back there."""
+    """Makes hidden states that operators computed differentiable: its backward pass asks them for the gradients."""
 
     @staticmethod
     def forward(ctx: Any, backbone: Backbone, batch: RemoteBatch, hidden: Tensor, *_parameters: Tensor) -> Tensor:

@@ -1,14 +1,13 @@
-"""How hidden states and gradients of one batch travel between the client and its operators.
+"""Channels: the exchange of adapters, hidden states and gradients between the client and its operators.
 
-A `Backbone` knows texts and adapters; its `Channel` decides which operator is sent what. Methods bring channels of
-their own that hide gradients or adapters; `PlainChannel` hides nothing.
+A `Backbone` has texts and adapters; its `Channel` decides what each operator is sent. Training methods have channels
+that hide gradients or adapters; `PlainChannel` hides nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Protocol
 
 from torch import Tensor
@@ -21,15 +20,17 @@ from blindtune.wire import LoraSpec, NoiseShare, Pooling
 
 @dataclass(frozen=True, eq=False)
 class RemoteBatch:
-    """One pass over B texts with n adapters.
+    """A batch of B texts and the weights of n adapters, for one pass.
 
     Attributes:
-        model: the hosted name.
-        spec: what the adapters change; all n have the same.
-        weights: `(n, P)` float32, as the client holds them.
-        seed: of dropout; none without.
-        operators: who takes part.
-        version: changes whenever an optimizer steps or the adapters are written to, also if their values stay the same.
+        rows: the tokenized texts.
+        tokens: the same texts as a padded batch.
+        model: name of the hosted model.
+        spec: layers and hyperparameters of the adapters, equal for all n.
+        weights: the client's weights of the adapters, `(n, P)` float32.
+        seed: seed of dropout, which is off without one.
+        operators: indices of the operators that take part in the pass.
+        version: `Backbone.version` when the batch was made.
     """
 
     rows: tuple[TokenRow, ...]
@@ -44,63 +45,87 @@ class RemoteBatch:
 
     @cached_property
     def uploads(self) -> tuple[Upload, ...]:
-        """The adapters as they travel."""
+        """The adapters as they are uploaded."""
         return tuple(Upload.of(self.model, self.spec, weights) for weights in self.weights)
 
     def with_weights(self, weights: Tensor) -> RemoteBatch:
-        """The same texts under other adapters."""
+        """Returns a batch of the same texts with other adapter weights."""
         return replace(self, weights=weights)
 
-    def forward(self, pool: OperatorPool, operator: int, *, retain: bool = False, want: bool = True) -> Tensor | None:
-        """Hidden states `(n, B, ...)` from one operator; None if it was only to compute and retain them."""
-        return pool.operators[operator].forward(
-            self.tokens, self.uploads, self.pooling, self.seed, retain=retain, want_hidden=want
-        )
+    def forward(self, pool: OperatorPool, operator: int, *, retain: bool = False) -> Tensor:
+        """Returns hidden states `(n, B, ...)` from one operator.
+
+        Args:
+            retain: whether the operator keeps the autograd graph for a following `backward`.
+        """
+        return pool.operators[operator].forward(self.tokens, self.uploads, self.pooling, self.seed, retain=retain)
+
+    def compute(self, pool: OperatorPool, operator: int) -> None:
+        """Makes one operator compute the forward pass and keep its graph for a following `backward`."""
+        pool.operators[operator].compute(self.tokens, self.uploads, self.pooling, self.seed)
 
     def backward(self, pool: OperatorPool, operator: int, cotangents: Tensor | NoiseShare) -> Tensor:
-        """Gradients `(m, n, P)` from one operator for cotangents `(m, n, B, ...)`, or for one that is noise alone."""
+        """Returns gradients `(m, n, P)` from one operator for cotangents `(m, n, B, ...)` or one share of noise."""
         return pool.operators[operator].backward(self.tokens, self.uploads, self.pooling, self.seed, cotangents)
 
 
 class Channel(Protocol):
-    """What a batch's operators are sent."""
+    """Decides what each operator is sent, and combines their answers."""
 
     def choose(self, operators: int, step: int) -> tuple[int, ...]:
-        """Which of so many operators take part in this training step."""
+        """Returns the indices of the operators, of so many, that take part in this training step."""
+        ...
+
+    def holders(self, operators: int, step: int) -> tuple[int, ...]:
+        """Returns those operators of `choose` that receive adapters in this step."""
         ...
 
     def teams(self, operators: int) -> list[tuple[int, ...]]:
-        """Disjoint groups that can each answer a pass without gradient, at the same time."""
+        """Returns disjoint groups of operators that can each compute a pass without gradient, in parallel."""
         ...
 
     def hidden(self, batch: RemoteBatch, pool: OperatorPool, *, retain: bool) -> Tensor:
-        """Hidden states `(n, B, ...)`. `retain`: `gradients` will be asked for the same batch."""
+        """Returns the hidden states `(n, B, ...)` of a batch.
+
+        Args:
+            retain: whether a call of `gradients` with the same batch will follow.
+        """
         ...
 
     def gradients(self, cotangent: Tensor, batch: RemoteBatch, pool: OperatorPool) -> Tensor:
-        """Parameter gradients `(n, P)` for a cotangent `(n, B, ...)`."""
+        """Returns the gradients of the adapters' weights `(n, P)` for a cotangent `(n, B, ...)`."""
         ...
 
 
 class PlainChannel:
-    """Adapters and true gradients, in the clear, to one operator after the other. No label privacy."""
+    """Sends adapters and true gradients in the clear, each step to the next operator in turn. No label privacy."""
 
     def choose(self, operators: int, step: int) -> tuple[int, ...]:
+        """Returns one operator, the next in turn."""
         return (step % operators,)
 
+    def holders(self, operators: int, step: int) -> tuple[int, ...]:
+        """Returns the operator of the step."""
+        return self.choose(operators, step)
+
     def teams(self, operators: int) -> list[tuple[int, ...]]:
+        """Returns each operator as a team of one."""
         return [(index,) for index in range(operators)]
 
     def hidden(self, batch: RemoteBatch, pool: OperatorPool, *, retain: bool) -> Tensor:
-        """All operators of the batch compute, and keep the graph if asked; the first one sends hidden states."""
+        """Returns the first operator's hidden states. With `retain`, all operators of the batch keep the graph."""
+        first = batch.operators[0]
 
-        def call(index: int) -> Callable[[], Tensor | None]:
-            first = index == batch.operators[0]
-            return lambda: batch.forward(pool, index, retain=retain, want=first)
+        def run(operator: int) -> list[Tensor]:
+            if operator == first:
+                return [batch.forward(pool, operator, retain=retain)]
+            batch.compute(pool, operator)
+            return []
 
-        hidden = pool.parallel([call(index) for index in (batch.operators if retain else batch.operators[:1])])[0]
-        assert hidden is not None  # noqa: S101 - it was asked for
+        operators = batch.operators if retain else (first,)
+        (hidden,), *_ = pool.parallel([partial(run, operator) for operator in operators])
         return hidden
 
     def gradients(self, cotangent: Tensor, batch: RemoteBatch, pool: OperatorPool) -> Tensor:
+        """Returns the gradients `(n, P)` from the first operator."""
         return batch.backward(pool, batch.operators[0], cotangent.unsqueeze(0))[0]

@@ -1,4 +1,4 @@
-"""The servers that one client trains over: who they are, whether they can work together, and what each is sent."""
+"""Operators: the servers that compute for one client. Requests to one of them, and checks and calls across all."""
 
 from __future__ import annotations
 
@@ -38,25 +38,36 @@ from blindtune.wire import (
 T = TypeVar("T")
 D = TypeVar("D", bound=BaseModel)
 ANSWER_LIMITS = Limits(max_body_bytes=2**31)
+"""Limits of the responses that a client accepts."""
 KNOWN_ADAPTERS = 64
+"""Number of uploaded adapters that the client remembers for each operator."""
 UPLOAD_ATTEMPTS = 5
 
 
 @dataclass(frozen=True)
 class Upload:
-    """Adapter weights as they travel, and the hash that names them."""
+    """The body of an adapter upload, and its SHA-256, by which requests name the adapter."""
 
     sha256: str
     body: bytes
 
     @staticmethod
     def of(model: str, spec: LoraSpec, weights: Tensor) -> Upload:
+        """Encodes an adapter's weights `(P,)` for upload."""
         body = encode(AdapterUpload(model=model, spec=spec), {"weights": weights})
         return Upload(hashlib.sha256(body).hexdigest(), body)
 
 
 class Operator:
-    """One server, as the client talks to it."""
+    """A client's connection to one server that hosts its model.
+
+    Args:
+        transport: the HTTP connection.
+        model: name of the hosted model; None if the server hosts a single model.
+    Raises:
+        UnknownModel: no model was named and the server hosts several, or it doesn't host the model.
+        OperatorError: the server isn't a blindtune server.
+    """
 
     def __init__(self, transport: Transport, model: str | None) -> None:
         self.transport = transport
@@ -76,10 +87,11 @@ class Operator:
 
     @property
     def name(self) -> str:
-        """Address and identity: another server behind the same address has another name."""
+        """The server's address and id. Another server behind the same address has another name."""
         return f"{self.transport.url} {self.id}"
 
     def tokenizer(self) -> Tokenizer:
+        """Downloads the model's tokenizer."""
         file = self._read(TokenizerFile, f"{self.path}/tokenizer")
         if hashlib.sha256(file.tokenizer.encode()).hexdigest() != file.sha256:
             raise not_blindtune(self.transport.url)
@@ -93,27 +105,29 @@ class Operator:
         seed: int | None,
         *,
         retain: bool = False,
-        want_hidden: bool = True,
-    ) -> Tensor | None:
-        """Hidden states `(n, B, ...)` float32; None if they were only to be computed and retained there.
+    ) -> Tensor:
+        """Returns hidden states `(n, B, ...)`, float32.
 
         Args:
-            retain: whether a backward call will follow.
+            tokens: B texts.
+            uploads: n adapters; without any, the hidden states are the frozen model's, with n = 1.
+            seed: seed of dropout, which is off without one.
+            retain: whether the server keeps the autograd graph for a following `backward`.
         """
-        request = ForwardRequest(
-            adapters=[upload.sha256 for upload in uploads],
-            pooling=pooling,
-            seed=seed,
-            retain=retain,
-            return_hidden=want_hidden,
-        )
-        answer = self._with_adapters(uploads, f"{self.path}/forward", encode(request, tokens.tensors()))
-        message, tensors = decode(answer, ForwardResponse, ANSWER_LIMITS)
-        self.check_fingerprint(message.fingerprint)
-        if not want_hidden:
-            return None
+        names = [upload.sha256 for upload in uploads]
+        request = ForwardRequest(adapters=names, pooling=pooling, seed=seed, retain=retain)
+        tensors = self._post_forward(uploads, request, tokens)
         positions = (None, self.info.hidden_size) if pooling == "none" else (self.info.hidden_size,)
         return check_tensor(tensors, "hidden", (max(1, len(uploads)), len(tokens), *positions), torch.float32)
+
+    def compute(self, tokens: Tokens, uploads: Sequence[Upload], pooling: Pooling, seed: int | None) -> None:
+        """Makes the server compute a forward pass and keep its graph for a following `backward`.
+
+        The arguments are those of `forward`. No hidden states are sent back.
+        """
+        names = [upload.sha256 for upload in uploads]
+        request = ForwardRequest(adapters=names, pooling=pooling, seed=seed, retain=True, return_hidden=False)
+        self._post_forward(uploads, request, tokens)
 
     def backward(
         self,
@@ -123,9 +137,10 @@ class Operator:
         seed: int | None,
         cotangents: Tensor | NoiseShare,
     ) -> Tensor:
-        """Gradients `(m, n, P)` float32 (float64 from servers in float64).
+        """Returns gradients `(m, n, P)`, float32 (float64 from servers that compute in float64).
 
         Args:
+            tokens, uploads, pooling, seed: as in the forward pass.
             cotangents: `(m, n, B, d)`; or a share of noise, then m = 1.
         """
         noise = cotangents if isinstance(cotangents, NoiseShare) else None
@@ -139,50 +154,60 @@ class Operator:
         m = len(cotangents) if isinstance(cotangents, Tensor) else 1
         return check_tensor(tensors, "gradients", (m, len(uploads), None), self._precision)
 
+    def _post_forward(self, uploads: Sequence[Upload], request: ForwardRequest, tokens: Tokens) -> dict[str, Tensor]:
+        """Posts a forward request. Returns the tensors of the response."""
+        answer = self._with_adapters(uploads, f"{self.path}/forward", encode(request, tokens.tensors()))
+        message, tensors = decode(answer, ForwardResponse, ANSWER_LIMITS)
+        self.check_fingerprint(message.fingerprint)
+        return tensors
+
     def _read(self, kind: type[D], path: str) -> D:
+        """Downloads a JSON message. Raises `OperatorError` for anything else."""
         try:
             return kind.model_validate(self.transport.get(path))
         except ValidationError:
             raise not_blindtune(self.transport.url) from None
 
     def _with_adapters(self, uploads: Sequence[Upload], path: str, body: bytes) -> bytes:
-        """Posts; uploads first what this server hasn't seen, and again if it has forgotten."""
+        """Posts a request that names adapters. Uploads adapters that the server hasn't got, or no longer has."""
         self._upload(upload for upload in uploads if upload.sha256 not in self._uploaded)
         for _ in range(UPLOAD_ATTEMPTS - 1):
             try:
                 return self.transport.post(path, body)
-            except UnknownAdapter:  # other tenants may push it out of the cache again
+            except UnknownAdapter:  # uploads of other tenants may evict it from the cache, even repeatedly
                 self._upload(uploads)
         return self.transport.post(path, body)
 
     def _upload(self, uploads: Iterable[Upload]) -> None:
+        """Uploads adapters and remembers the last ones."""
         for upload in uploads:
             self.transport.put(f"/v1/adapters/{upload.sha256}", upload.body)
             self._uploaded[upload.sha256] = None
             while len(self._uploaded) > KNOWN_ADAPTERS:
                 self._uploaded.popitem(last=False)
 
-    def check_fingerprint(self, found: str) -> None:
-        """Raises `OperatorsDiffer` if an answer comes from other weights than those that were there at the start."""
-        if found != self.info.fingerprint:
+    def check_fingerprint(self, fingerprint: str) -> None:
+        """Raises `OperatorsDiffer` if a response has another weights' fingerprint than the server had at the start."""
+        if fingerprint != self.info.fingerprint:
             raise OperatorsDiffer(
-                f"{self.transport.url} now hosts other weights than at the start (fingerprint {found[:12]}…, "
+                f"{self.transport.url} now hosts other weights than at the start (fingerprint {fingerprint[:12]}…, "
                 f"before {self.info.fingerprint[:12]}…).",
                 remedy="Ask the provider to host the first weights again, or start a new run.",
             )
 
 
 class OperatorPool:
-    """All operators of a run, checked against each other, called in parallel.
+    """The operators of a run. They host the same weights and can be called in parallel.
 
     Raises:
-        OperatorsDiffer: operators that host different weights.
-        DuplicateOperator: one operator twice.
+        OperatorsDiffer: operators host different weights.
+        DuplicateOperator: an operator is listed twice.
     """
 
     def __init__(self, operators: Sequence[Operator]) -> None:
         self.operators = list(operators)
-        self._threads = ThreadPoolExecutor(2 * len(operators), "operator")  # teams call their members
+        # twice as many threads as operators, because calls for teams of operators call the team's members in parallel
+        self._threads = ThreadPoolExecutor(2 * len(operators), "operator")
         self.info = self.operators[0].info
         for index, operator in enumerate(self.operators):
             for other in self.operators[:index]:
@@ -201,56 +226,56 @@ class OperatorPool:
 
     @staticmethod
     def connect(transports: Sequence[Transport], model: str | None) -> OperatorPool:
-        """The servers behind these transports, asked at the same time what they host.
+        """Connects to the servers behind these transports, in parallel.
 
         Raises:
-            ConfigError: no servers.
-            DuplicateOperator: two addresses of one server.
-            OperatorsDiffer: servers that host different weights.
+            ConfigError: there are no servers.
+            DuplicateOperator: two addresses lead to one server.
+            OperatorsDiffer: servers host different weights.
         """
         if not transports:
             raise ConfigError("No servers were given.", remedy="Give at least one address (--server).")
-        seen: set[str] = set()
+        urls: set[str] = set()
         for transport in transports:
-            if transport.url in seen:
+            if transport.url in urls:
                 raise DuplicateOperator(f"{transport.url} is listed twice.", remedy="List every operator once.")
-            seen.add(transport.url)
-        with ThreadPoolExecutor(len(transports), "hello") as threads:
+            urls.add(transport.url)
+        with ThreadPoolExecutor(len(transports), "connect") as threads:
             return OperatorPool(list(threads.map(partial(Operator, model=model), transports)))
 
     def __len__(self) -> int:
         return len(self.operators)
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that all operators offer.
+        """Downloads the tokenizer from all operators and returns it.
 
         Raises:
-            OperatorsDiffer: they offer different ones, so the same text would be different tokens.
+            OperatorsDiffer: the operators' tokenizers differ, so they would tokenize the same text differently.
         """
-        found = self.parallel([operator.tokenizer for operator in self.operators])
-        for operator, tokenizer in zip(self.operators, found, strict=True):
-            if tokenizer.json != found[0].json:
+        tokenizers = self.parallel([operator.tokenizer for operator in self.operators])
+        for operator, tokenizer in zip(self.operators, tokenizers, strict=True):
+            if tokenizer.json != tokenizers[0].json:
                 raise OperatorsDiffer(
                     f"{operator.transport.url} offers another tokenizer than {self.operators[0].transport.url}.",
                     remedy="Use operators that host the same model with the same tokenizer.",
                 )
-        return found[0]
+        return tokenizers[0]
 
     @property
     def urls(self) -> list[str]:
-        """The operators' addresses, in their order."""
+        """The addresses of the operators, in the order of `operators`."""
         return [operator.transport.url for operator in self.operators]
 
     @property
     def names(self) -> list[str]:
-        """The operators' names, in their order."""
+        """The names of the operators, in the order of `operators`."""
         return [operator.name for operator in self.operators]
 
     def parallel(self, calls: Sequence[Callable[[], T]]) -> list[T]:
-        """Runs the calls at the same time and waits for all; raises the first error. Calls may call this again.
+        """Runs the calls in parallel, waits for all, and returns their results. Raises the first error. Reentrant.
 
-        One runs in the caller's thread, and so does each that no thread was free for: nested calls never wait for each
-        other's threads.
+        The first call runs in the caller's thread, and so does every call that no thread has started by then. So nested
+        calls can't deadlock by waiting for threads.
         """
         futures = [self._threads.submit(call) for call in calls[1:]]
         outcomes = [_outcome(calls[0])]
@@ -259,21 +284,22 @@ class OperatorPool:
         return [outcome.result() for outcome in outcomes]
 
     def traffic(self) -> Traffic:
-        """Sum over all operators."""
+        """Returns the traffic with all operators so far."""
         parts = [operator.transport.traffic for operator in self.operators]
         return Traffic(sum(p.sent for p in parts), sum(p.received for p in parts), sum(p.requests for p in parts))
 
     def close(self) -> None:
+        """Closes all connections."""
         self._threads.shutdown(wait=False)
         for operator in self.operators:
             operator.transport.close()
 
 
 def _outcome(call: Callable[[], T]) -> Future[T]:
-    """What the call gives or raises in this thread."""
+    """Runs a call in this thread. Returns a future with its result or exception."""
     outcome = Future[T]()
     try:
         outcome.set_result(call())
-    except BaseException as error:  # of an interrupt too: it is raised when the other calls are done
+    except BaseException as error:  # also an interrupt, which `parallel` raises when the other calls are done
         outcome.set_exception(error)
     return outcome

@@ -1,4 +1,4 @@
-"""LoRA adapters as the client holds them: PEFT's configuration in, PEFT's checkpoint format out.
+"""The client's LoRA adapters. They take PEFT's configuration and are saved in PEFT's checkpoint format.
 
 The client needs only the names and shapes of the hosted layers, never their weights.
 """
@@ -27,7 +27,7 @@ from blindtune.models.lora import LoraLayout
 from blindtune.wire import LoraSpec, ModelInfo
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-_OFFERED = {
+_SUPPORTED = {
     *("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
 }
@@ -35,21 +35,21 @@ _WITHOUT_EFFECT = {
     *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "runtime_config", "megatron_core", "loftq_config", "qalora_group_size"),
 }
-"""Options of `LoraConfig` that change nothing unless another one does, which is refused."""
+"""Options of `LoraConfig` that have no effect, at least not without another option, which is rejected."""
 PEFT_PREFIX = "base_model.model."
 
 
 def lora_spec(config: LoraConfig, info: ModelInfo, *, a_seed: str | None = None) -> LoraSpec:
-    """Resolves PEFT's rules for target modules against the hosted model's layers.
+    """Returns the layers and hyperparameters that a PEFT configuration means for a hosted model.
 
     Args:
         a_seed: see `LoraSpec`.
     Raises:
-        UnknownTargetModule: no hosted layer matches.
-        ConfigError: an option of `LoraConfig` that the API doesn't offer.
+        UnknownTargetModule: no hosted layer matches `target_modules`.
+        ConfigError: the API doesn't support an option of the `LoraConfig`.
     """
     neutral_config = LoraConfig()
-    for option in sorted({field.name for field in fields(config)} - _OFFERED - _WITHOUT_EFFECT):
+    for option in sorted({field.name for field in fields(config)} - _SUPPORTED - _WITHOUT_EFFECT):
         value, neutral = getattr(config, option), getattr(neutral_config, option, None)
         if value and value != neutral:
             raise ConfigError(
@@ -68,6 +68,7 @@ def lora_spec(config: LoraConfig, info: ModelInfo, *, a_seed: str | None = None)
 
 
 def _matching(config: LoraConfig, info: ModelInfo) -> list[str]:
+    """Returns the names of the hosted layers that match the configuration by PEFT's rules."""
     if config.target_modules == "all-linear":
         return list(info.modules)
     if config.target_modules is None:
@@ -76,7 +77,7 @@ def _matching(config: LoraConfig, info: ModelInfo) -> list[str]:
             return []
         config = copy.copy(config)
         config.target_modules = list(defaults)
-    # PEFT finds a layer's number only behind a prefix, which the bare model's names don't have
+    # PEFT recognises a layer's index only after a prefix, which names in a model without head don't have
     prefix = "" if config.layers_to_transform is None else "model."
     return [name for name in info.modules if check_target_module_exists(config, prefix + name)]
 
@@ -86,12 +87,15 @@ def _readable(targets: object) -> str:
 
 
 class LoraAdapter(nn.Module):
-    """One set of adapter weights θ: for each module A `(r, in)` and B `(out, r)`, float32.
+    """The weights θ of one adapter: matrices A `(r, in)` and B `(out, r)` for each module, float32.
 
-    Initialised as PEFT does (`init_lora_weights`): A Kaiming-uniform, or Gaussian with standard deviation 1/r; B zero.
+    Initialised as in PEFT (`init_lora_weights`): A Kaiming-uniform, or Gaussian with standard deviation 1/r; B zero.
 
     Args:
-        a_seed: 32 public bytes in hexadecimal that A is expanded from. Then A is fixed, only B is trained and travels
+        config: PEFT's configuration.
+        info: the hosted model's description.
+        generator: source of the initial weights; torch's default generator if None.
+        a_seed: 32 public bytes in hexadecimal from which A is expanded. Then A is fixed, only B is trained and sent
             (LoRA-FA: Zhang et al. 2023), and P counts B alone.
     """
 
@@ -118,18 +122,18 @@ class LoraAdapter(nn.Module):
             self.register_parameter(f"b_{index}", self._b[-1])
 
     def named_matrices(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Module name -> (A, B)."""
+        """Returns the matrices by module: name -> (A, B)."""
         return {name: (a, b) for (name, _, _), a, b in zip(self.layout.shapes, self._a, self._b, strict=True)}
 
     def vector(self) -> Tensor:
-        """All weights as one vector `(P,)`, differentiable in them."""
+        """Returns all weights as one vector `(P,)`, differentiable in them."""
         return self.layout.join(self.named_matrices())
 
     def save_pretrained(self, folder: Path, *, run: str = "") -> None:
-        """Writes PEFT's `adapter_config.json` and `adapter_model.safetensors`, the latter for its owner alone.
+        """Writes PEFT's `adapter_config.json` and `adapter_model.safetensors`. Only the owner can read the weights.
 
         Args:
-            run: a name that `load_pretrained` gives back, of what the adapter was trained in.
+            run: id of the run in which the adapter was trained; `load_pretrained` returns it.
         """
         folder.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, Tensor] = {}
@@ -142,20 +146,20 @@ class LoraAdapter(nn.Module):
         config.target_modules = [str(name) for name in self.layout.spec.modules]
         config.layers_to_transform = config.layers_pattern = None
         config.inference_mode = True
-        with TemporaryDirectory() as written:
-            config.save_pretrained(written)
-            replace_file(folder / CONFIG_FILE, (Path(written) / CONFIG_FILE).read_bytes())
+        with TemporaryDirectory() as temporary:
+            config.save_pretrained(temporary)
+            replace_file(folder / CONFIG_FILE, (Path(temporary) / CONFIG_FILE).read_bytes())
 
     def load_pretrained(self, folder: Path, *, allow_nonfinite: bool = False) -> str:
-        """Reads weights that `save_pretrained` (or PEFT) wrote for the same layers and rank.
+        """Loads weights that `save_pretrained` (or PEFT) wrote for the same layers and rank.
 
         Args:
-            allow_nonfinite: whether NaN and infinity are read like numbers.
+            allow_nonfinite: whether to accept NaN and infinity.
         Returns:
-            The name that `save_pretrained` was given; empty if there is none.
+            The run's id that was given to `save_pretrained`; empty if there is none.
         Raises:
-            CheckpointError: a missing or damaged file, weights of other layers or another rank, or NaN. Nothing has
-                changed then.
+            CheckpointError: the file is missing or damaged, or its weights are of other layers or another rank, or
+                aren't finite. The adapter is unchanged then.
         """
         path = folder / WEIGHTS_FILE
         if not path.is_file():
@@ -166,7 +170,7 @@ class LoraAdapter(nn.Module):
             tensors = load_file(path)
         except SafetensorError as error:
             raise CheckpointError(f"{path} is damaged: {error}.", remedy="Use another copy of it.") from None
-        found: list[tuple[nn.Parameter, Tensor]] = []
+        loaded: list[tuple[nn.Parameter, Tensor]] = []
         for name, matrices in self.named_matrices().items():
             for part, parameter in zip(("lora_A", "lora_B"), matrices, strict=True):
                 key = f"{PEFT_PREFIX}{name}.{part}.weight"
@@ -183,23 +187,23 @@ class LoraAdapter(nn.Module):
                     raise CheckpointError(
                         f"{path} has another {key} than the seed of this run gives.", remedy="Use the run's own seed."
                     )
-                found.append((cast(nn.Parameter, parameter), tensor))
+                loaded.append((cast(nn.Parameter, parameter), tensor))
         if tensors:
             raise CheckpointError(
                 f"{path} has weights for layers that this adapter doesn't change, e.g. {next(iter(tensors))}.",
                 remedy="Use the LoraConfig that it was trained with.",
             )
         with torch.no_grad():
-            for parameter, tensor in found:
+            for parameter, tensor in loaded:
                 parameter.copy_(tensor)
         return run
 
 
 def read_lora_config(folder: Path) -> LoraConfig:
-    """The PEFT configuration in a checkpoint.
+    """Returns the PEFT configuration in a checkpoint.
 
     Raises:
-        CheckpointError: no `adapter_config.json`, or not one of LoRA.
+        CheckpointError: there is no `adapter_config.json`, or it isn't one of LoRA.
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
@@ -216,6 +220,7 @@ def read_lora_config(folder: Path) -> LoraConfig:
 def _initial(
     config: LoraConfig, out_features: int, in_features: int, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
+    """Returns initial matrices A `(r, in)` and B `(out, r)`."""
     a, b = torch.empty(config.r, in_features), torch.zeros(out_features, config.r)
     init = config.init_lora_weights
     if init == "gaussian":

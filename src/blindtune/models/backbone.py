@@ -1,6 +1,6 @@
-"""A frozen pretrained transformer with n adapters on it: h(x, θ_1), …, h(x, θ_n).
+"""A frozen pretrained transformer that computes hidden states under n adapters at once: h(x, θ_1), …, h(x, θ_n).
 
-Used by the server to answer requests and by the audit to recompute what a server could have computed.
+The server uses it to answer requests, and the audit to recompute what a server could have computed.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from threading import Lock
 from typing import Any, cast
 
@@ -21,13 +22,22 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from blindtune.errors import ConfigError, EmptyBatch, InvalidTensor, SequenceTooLong, UnknownModel, UnknownPooling
+from blindtune.errors import (
+    ConfigError,
+    EmptyBatch,
+    InvalidTensor,
+    SequenceTooLong,
+    UnknownModel,
+    UnknownPart,
+    UnknownPooling,
+)
+from blindtune.extras import requires
+from blindtune.models.cut.parts import PARTS, Cut, CutModel, check_cuttable, layers_of
 from blindtune.models.devices import find_device
 from blindtune.models.lora import LoraLayout, LoraPass
 from blindtune.models.pooling import POOLINGS, default_pooling, pool
 from blindtune.models.sources import ModelSource, find_source
-from blindtune.models.split import PARTS, Cut, SplitModel, check_splittable, layers_of
-from blindtune.wire import Architecture, Limits, ModelInfo, Pooling, SplitInfo
+from blindtune.wire import Architecture, CutInfo, Limits, ModelInfo, Pooling
 
 TORCH_DTYPES = {
     "float64": torch.float64,
@@ -49,19 +59,20 @@ class Tokens:
         return self.input_ids.shape[0]
 
     def tensors(self) -> dict[str, Tensor]:
-        """As they travel and are recorded."""
+        """Returns the batch as named tensors, as in messages and transcripts."""
         named = {"input_ids": self.input_ids, "lengths": self.lengths}
         return named if self.token_type_ids is None else {**named, "token_type_ids": self.token_type_ids}
 
     @staticmethod
     def from_tensors(tensors: dict[str, Tensor]) -> Tokens:
+        """Returns the batch that `tensors` wrote."""
         return Tokens(tensors["input_ids"], tensors["lengths"], tensors.get("token_type_ids"))
 
 
 class FrozenBackbone:
-    """A pretrained model whose weights never change, with room for n LoRA adapters at once.
+    """A pretrained model whose weights never change, and which runs n LoRA adapters in one pass.
 
-    Not thread-safe: one call at a time.
+    It is not thread-safe.
     """
 
     def __init__(
@@ -70,14 +81,14 @@ class FrozenBackbone:
         source: ModelSource,
         tokenizer: str,
         pad_token_id: int,
-        split: SplitModel | None = None,
+        cut_model: CutModel | None = None,
     ) -> None:
         self.model: nn.Module = model.eval().requires_grad_(False)
-        self.split = split
-        """The same model with its LM head, in three parts, if clients may hold its ends."""
+        self.cut_model = cut_model
+        """The same model with its LM head, cut into three parts; None if it was loaded without a cut."""
         self.source = source
         self.tokenizer = tokenizer
-        """JSON of the `tokenizers` library."""
+        """The tokenizer as JSON of the `tokenizers` library."""
         self.config: Any = model.config
         self.pad_token_id = pad_token_id
         self.architecture: Architecture = _architecture(self.config)
@@ -87,13 +98,12 @@ class FrozenBackbone:
         self.max_length = _max_length(self.config)
         self.vocabulary_size = int(self.config.vocab_size)
         self.fingerprint = fingerprint(model)
-        self.hidden_size = int(
-            getattr(self.config, "word_embed_proj_dim", None) or self.config.hidden_size
-        )  # OPT projects
+        # OPT may project its hidden states to another size
+        self.hidden_size = int(getattr(self.config, "word_embed_proj_dim", None) or self.config.hidden_size)
         self._type_vocabulary = int(getattr(self.config, "type_vocab_size", 0) or 0)
 
     def info(self, name: str, limits: Limits) -> ModelInfo:
-        """What a client may know of the model."""
+        """Returns the model's description for clients."""
         return ModelInfo(
             name=name,
             architecture=self.architecture,
@@ -109,15 +119,26 @@ class FrozenBackbone:
             fingerprint=self.fingerprint,
             base_model_name=self.source.name,
             limits=limits.model_copy(update={"max_length": min(limits.max_length, self.max_length)}),
-            split=self._split_info(),
+            cut=self._cut_info(),
         )
 
-    def _split_info(self) -> SplitInfo | None:
-        if self.split is None:
+    def require_cut(self) -> CutModel:
+        """Returns the cut model.
+
+        Raises:
+            UnknownPart: the model was loaded without a cut.
+        """
+        if self.cut_model is None:
+            raise UnknownPart(f"{self.source.name!r} is not cut here.", remedy="Load or serve it with a cut (--cut).")
+        return self.cut_model
+
+    def _cut_info(self) -> CutInfo | None:
+        """Returns the description of the cut for clients; None if the model isn't cut."""
+        if self.cut_model is None:
             return None
-        cut, shared = self.split.cut, self.split.weights_shared()
+        cut, shared = self.cut_model.cut, self.cut_model.weights_shared()
         offered: list[str] = [part for part in PARTS if part != "trunk"]
-        return SplitInfo(bottom=cut.bottom, top=cut.top, parts=offered, weights_shared=round(shared, 4))
+        return CutInfo(bottom=cut.bottom, top=cut.top, parts=offered, weights_shared=round(shared, 4))
 
     def forward(
         self,
@@ -128,18 +149,20 @@ class FrozenBackbone:
         *,
         seed: int | None = None,
     ) -> Tensor:
-        """h(x, θ_i) for weight vectors `(n, P)`: `(n, B, d)`, `(n, B, L, d)` for pooling `none`.
+        """Computes the hidden states h(x, θ_i) for n adapters.
 
-        With `(n, B, P)` each text has vectors of its own, so that one backward pass gives each text's gradients.
-        float32, or float64 from a model in float64.
-
-        Without adapters the frozen model's output, n = 1. Dropout is on if and only if there is a seed; all
-        adapters share one random stream, so the same call gives the same answer. Differentiable in `weights`, which
-        may be on another device than the model.
-
+        Args:
+            layout: the layers that the adapters change. Without it, the result is that of the frozen model, n = 1.
+            weights: weight vectors `(n, P)`, on any device. With `(n, B, P)` each text has vectors of its own, so that
+                one backward pass gives each text's gradients.
+            seed: seed of dropout, which is off without one. All adapters share one random stream, so equal calls give
+                equal results.
+        Returns:
+            `(n, B, d)`, or `(n, B, L, d)` for pooling `none`; differentiable in `weights`; float32, or float64 from a
+            model in float64.
         Raises:
-            UnknownPooling: a pooling that this architecture doesn't offer.
-            EmptyBatch, SequenceTooLong, InvalidTensor: tokens that the model can't take.
+            UnknownPooling: this architecture doesn't offer the pooling.
+            EmptyBatch, SequenceTooLong, InvalidTensor: the model can't process the tokens.
         """
         if pooling not in POOLINGS[self.architecture]:
             raise UnknownPooling(
@@ -151,13 +174,16 @@ class FrozenBackbone:
             if layout is None or weights is None:
                 with torch.no_grad():
                     return self._run(tokens, pooling, 1).unsqueeze(0)
-            here = weights.to(self.device)
-            with self.lora.adapters(layout, here, len(tokens), train=seed is not None) as repeat:
+            on_device = weights.to(self.device)
+            with self.lora.adapters(layout, on_device, len(tokens), train=seed is not None) as repeat:
                 hidden = self._run(tokens, pooling, repeat)  # (n B, ...)
         return hidden.reshape(len(weights), len(tokens), *hidden.shape[1:])
 
     def check_tokens(self, tokens: Tokens) -> None:
-        """Raises `EmptyBatch`, `SequenceTooLong` or `InvalidTensor` before the model would fail or read wild."""
+        """Raises `EmptyBatch`, `SequenceTooLong` or `InvalidTensor` for tokens that the model can't process.
+
+        Without these checks the model would fail, or index outside its embeddings.
+        """
         ids, lengths = tokens.input_ids, tokens.lengths
         if ids.shape[0] == 0 or ids.shape[1] == 0 or int(lengths.min()) < 1:
             raise EmptyBatch(
@@ -181,14 +207,14 @@ class FrozenBackbone:
             )
         types = tokens.token_type_ids
         if types is not None and int(types.max()) >= max(self._type_vocabulary, 1):
-            known = max(self._type_vocabulary, 1)
+            count = max(self._type_vocabulary, 1)
             raise InvalidTensor(
-                f"A token type of {int(types.max())}; the model knows {known}.",
-                remedy=f"Send token types from 0 to {known - 1}.",
+                f"A token type of {int(types.max())}; the model knows {count}.",
+                remedy=f"Send token types from 0 to {count - 1}.",
             )
 
     def _run(self, tokens: Tokens, pooling: Pooling, repeat: int) -> Tensor:
-        """Pooled hidden states of the inputs repeated `repeat` times."""
+        """Returns the pooled hidden states of the inputs, repeated `repeat` times, of the active adapters."""
         ids = tokens.input_ids.to(self.device, torch.long).repeat(repeat, 1)
         lengths = tokens.lengths.to(self.device, torch.long).repeat(repeat)
         mask = (torch.arange(ids.shape[1], device=self.device) < lengths.unsqueeze(1)).long()  # (B, L)
@@ -196,7 +222,8 @@ class FrozenBackbone:
         if tokens.token_type_ids is not None and self._type_vocabulary > 1:
             arguments["token_type_ids"] = tokens.token_type_ids.to(self.device, torch.long).repeat(repeat, 1)
         if self.architecture == "encoder-decoder":
-            encoded = cast(Any, self.model).get_encoder()(**arguments).last_hidden_state  # more rows if repeated inside
+            # the encoder returns more rows than it gets if `LoraPass` repeats them at a later block
+            encoded = cast(Any, self.model).get_encoder()(**arguments).last_hidden_state
             mask = mask.repeat(len(encoded) // len(mask), 1)
             start = ids.new_full((len(encoded), 1), int(self.config.decoder_start_token_id))
             arguments = {"encoder_outputs": (encoded,), "attention_mask": mask, "decoder_input_ids": start}
@@ -217,22 +244,25 @@ def load_backbone(
     """Loads a hub model, a folder, a GGUF file or a packaged model (`minilm`, `smollm2`).
 
     Args:
-        cut: where to split a decoder into bottom, trunk and top; then its LM head is loaded too.
+        cut: where to cut a decoder into bottom, trunk and top. With it, the LM head is loaded too.
     Raises:
-        UnknownModel: nothing is there, or it can't be loaded as a transformer.
-        ConfigError: a dtype that isn't float64, float32, bfloat16 or float16; a device that isn't here; a cut that the
-            model doesn't allow.
+        UnknownModel: there is no such model, or it can't be loaded as a transformer.
+        ConfigError: the dtype isn't float64, float32, bfloat16 or float16; the device isn't available; or the model
+            doesn't allow the cut.
     """
-    place = find_device(device)  # before anything is read
+    torch_device = find_device(device)  # fails before any file is read
     if dtype not in TORCH_DTYPES:
         raise ConfigError(f"There is no dtype {dtype!r} here.", remedy=f"Use one of: {', '.join(TORCH_DTYPES)}.")
     source = find_source(name_or_path)
+    if source.gguf_file is not None:
+        with requires("server", "A .gguf file"):
+            import_module("gguf")  # transformers needs it to read such files
     try:
         config = AutoConfig.from_pretrained(source.location, **source.arguments)
         _architecture(config)  # raises before any weights are read
         kind: Any = AutoModel
         if cut is not None:
-            check_splittable(config)
+            check_cuttable(config)
             cut.check(layers_of(config))
             kind = AutoModelForCausalLM
         whole, loading = kind.from_pretrained(
@@ -251,12 +281,12 @@ def load_backbone(
             remedy="Convert it once with transformers and save the folder.",
         )
     missing = [name for name in sorted(loading["missing_keys"]) if not name.startswith("pooler.")]
-    if missing:  # transformers would fill them with random numbers, other ones on every server
+    if missing:  # transformers would initialise them at random, differently on every server
         raise UnknownModel(
             f"The checkpoint of {name_or_path!r} lacks {len(missing)} weights, e.g. {missing[0]}.",
             remedy="Host a complete pretrained model.",
         )
-    whole = whole.to(place)
+    whole = whole.to(torch_device)
     model = whole if cut is None else whole.base_model
     if hasattr(model, "pooler"):
         model.pooler = None  # not part of the hidden states, and often not part of the checkpoint
@@ -264,17 +294,17 @@ def load_backbone(
     backend = tokenizer.backend_tokenizer
     backend.no_padding()
     backend.no_truncation()
-    split = None if cut is None else SplitModel.of(whole.eval().requires_grad_(False), cut)
-    return FrozenBackbone(model, source, backend.to_str(), int(pad), split)
+    cut_model = None if cut is None else CutModel.of(whole.eval().requires_grad_(False), cut)
+    return FrozenBackbone(model, source, backend.to_str(), int(pad), cut_model)
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over names, dtypes and bytes of all weights: equal exactly if the hosted weights are equal."""
+    """Returns the SHA-256 over names, dtypes, shapes and bytes of all weights. It identifies the hosted weights."""
     return tensors_sha256(model.state_dict())
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes, in the order of the names."""
+    """Returns the SHA-256 over the tensors' names, dtypes, shapes and bytes, in the order of their names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
@@ -283,6 +313,7 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _architecture(config: Any) -> Architecture:
+    """Returns a model's architecture. Raises `UnknownModel` for model types that can't be hosted."""
     if config.is_encoder_decoder:
         return "encoder-decoder"
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
@@ -296,6 +327,7 @@ def _architecture(config: Any) -> Architecture:
 
 
 def _max_length(config: Any) -> int:
+    """Returns the largest number of tokens in a sequence that the model can process."""
     positions = getattr(config, "max_position_embeddings", None)
     if positions is None:
         return 2**20  # relative positions only (T5): the server's own limit applies
@@ -304,12 +336,12 @@ def _max_length(config: Any) -> int:
 
 
 _SEEDED = Lock()
-"""Torch's random stream belongs to the process; two models' passes with dropout take turns."""
+"""Held during a pass with dropout: torch's default generator is shared by all threads of the process."""
 
 
 @contextmanager
 def _randomness(model: nn.Module, seed: int | None) -> Generator[None]:
-    """Dropout off; or on, from a stream that this call owns."""
+    """Context manager for one pass: with a seed, dropout is on and draws from a generator with this seed alone."""
     if seed is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""Where models run."""
+"""Device names of the command line and of the library, checked before use."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from blindtune.errors import ConfigError
 
 
 def find_device(name: str) -> torch.device:
-    """A torch device that is here, such as `cpu`, `cuda` or `cuda:1`.
+    """Returns an available torch device by its name, such as `cpu`, `cuda` or `cuda:1`.
 
     Raises:
-        ConfigError: no such device, or one that this build of torch can't use.
+        ConfigError: there is no such device, or this build of torch can't use it.
     """
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()  # a build without CUDA knows the name, and meta holds no numbers
-    except (RuntimeError, AssertionError, ImportError) as error:  # the last for devices of other packages
+        # `torch.device` accepts `cuda` without CUDA, and `meta`, whose tensors have no values
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:  # ImportError: backends of other packages
         reason = str(error).splitlines()[0]
         raise ConfigError(
             f"There is no device {name!r} here: {reason}",

@@ -1,4 +1,4 @@
-"""From hidden states of all positions to the vector that the client's head reads."""
+"""Pooling: reduces the hidden states of all positions to one vector, the input of the client's head."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
     """Pools hidden states `(B, L, d)` with a right-padded mask `(B, L)` to `(B, d)`; `none` keeps `(B, L, d)`.
 
     Raises:
-        UnknownPooling: a value that isn't a pooling.
+        UnknownPooling: there is no such pooling.
     """
     if pooling == "none":
         return hidden
@@ -38,7 +38,7 @@ def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
 
 
 def default_pooling(architecture: Architecture, folder: str) -> Pooling:
-    """What the model was made for: its sentence-transformers setting if it has one, else its family's custom."""
+    """Returns a model's default pooling: its sentence-transformers setting, if any, else that of its architecture."""
     setting = Path(folder) / "1_Pooling" / "config.json"
     if architecture == "encoder" and setting.is_file():
         wants_mean = json.loads(setting.read_text()).get("pooling_mode_mean_tokens", False)

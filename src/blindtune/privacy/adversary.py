@@ -1,10 +1,10 @@
-"""The adversary that the adapters are trained against (P3EFT, section 3.3, after Ganin and Lempitsky 2015).
+"""The adversary that adapters are trained against (P3EFT, section 3.3, after Ganin and Lempitsky 2015).
 
-For every channel that an operator can look at (an adapter's activations h_i, its shift h_i − h(x, 0)), a linear
-classifier is fitted to the labels, then held fixed while the channel is moved so that the classifier fails.
+For every channel that an operator can observe (an adapter's activations h_i, or their shift h_i − h(x, 0)), a linear
+classifier of labels is fitted. It is then held fixed, and a penalty trains the adapters so that the classifier fails.
 
-With d ≫ B a classifier fitted on one batch is always perfect and says nothing, so it is fitted on a buffer of
-recent batches. All channels are fitted in one L-BFGS run, warm-started from the last step.
+With d ≫ B a classifier separates any single batch perfectly, which says nothing about the channel, so it is fitted on a
+buffer of recent batches. All channels are fitted in one L-BFGS run, which starts from the last step's weights.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ Form = Literal["flip", "reversal", "confusion"]
 
 @dataclass
 class Adversary:
-    """Linear label classifiers on c channels.
+    """Linear label classifiers on c channels, and the penalty that makes them fail.
 
     Args:
-        channels: c.
-        dim: d, of each channel.
-        classes: K.
-        form: what the channels are moved towards: the wrong labels (flip: the authors'; cross entropy to the other
-            classes), higher loss (reversal), or logits of zero (confusion).
-        buffer: recent batches that the classifiers are fitted on.
-        iterations: of L-BFGS in each step.
-        l2: strength of the penalty on the classifiers' weights, in units of one example. Too little is no stronger
-            adversary: with d of the order of the buffer it fits noise, guesses worse, and pulls many times harder.
+        channels: c, the number of channels.
+        dim: d, the dimension of each channel.
+        classes: K, the number of classes.
+        form: the objective of the penalty. "flip" (the authors') is the cross entropy to the wrong classes, "reversal"
+            maximises the classifier's loss, "confusion" moves all logits to their mean.
+        buffer: number of recent batches on which the classifiers are fitted.
+        iterations: L-BFGS iterations in each step.
+        l2: strength of the penalty on the classifiers' weights, in units of one example. A smaller value gives no
+            stronger adversary: if d is of the order of the buffer's examples, the classifier fits noise, guesses worse,
+            and its gradients are many times larger.
     """
 
     channels: int
@@ -44,19 +45,23 @@ class Adversary:
     iterations: int = 10
     l2: float = 100.0
     weights: Tensor = field(init=False)
-    """`(c, d + 1, K)`: the last row is the bias."""
+    """Weights of the classifiers, `(c, d + 1, K)`; the last row is the bias."""
     _recent: list[tuple[Tensor, Tensor]] = field(init=False, default_factory=list[tuple[Tensor, Tensor]])
 
     def __post_init__(self) -> None:
         self.weights = torch.zeros(self.channels, self.dim + 1, self.classes)
 
     def penalty(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Fits on the buffer with this batch, then scores the channels `(c, B, d)` against labels `(B,)`.
+        """Fits the classifiers on the buffer, which this batch joins, then computes the penalty of each channel.
 
+        Args:
+            hidden: the channels, `(c, B, d)`.
+            labels: `(B,)`.
         Returns:
-            `(c,)`, differentiable in `hidden`: one penalty for each channel.
+            One penalty for each channel, `(c,)`, differentiable in `hidden`.
         """
-        self._recent = [*self._recent, (hidden.detach(), labels)][-self.buffer :]  # a new list: old states stay whole
+        # a new list, so that states that were saved before don't change
+        self._recent = [*self._recent, (hidden.detach(), labels)][-self.buffer :]
         past = torch.cat([batch for batch, _ in self._recent], dim=1)  # (c, N, d)
         past_labels = torch.cat([batch_labels for _, batch_labels in self._recent])
         mean = past.mean(1, keepdim=True)
@@ -64,26 +69,27 @@ class Adversary:
         self.weights = _fit((past - mean) / scale, past_labels, self.weights, self.iterations, self.l2)
         return _loss(self.form, _logits((hidden - mean) / scale, self.weights), labels)
 
-    def state(self) -> dict[str, Tensor]:
-        """Everything that a resumed run needs; tensors are replaced, never changed in place."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """Returns weights and buffer. Later steps replace these tensors and never change them in place."""
         state = {"weights": self.weights}
         for index, (hidden, labels) in enumerate(self._recent):
             state[f"hidden.{index}"], state[f"labels.{index}"] = hidden, labels
         return state
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restores what `state_dict` returned."""
         self.weights = state["weights"]
         count = sum(name.startswith("hidden.") for name in state)
         self._recent = [(state[f"hidden.{index}"], state[f"labels.{index}"]) for index in range(count)]
 
 
 def _logits(hidden: Tensor, weights: Tensor) -> Tensor:
-    """`(c, B, K)`."""
+    """Returns the logits `(c, B, K)` for channels `(c, B, d)` and weights `(c, d + 1, K)`."""
     return torch.baddbmm(weights[:, -1:], hidden, weights[:, :-1])
 
 
 def _fit(hidden: Tensor, labels: Tensor, start: Tensor, iterations: int, l2: float) -> Tensor:
-    """Multinomial logistic regression on each channel of `(c, N, d)`: weights `(c, d + 1, K)`."""
+    """Fits a multinomial logistic regression on each channel of `(c, N, d)`. Returns the weights `(c, d + 1, K)`."""
     weights = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([weights], max_iter=iterations, history_size=8, line_search_fn="strong_wolfe")
     targets = labels.repeat(len(hidden))
@@ -101,7 +107,7 @@ def _fit(hidden: Tensor, labels: Tensor, start: Tensor, iterations: int, l2: flo
 
 
 def _loss(form: Form, logits: Tensor, labels: Tensor) -> Tensor:
-    """`(c,)` from logits `(c, B, K)`."""
+    """Returns the penalty of each channel, `(c,)`, for logits `(c, B, K)`."""
     log_p = F.log_softmax(logits, dim=-1)
     true = F.one_hot(labels, logits.shape[-1]).to(logits.dtype)  # (B, K)
     if form == "confusion":
@@ -113,5 +119,5 @@ def _loss(form: Form, logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def stack_channels(channels: Sequence[Tensor]) -> Tensor:
-    """Channels `(n, B, d)` under each other: `(c, B, d)`."""
+    """Concatenates groups of channels, each `(n, B, d)`, to `(c, B, d)`."""
     return torch.cat(list(channels))

@@ -1,42 +1,43 @@
-"""Whether batches depend on labels: a check on the client's machine, which knows labels, before a batch is sent.
+"""Statistical tests for batches that depend on labels. The client runs them before it sends a batch.
 
-An operator sees the texts of every batch. Label privacy is proven for batches that don't depend on labels; weights for
-classes in a sampler, oversampling, undersampling and stratified batches break that. `BatchMonitor` looks for both ways
-in which they show:
+An operator sees the texts of every batch. Label privacy is proven for batches that don't depend on labels; class
+weights in a sampler, oversampling, undersampling and stratified batches break that assumption. `BatchMonitor` tests for
+both effects that they have:
 
 **Rates.** Shuffling sends each text once before it sends any text twice. Let B be the largest batch. When a text is
-sent for the c-th time (per copy in the set), at most (c - 1) B more may be missing for all texts to have been sent
-c - 1 times (a loader that drops the last batch leaves fewer than B per epoch). Where this doesn't hold, classes must
-have been sent at one rate. Without a look at labels, labels are exchangeable among texts with equally many copies,
-whatever the sampler (with replacement, a fixed subset, epochs that are cut short). So for class k and any θ (Chernoff;
-Hoeffding 1963 for draws without replacement), where s_j is how often text j was sent, and G_m are the texts with m
-copies, n_km of them in class k,
+sent for the c-th time (per copy in the set), at most (c - 1) B sends may be missing for all texts to have been sent
+c - 1 times (a loader that drops the last batch leaves fewer than B per epoch). If this doesn't hold, the monitor tests
+whether all classes were sent at the same rate. If a sampler doesn't use labels, labels are exchangeable among texts
+with equally many copies, whatever the sampler (with replacement, a fixed subset, epochs that are cut short). So for
+class k and any θ (Chernoff; Hoeffding 1963 for draws without replacement), where s_j is how often text j was sent, and
+G_m are the texts with m copies, n_km of them in class k,
 
     P(Σ_{j in k} s_j ≥ x) ≤ exp(Σ_m n_km ln mean_{j in G_m} exp(θ s_j) - θ x),    and the same for ≤ x with θ < 0.
 
-Tests come at numbers of batches that grow by a fifth. Test i may refuse with probability RATE_ALARM / (i (i + 1)), over
-all classes and both sides, so all tests of a run together with RATE_ALARM. Batches of similar length are more alike in
-their labels than chance makes them: exponents are divided by the dispersion of batches around what was sent. Alone,
-that would let batches of one class pass. If batches are drawn with equal chances for all texts, however alike those of
-one are, the mean share q of a class in n batches is as far above (or below) its p with at most the probability
-exp(-n KL(q, p)) (Hoeffding 1963); where both this exponent and the undivided one are too large, it is refused as well.
+The test is repeated whenever the number of batches has grown by a fifth. Test i rejects a label-free run with a
+probability of at most RATE_ALARM / (i (i + 1)), over all classes and both signs of θ, so all tests of a run together
+with at most RATE_ALARM. Batches of texts of similar length have labels that are more alike than in random batches, so
+the exponents are divided by the dispersion of batches around the overall rates. That alone would accept batches of one
+class each. If all texts have equal chances to be in a batch, however alike the texts of one batch are, the mean share q
+of a class in n batches is as far above (or below) its p with a probability of at most exp(-n KL(q, p)) (Hoeffding
+1963). So a run is also rejected if both this exponent and the undivided one are too large.
 
-**Stratified batches.** n_k of B texts in a batch are of class k, which is a part p_k of the set. X = Σ_k (n_k - B p_k)²
-/ (B p_k) is smaller than chance makes it. Each batch, given those before it, is a draw from what its epoch has left (or
-from what the epoch before sent; or with replacement from the whole set or from what was sent so far: the largest
-expectation counts). Then for any t
+**Stratified batches.** n_k of the B texts in a batch are of class k, which is a fraction p_k of the set. In stratified
+batches, X = Σ_k (n_k - B p_k)² / (B p_k) is smaller than in random ones. Each batch, given the batches before it, is a
+draw from the texts that its epoch has not sent yet (or from those that the epoch before sent; or with replacement from
+the whole set or from the texts sent so far: the largest of these expectations counts). Then for any t
 
     W_t = Π_batches exp(-t X) / E exp(-t X)
 
-is a supermartingale, and the mean of W_t over a few t exceeds 1 / STRATA_ALARM at any moment of a run with at most the
-probability STRATA_ALARM (Ville's inequality). The expectation is exact, so small batches and rare classes are no
-problem. A batch that its texts have formed before tells nothing new and isn't counted. Batches that differ more than
-by chance are never refused.
+is a supermartingale, and the probability that the mean of W_t over several t ever exceeds 1 / STRATA_ALARM during a run
+is at most STRATA_ALARM (Ville's inequality). The expectation is exact, so the test also holds for small batches and
+rare classes. A batch of exactly the texts of an earlier batch gives no new evidence and isn't counted. Batches whose
+class counts vary more than at random are never rejected by this test.
 
-Not seen: copies of texts in the set itself, the order of labels within an epoch (a file that is sorted by label), a run
-that leaves texts of a class out and ends before it sends any text twice, and fewer than B texts that are left out.
-Refused, though it may be label-free: sampling by something that nearly tells the label, if texts aren't sent equally
-often or batches are stratified by it.
+Not detected: copies of texts in the set itself; the order of labels within an epoch (a file that is sorted by label); a
+run that leaves out texts of a class and ends before it sends any text twice; fewer than B texts that are left out.
+Rejected although possibly label-free: sampling by a property that nearly determines the label, if texts aren't sent
+equally often or batches are stratified by it.
 """
 
 from __future__ import annotations
@@ -55,19 +56,23 @@ from torch import Tensor
 from blindtune.errors import CheckpointError, LabelDependentBatches
 
 RATE_ALARM = 1e-6
-"""Probability with which a label-free run is refused for the rates of its classes."""
+"""Largest probability that a label-free run is rejected for the rates of its classes."""
 STRATA_ALARM = 1e-9
-"""Probability with which a label-free run is refused for stratified batches."""
+"""Largest probability that a label-free run is rejected for stratified batches."""
 MIN_BATCHES = 10
-"""Batches before rates are tested: their dispersion has to be known."""
+"""Number of batches before the first test of rates, which needs an estimate of their dispersion."""
 REPETITIONS = 8
-"""Repetitions of a batch in a row that aren't counted; from then on it isn't a retry but the way to train."""
+"""Number of consecutive repetitions of a batch that count as retries. Further ones count as new batches."""
 QUANTILES = 4
+"""Number of classes into which float labels are binned."""
 GROUPS = 8
-"""Classes of which dispersion is measured; rarer ones are one group."""
+"""Number of groups of classes whose dispersion is measured. The most frequent classes have a group each; all others
+share the last."""
 
 _TILTS = np.array([0.25, 1.0, 4.0, 16.0])
+"""Values of t."""
 _THETAS = np.geomspace(1e-4, 8.0, 48)
+"""Values of |θ|."""
 _GROWTH = 1.2
 _REMEDY = (
     "Shuffle without looking at labels (torch's RandomSampler), or weigh classes in the loss: that stays on this "
@@ -79,20 +84,22 @@ Floats = NDArray[np.float64]
 
 
 class BatchMonitor:
-    """Refuses batches that depend on labels. A step costs O(batch); tests of rates O(set), ever more seldom.
+    """Rejects batches that depend on labels.
+
+    A step costs O(batch). A test of rates costs O(set), and the tests become rarer as the run goes on.
 
     Args:
-        texts: of the training set, N of them; equal ones are copies of one text. Anything hashable that stands for
-            the text will do.
-        labels: N classes. Float labels of more than 4 values are put into 4 classes by quantiles. Copies count with
-            the label of the first.
+        texts: the N texts of the training set, or any hashable objects that identify them. Equal ones are copies of one
+            text.
+        labels: their N classes. Float labels with more than 4 values are binned into 4 classes by quantiles. All copies
+            of a text have the class of the first.
 
     Attributes:
-        batches: that were counted.
-        strange: texts that were sent and aren't in the training set; their rates can't be tested.
+        batches: number of batches that were counted.
+        strange: number of texts that were sent and aren't in the training set; their rates can't be tested.
 
     Raises:
-        ValueError: no texts, not as many labels, or labels that aren't finite.
+        ValueError: there are no texts, another number of labels than texts, or labels that aren't finite.
     """
 
     def __init__(self, texts: Sequence[Hashable], labels: Sequence[int] | Sequence[float]) -> None:
@@ -115,36 +122,36 @@ class BatchMonitor:
         self._sent: Ints = np.zeros(len(self._ids), dtype=np.int64)
         self._refused = 0
         self._largest = 0
-        self._last = 0  # the last batch, and its repetitions
-        self._repeated = 0
-        self._levels: Ints = np.array([len(texts), 0], dtype=np.int64)  # copies that were sent 0, 1, … times
+        self._last = 0  # hash of the last batch
+        self._repeated = 0  # consecutive repetitions of the last batch
+        self._levels: Ints = np.array([len(texts), 0], dtype=np.int64)  # number of copies that were sent 0, 1, … times
         self._uneven = False
         self._tests = 0
         self._next_test = MIN_BATCHES
         self._epoch = 1
-        self._epoch_of: Ints = np.zeros_like(self._sent)  # in which a text was last sent, and how often in it
-        self._epoch_sent: Ints = np.zeros_like(self._sent)
-        self._left = self._whole.copy()  # texts of each group that this epoch hasn't sent
-        self._repeating = np.zeros_like(self._whole)  # of what the epoch before sent, what this one hasn't
-        self._batch_of: Ints = np.zeros_like(self._sent)  # the last batch that a text was in
-        self._strange_batches: set[int] = set()
+        self._epoch_of: Ints = np.zeros_like(self._sent)  # the epoch in which each text was last sent
+        self._epoch_sent: Ints = np.zeros_like(self._sent)  # how often each text was sent in that epoch
+        self._left = self._whole.copy()  # number of texts of each group that this epoch hasn't sent
+        self._repeating = np.zeros_like(self._whole)  # of these, the ones that the epoch before sent
+        self._batch_of: Ints = np.zeros_like(self._sent)  # hash of the last batch that each text was in
+        self._unknown_batches: set[int] = set()  # hashes of batches without any text of the training set
         self._wealth: Floats = np.zeros(len(_TILTS))  # ln W_t
-        # For each group: Σ n, Σ n²/B, Σ (n - B p)², and the last one's expectation; of new batches only these
-        # two and the last, Σ n/B.
-        self._moments: Floats = np.zeros((5, len(self._whole)))
-        self._new = 0
+        # For each group: Σ n and Σ n²/B over all batches; Σ (n - B p)², its expectation and Σ n/B over batches whose
+        # texts had not formed a batch before.
+        self._sums: Floats = np.zeros((5, len(self._whole)))
+        self._new = 0  # number of such batches
         self._expected: dict[int, Floats] = {}  # by size of batch, with replacement
 
     def observe(self, texts: Sequence[Hashable], labels: Sequence[int] | Sequence[float]) -> None:
-        """Counts a batch, before anything of it is sent. The batch that was counted last is a repetition.
+        """Counts a batch before any part of it is sent. A batch that equals the last one counts as a retry of it.
 
         Args:
-            texts: of the batch, B of them.
-            labels: B classes; only those of texts that aren't in the training set are looked at.
+            texts: the B texts of the batch.
+            labels: their B classes; only those of texts that aren't in the training set are used.
 
         Raises:
-            LabelDependentBatches: this batch and those before it depend on labels. Each later call raises it, too.
-            ValueError: not as many labels as texts.
+            LabelDependentBatches: this batch and the earlier ones depend on labels. Every later call raises it too.
+            ValueError: there are another number of labels than texts.
         """
         if len(texts) != len(labels):
             raise ValueError(f"There are {len(texts)} texts and {len(labels)} labels.")
@@ -153,37 +160,37 @@ class BatchMonitor:
         if not len(texts):
             return
         index = np.array([self._ids.get(text, -1) for text in texts], dtype=np.int64)
-        known = index[index >= 0]
-        strange = [i for i, j in enumerate(index.tolist()) if j < 0]
-        batch = (_sum_of_hashes(known) + sum(_hash(texts[i]) for i in strange)) % 2**62 + 1
+        members = index[index >= 0]
+        unknown = [i for i, j in enumerate(index.tolist()) if j < 0]
+        batch = (_sum_of_hashes(members) + sum(_hash(texts[i]) for i in unknown)) % 2**62 + 1
         if batch != self._last:
             self._last, self._repeated = batch, 0
         elif self._repeated < REPETITIONS:
             self._repeated += 1
             return
         self.batches += 1
-        self.strange += len(strange)
-        classes = self._class[known]
-        if strange:
-            others = self._classes.of([labels[i] for i in strange])
+        self.strange += len(unknown)
+        classes = self._class[members]
+        if unknown:
+            others = self._classes.of([labels[i] for i in unknown])
             classes = np.concatenate([classes, others[others >= 0]])
         counts = np.bincount(self._group[classes], minlength=len(self._whole)).astype(np.int64)
-        self._disperse(batch, known, counts, bool(strange))
-        self._count(known, counts)
+        self._disperse(batch, members, counts, bool(unknown))
+        self._count(members, counts)
         self._test()
         if self._refused:
             self._refuse()
 
-    def _count(self, known: Ints, counts: Ints) -> None:
-        """How often texts were sent, and whether that is what shuffling does."""
+    def _count(self, members: Ints, counts: Ints) -> None:
+        """Updates how often texts were sent, and `_uneven`: whether shuffling can't have sent them like that."""
         size = int(counts.sum())
-        self._moments[0] += counts
-        self._moments[1] += counts**2 / max(1, size)
-        if not len(known):
+        self._sums[0] += counts
+        self._sums[1] += counts**2 / max(1, size)
+        if not len(members):
             return
-        self._largest = max(self._largest, len(known))
-        ids, times = np.unique(known, return_counts=True)
-        top = len(self._levels) - 2  # the most often that a copy was sent
+        self._largest = max(self._largest, len(members))
+        ids, times = np.unique(members, return_counts=True)
+        top = len(self._levels) - 2  # largest number of times that a copy was sent
         for _ in range(int(times.max())):
             ids, times = ids[times > 0], times[times > 0]
             levels, moved = np.unique(self._sent[ids] // self._copies[ids], return_counts=True)
@@ -198,53 +205,53 @@ class BatchMonitor:
             missed = int(self._levels[: c - 1] @ np.arange(c - 1, 0, -1)) if c > 1 else 0
             self._uneven |= missed > (c - 1) * self._largest
 
-    def _disperse(self, batch: int, known: Ints, counts: Ints, strange: bool) -> None:
-        """Whether batches are stratified."""
-        ids, times = np.unique(known, return_counts=True)
+    def _disperse(self, batch: int, members: Ints, counts: Ints, unknown: bool) -> None:
+        """Updates the test for stratified batches."""
+        ids, times = np.unique(members, return_counts=True)
         before = np.where(self._epoch_of[ids] == self._epoch, self._epoch_sent[ids], 0)
         if (before + times > self._copies[ids]).any():
             self._epoch += 1
-            self._repeating = self._whole - self._left  # what the epoch that ends has sent
+            self._repeating = self._whole - self._left  # the texts that the epoch before has sent
             self._left = self._whole.copy()
             before = np.zeros_like(before)
-        new = not (self._batch_of[ids] == batch).all() if len(ids) else batch not in self._strange_batches
+        new = not (self._batch_of[ids] == batch).all() if len(ids) else batch not in self._unknown_batches
         size = int(counts.sum())
         if new and size and len(self._whole) > 1:
             total = int(self._whole.sum())
             means = size * self._whole / total
-            log_e = self._largest_expectation(size, means, strange)
+            log_e = self._largest_expectation(size, means, unknown)
             self._wealth += -_TILTS * float(((counts - means) ** 2 / means).sum()) - log_e
-            self._moments[2] += (counts - means) ** 2
-            self._moments[3] += means * (1 - means / size) * max(0, total - size) / max(1, total - 1)
-            self._moments[4] += 0 if strange else counts / size
+            self._sums[2] += (counts - means) ** 2
+            self._sums[3] += means * (1 - means / size) * max(0, total - size) / max(1, total - 1)
+            self._sums[4] += 0 if unknown else counts / size
             self._new += 1
             if np.logaddexp.reduce(self._wealth) - math.log(len(_TILTS)) > -math.log(STRATA_ALARM):
                 self._refused = 2
         self._epoch_of[ids] = self._epoch
         self._epoch_sent[ids] = before + times
-        sent = np.bincount(self._group[self._class[known]], minlength=len(self._whole))
+        sent = np.bincount(self._group[self._class[members]], minlength=len(self._whole))
         self._left = np.maximum(self._left - sent, 0)
         self._repeating = np.maximum(self._repeating - sent, 0)
         self._batch_of[ids] = batch
         if not len(ids):
-            self._strange_batches.add(batch)
+            self._unknown_batches.add(batch)
 
-    def _largest_expectation(self, size: int, means: Floats, strange: bool) -> Floats:
-        """ln E exp(-t X) of the next batch for each t, under the label-free sampler for which it is largest."""
+    def _largest_expectation(self, size: int, means: Floats, unknown: bool) -> Floats:
+        """Returns ln E exp(-t X) of the next batch for each t, under the label-free sampler for which it is largest."""
         if size not in self._expected:
             self._expected[size] = _expectation(size, means, means)
         log_e = self._expected[size]
-        if self._uneven or strange:
-            sent = self._moments[0] / max(1.0, self._moments[0].sum())
+        if self._uneven or unknown:
+            sent = self._sums[0] / max(1.0, self._sums[0].sum())
             log_e = np.maximum(log_e, _expectation(size, means, size * sent)) if sent.any() else log_e
         pools = [self._left] if (self._left == self._repeating).all() else [self._left, self._repeating]
-        for left in () if strange else pools:
+        for left in () if unknown else pools:
             if size <= left.sum():
                 log_e = np.maximum(log_e, _expectation(size, means, size * left / left.sum(), left))
         return log_e
 
     def _test(self) -> None:
-        """Whether classes were sent at one rate, where texts weren't."""
+        """Tests whether all classes were sent at the same rate, if that is due and texts weren't sent equally often."""
         if not self._uneven or self.batches < self._next_test or len(self._share) < 2:
             return
         self._next_test = max(self.batches + 1, math.ceil(self.batches * _GROWTH))
@@ -256,35 +263,36 @@ class BatchMonitor:
             self._refused = 1
 
     def _exponents(self) -> Floats:
-        """-ln of the bound on the probability of what was sent of each class."""
+        """Returns -ln of the bound on the probability of each class's number of sends."""
         classes = len(self._share)
         thetas = np.concatenate([_THETAS, -_THETAS])
         logs = np.zeros((classes, len(thetas)))
         for m in np.unique(self._copies):
             stratum = self._copies == m
-            values, often = np.unique(self._sent[stratum], return_counts=True)
-            grown = thetas[:, None] * values + np.log(often / often.sum())
-            logs += np.bincount(self._class[stratum], minlength=classes)[:, None] * np.logaddexp.reduce(grown, axis=1)
+            values, counts = np.unique(self._sent[stratum], return_counts=True)
+            terms = thetas[:, None] * values + np.log(counts / counts.sum())
+            logs += np.bincount(self._class[stratum], minlength=classes)[:, None] * np.logaddexp.reduce(terms, axis=1)
         sent = np.bincount(self._class, weights=self._sent, minlength=classes)
         return (sent[:, None] * thetas - logs).max(axis=1)
 
     def _batch_exponents(self) -> Floats:
-        """-ln of Hoeffding's bound on the probability of the mean share of each class's group in new batches."""
-        batches = self._moments[4].sum()
-        q, p = self._moments[4] / max(1.0, batches), self._whole / self._whole.sum()
+        """Returns -ln of Hoeffding's bound on the probability of the mean share of each class's group in batches."""
+        batches = self._sums[4].sum()
+        q, p = self._sums[4] / max(1.0, batches), self._whole / self._whole.sum()
         divergence = rel_entr(q, p) + rel_entr(np.maximum(0, 1 - q), 1 - p)
         return (batches * divergence)[self._group]
 
     def _dispersion(self) -> float:
-        """Mean square deviation of batches from what was sent of each group, in units of chance; at least 1."""
-        # A group of which little was sent may come in whole batches: such a batch is added.
-        n, squares = self._moments[:2] + np.where(self._moments[0] < self._largest, self._largest, 0)
+        """Returns the variance of groups' counts in batches, relative to random batches; at least 1."""
+        # The texts of a group that was sent rarely may all come in whole batches: one such batch is added.
+        n, squares = self._sums[:2] + np.where(self._sums[0] < self._largest, self._largest, 0)
         excess = float((squares * n.sum() / n - n).sum())
         return max(1.0, excess / ((len(n) - 1) * (self.batches - 1)))
 
     def _refuse(self) -> NoReturn:
+        """Raises `LabelDependentBatches` for the test that rejected the run."""
         if self._refused == 2:
-            squares, expected = self._moments[2:4]
+            squares, expected = self._sums[2:4]
             k = int(self._whole.argmax())
             name = self._classes.names[int(np.flatnonzero(self._group == k)[0])]
             raise LabelDependentBatches(
@@ -303,14 +311,14 @@ class BatchMonitor:
         )
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that was counted, for a run that is resumed. It tells labels: keep it on this machine."""
+        """Returns all counts, for a resumed run. They reveal labels: keep them on this machine."""
         numbers = [
             self._identity(), self.batches, self.strange, self._refused, self._largest, self._last, self._repeated,
             int(self._uneven), self._tests, self._next_test, self._epoch, self._new,
         ]  # fmt: skip
         arrays = {
             "numbers": np.array(numbers, dtype=np.int64),
-            "strange_batches": np.array(sorted(self._strange_batches), dtype=np.int64),
+            "unknown_batches": np.array(sorted(self._unknown_batches), dtype=np.int64),
         }
         return {
             name: torch.from_numpy(array.copy())
@@ -318,7 +326,7 @@ class BatchMonitor:
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Goes on from what another monitor of the same set has counted.
+        """Restores the counts of another monitor of the same training set.
 
         Raises:
             CheckpointError: the state is incomplete or belongs to another training set.
@@ -326,8 +334,8 @@ class BatchMonitor:
         try:
             numbers = [int(number) for number in state["numbers"].tolist()]
             arrays = {name: np.array(state[name].cpu().numpy()) for name in _ARRAYS}
-            strange: set[int] = set(state["strange_batches"].tolist())
-            found, *rest = numbers
+            unknown: set[int] = set(state["unknown_batches"].tolist())
+            identity, *rest = numbers
             names = (
                 "batches", "strange", "_refused", "_largest", "_last", "_repeated", "_uneven", "_tests", "_next_test",
                 "_epoch", "_new",
@@ -335,7 +343,7 @@ class BatchMonitor:
             values = dict(zip(names, rest, strict=True))
         except (KeyError, ValueError):
             raise CheckpointError("The record of batches is incomplete.", remedy="Use another checkpoint.") from None
-        if found != self._identity():
+        if identity != self._identity():
             raise CheckpointError(
                 "The record of batches belongs to another training set.",
                 remedy="Resume with the texts and labels, in the order, that the run began with.",
@@ -345,10 +353,10 @@ class BatchMonitor:
         self._uneven = bool(self._uneven)
         for name, array in arrays.items():
             setattr(self, f"_{name}", array)
-        self._strange_batches = strange
+        self._unknown_batches = unknown
 
     def _identity(self) -> int:
-        """63 bits that differ for another set."""
+        """Returns 63 bits of a hash of the training set's texts, their classes and their order."""
         if self._fingerprint is None:
             digest = hashlib.blake2b(self._copies.tobytes() + self._class.tobytes(), digest_size=8)
             for text in self._ids:
@@ -357,11 +365,12 @@ class BatchMonitor:
         return self._fingerprint
 
 
-_ARRAYS = ("sent", "levels", "epoch_of", "epoch_sent", "left", "repeating", "batch_of", "wealth", "moments")
+_ARRAYS = ("sent", "levels", "epoch_of", "epoch_sent", "left", "repeating", "batch_of", "wealth", "sums")
+"""Attributes in `state_dict`, without their leading underscore."""
 
 
 class _Classes:
-    """Labels as 0, 1, …: values as they are, or quantiles of float labels."""
+    """Maps labels to classes 0, 1, …: one class for each value, or for each quantile of float labels."""
 
     def __init__(self, labels: Sequence[int] | Sequence[float]) -> None:
         array = np.asarray(labels)
@@ -371,7 +380,7 @@ class _Classes:
         self.binned = array.dtype.kind == "f" and len(self.values) > QUANTILES
         if self.binned:
             inner = np.quantile(array, np.arange(1, QUANTILES) / QUANTILES)
-            # A bin holds what is above one edge up to the next; bins that hold nothing are left out.
+            # A bin holds the labels above its lower edge up to its upper one. Empty bins are left out.
             upper = np.append(np.unique(inner), np.inf)
             self.values = upper[np.unique(np.searchsorted(upper, array))]
             bounds = [f"{value:.4g}" for value in self.values[:-1]]
@@ -385,14 +394,14 @@ class _Classes:
             self.names = [f"Class {int(value) if whole else f'{value:g}'}" for value in self.values.tolist()]
 
     def of(self, labels: Sequence[int] | Sequence[float]) -> Ints:
-        """The class of each label; -1 where the training set has no such label."""
+        """Returns the class of each label; -1 for a label that the training set doesn't have."""
         array = np.asarray(labels)
-        found = np.minimum(np.searchsorted(self.values, array), len(self.values) - 1)
-        return (found if self.binned else np.where(self.values[found] == array, found, -1)).astype(np.int64)
+        nearest = np.minimum(np.searchsorted(self.values, array), len(self.values) - 1)
+        return (nearest if self.binned else np.where(self.values[nearest] == array, nearest, -1)).astype(np.int64)
 
 
 def _percentages(*parts: float) -> list[str]:
-    """With as few digits as tell them apart from each other and from 0 %."""
+    """Formats fractions as percentages, with enough digits that they differ from each other and from 0 %."""
     texts: list[str] = []
     for digits in range(5):
         texts = [f"{part:.{digits}%}" for part in parts]
@@ -404,22 +413,23 @@ def _percentages(*parts: float) -> list[str]:
 
 
 def _groups(sizes: Floats) -> Ints:
-    """The group of each class: the common ones have their own, the rest share the last."""
+    """Returns the group of each class: each frequent class is a group; all other classes share the last group."""
     rank = np.empty(len(sizes), dtype=np.int64)
     rank[np.argsort(-sizes, kind="stable")] = np.arange(len(sizes))
     return np.minimum(rank, min(GROUPS, np.count_nonzero(sizes)) - 1)
 
 
 def _expectation(size: int, means: Floats, centres: Floats, left: Ints | None = None) -> Floats:
-    """ln E exp(-t Σ (n - means)² / means) for each t in `_TILTS`.
+    """Returns ln E exp(-t Σ (n - means)² / means) for each t in `_TILTS`.
 
     Args:
         size: B, the sum of n.
-        means: [groups] B p_k.
-        centres: [groups] E n.
-        left: [groups] what texts are drawn from without replacement; None for a draw with replacement.
+        means: B p_k, `[groups]`.
+        centres: E n, `[groups]`.
+        left: number of texts of each group that the batch is drawn from without replacement, `[groups]`; None for a
+            draw with replacement.
     """
-    # n are independent binomials of one rate (or Poisson), given that their sum is B: a convolution over groups.
+    # n are independent binomials of one rate (or Poisson), conditional on their sum B: a convolution over groups.
     total = 0 if left is None else int(left.sum())
     if left is None:
         log_sum = size * math.log(size) - size - math.lgamma(size + 1)
@@ -431,7 +441,7 @@ def _expectation(size: int, means: Floats, centres: Floats, left: Ints | None = 
     order = np.argsort(means).tolist()
     for k in order:
         mean, centre = float(means[k]), float(centres[k])
-        spread = 8 * math.sqrt(max(mean, centre)) + 8  # what is beyond has no weight
+        spread = 8 * math.sqrt(max(mean, centre)) + 8  # the probability beyond is negligible
         low = max(0, math.floor(min(mean, centre) - spread))
         high = min(size if left is None else int(left[k]), math.ceil(max(mean, centre) + spread)) if centre else 0
         n = np.arange(low, high + 1)
@@ -440,7 +450,7 @@ def _expectation(size: int, means: Floats, centres: Floats, left: Ints | None = 
         else:
             log_p = n * math.log(centre or 1.0) - centre - gammaln(n + 1)
         factor = np.exp(log_p - _TILTS[:, None] * (n - mean) ** 2 / mean)
-        if k == order[-1]:  # the widest: only the sum B is needed
+        if k == order[-1]:  # the group with the most terms: only the terms with sum B are needed
             rest = size - offset - np.arange(product.shape[1]) - low
             inside = (rest >= 0) & (rest < len(n))
             sums = (product[:, inside] * factor[:, rest[inside]]).sum(axis=1)
@@ -450,16 +460,17 @@ def _expectation(size: int, means: Floats, centres: Floats, left: Ints | None = 
         else:
             product = np.stack([np.convolve(a, b) for a, b in zip(product, factor, strict=True)])
         offset += low
-    raise AssertionError("there is no group")
+    raise ValueError("There are no groups of classes.")
 
 
 def _log_binomial(n: Ints, total: int, rate: float) -> Floats:
+    """Returns ln P(n) of a binomial with this total and rate."""
     choose = math.lgamma(total + 1) - gammaln(n + 1) - gammaln(total - n + 1)
     return choose + n * math.log(rate) + (total - n) * math.log1p(-rate)
 
 
 def _sum_of_hashes(ids: Ints) -> int:
-    """The same for any order (SplitMix64)."""
+    """Returns the sum of SplitMix64 hashes of the ids, which doesn't depend on their order."""
     x = (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -467,4 +478,5 @@ def _sum_of_hashes(ids: Ints) -> int:
 
 
 def _hash(text: Hashable) -> int:
+    """Returns 64 bits of a hash of the text."""
     return int.from_bytes(hashlib.blake2b(repr(text).encode("utf-8", "surrogatepass"), digest_size=8).digest())

@@ -1,10 +1,10 @@
-"""Decorrelation (GuardedTuning, after NoPeek, Vepakomma et al. 2020): smashed data that say little about the tokens.
+"""Decorrelation of smashed data from tokens (GuardedTuning, after NoPeek, Vepakomma et al. 2020).
 
     L = task + λ · dCor(e, s_A)
 
-with e the frozen embeddings of the tokens and s_A what leaves the client. Distances are compared over a sample of
-tokens; the bias-corrected estimator (`blindtune.privacy.distance_correlation`) is needed there, since the plain one
-reads about 1 for few tokens of many dimensions, whatever they hold.
+where e are the frozen embeddings of the tokens and s_A the smashed data: the hidden states that leave the client. The
+distance correlation is estimated on a sample of tokens. This needs the bias-corrected estimator
+(`blindtune.privacy.distance_correlation`): for few tokens of many dimensions the plain one is about 1 for any values.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from torch import Tensor
 from blindtune.privacy.distance_correlation import SMALLEST_BATCH, squared_distance_correlation
 
 SAMPLE = 256
+"""Default number of sampled tokens."""
 SMALLEST = 1e-4
-"""Of dCor²: where its square root stops to be differentiable in practice."""
+"""Lower bound on dCor², below which the gradient of its square root becomes too large."""
 
 
 def decorrelation(embeddings: Tensor, smashed: Tensor, generator: torch.Generator, *, sample: int = SAMPLE) -> Tensor:
-    """dCor(e, s) over at most `sample` tokens, in [0, 1]; 0 for fewer than four tokens.
+    """Returns the estimated dCor(e, s) over at most `sample` tokens, in [0, 1]; 0 for fewer than four tokens.
 
     Args:
         embeddings: `(N, e)`, not differentiated.

@@ -1,9 +1,9 @@
-"""Distance correlation: how much distances between features say about distances between labels.
+"""Distance correlation: a measure of dependence between features and labels, computed from pairwise distances.
 
 The plain estimator (Székely, Rizzo and Bakirov 2007) is biased when features have many more dimensions than a batch has
 rows. On independent data its dCor² is about 1/√B against two classes (0.18 at B = 32, so dCor = 0.42), and above 0.9 if
-labels have about as many classes as the batch has rows. Here is the bias-corrected one (Székely and Rizzo 2014, section
-3): distances are U-centred, and independent data read about zero.
+labels have about as many classes as the batch has rows. This module has the bias-corrected estimator (Székely and Rizzo
+2014, section 3): it centres distances by U-centring, and is about zero on independent data.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ import torch
 from torch import Tensor
 
 SMALLEST_BATCH = 4
-"""Rows without which U-centring is not defined."""
+"""Smallest number of rows for which U-centring is defined."""
 FLOOR = 0.05
-"""Where `log_distance_correlation` stops: what independent batches of 32 read by chance."""
+"""Default floor of `log_distance_correlation`: a value that independent batches of 32 rows reach by chance."""
 
 
 def squared_distance_correlation(x: Tensor, y: Tensor) -> Tensor:
-    """The bias-corrected estimator of dCor²(x, y): ⟨Ã, B̃⟩ / (|Ã| |B̃|), with Ã and B̃ the U-centred distance matrices.
+    """Returns the bias-corrected estimate of dCor²(x, y): ⟨Ã, B̃⟩ / (|Ã| |B̃|), with U-centred distance matrices Ã, B̃.
 
-    Distances are Euclidean; the value doesn't change when x or y is rotated, moved or scaled. It is 1 if the distances
-    in x are those in y up to a factor, about 0 on independent data (as often below), and exactly 0 if all distances in
-    x, or in y, are equal (one class in the batch, say). Computed in float64. Gradients are finite everywhere: two equal
-    rows don't pull on each other.
+    Distances are Euclidean; the value is invariant to rotations, translations and scalings of x or y. It is 1 if the
+    distances in x are proportional to those in y, about 0 on independent data (and as often negative), and exactly 0 if
+    all distances in x, or in y, are equal (for example with one class in the batch). It is computed in float64.
+    Gradients are finite everywhere: the distance between two equal rows has gradient zero.
 
     Args:
         x: `(B, d)`, differentiable.
-        y: `(B, e)`, differentiable; one-hot labels, say.
+        y: `(B, e)`, differentiable; for example one-hot labels.
     Returns:
         A scalar in [-1, 1], of x's dtype.
     Raises:
-        ValueError: fewer than 4 rows, or not as many rows in y as in x.
+        ValueError: there are fewer than 4 rows, or y has another number of rows than x.
     """
     if len(x) != len(y) or len(x) < SMALLEST_BATCH:
         raise ValueError(f"{len(x)} and {len(y)} rows: distance correlation needs equally many, at least 4.")
@@ -39,18 +39,18 @@ def squared_distance_correlation(x: Tensor, y: Tensor) -> Tensor:
     a_centred, b_centred = _u_centre(a), _u_centre(b)
     product = (a_centred * b_centred).sum()
     a_norm, b_norm = a_centred.pow(2).sum(), b_centred.pow(2).sum()
-    tiny = 1e-20  # of the squared distances: what rounding leaves of equal ones
+    tiny = 1e-20  # relative to the squared distances: rounding errors of equal distances are smaller
     varied = (a_norm > tiny * a.pow(2).sum()) & (b_norm > tiny * b.pow(2).sum())
     scale = torch.where(varied, a_norm * b_norm, 1.0).sqrt()
     return torch.where(varied, product / scale, 0.0).to(x.dtype)
 
 
 def log_distance_correlation(x: Tensor, y: Tensor, *, floor: float = FLOOR) -> Tensor:
-    """log max(dCor²(x, y), floor), the penalty of the defence (Sun et al. 2022) with the bias-corrected estimator.
+    """Returns log max(dCor²(x, y), floor): the penalty of Sun et al. (2022) with the bias-corrected estimator.
 
-    The bias-corrected estimator may be zero or negative, where there is no logarithm. Below the floor the value is log
-    floor and the gradient zero: nothing is pushed that can't be told from chance, and the logarithm makes no gradient
-    more than 1 / floor times as long.
+    The bias-corrected estimate may be zero or negative, where the logarithm is undefined. Below the floor the value is
+    log floor and the gradient zero: a dependence that can't be distinguished from chance isn't penalised, and the
+    logarithm increases the length of a gradient at most by the factor 1 / floor.
 
     Args:
         x, y: as for `squared_distance_correlation`.
@@ -58,7 +58,7 @@ def log_distance_correlation(x: Tensor, y: Tensor, *, floor: float = FLOOR) -> T
     Returns:
         A scalar in [log floor, 0].
     Raises:
-        ValueError: as `squared_distance_correlation`, or a floor outside (0, 1).
+        ValueError: as `squared_distance_correlation`, or the floor is outside (0, 1).
     """
     if not 0 < floor < 1:
         raise ValueError(f"floor = {floor}: need a number between 0 and 1.")
@@ -66,13 +66,16 @@ def log_distance_correlation(x: Tensor, y: Tensor, *, floor: float = FLOOR) -> T
 
 
 def _distances(x: Tensor) -> Tensor:
-    """`(B, B)`, float64, by differences: by way of a product of matrices, equal rows would not have distance zero."""
+    """Returns pairwise distances `(B, B)`, float64, from differences of rows.
+
+    The faster computation by a matrix product would give equal rows a distance other than zero.
+    """
     x = x.double()
     return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def _u_centre(distances: Tensor) -> Tensor:
-    """Ã (definition 2 of the 2014 paper): off the diagonal, all row and column sums are zero; the diagonal is zero."""
+    """Returns the U-centred matrix Ã (definition 2 of the 2014 paper). Rows and columns sum to 0; the diagonal is 0."""
     n = len(distances)
     rows = distances.sum(1, keepdim=True) / (n - 2)
     total = distances.sum() / ((n - 1) * (n - 2))

@@ -1,8 +1,9 @@
-"""Which runs have used the same labels: what they tell adds up, over seeds, searches and methods.
+"""A record of earlier runs on the same labels. Their privacy losses add up, over seeds, searches and methods.
 
-Each run on this machine is registered before it sends anything that depends on labels: its budget, and hashes of its
-texts. Its ledger keeps a journal beside that (`Ledger.follow`). A run has used the same labels as another if they share
-a text. For runs that one operator sees one after the other, μ² = Σ μ_i² (Gaussian differential privacy composes so).
+Each run on this machine is registered with its budget and hashes of its texts before it sends anything that depends on
+labels. Its ledger keeps a journal in the same folder (`Ledger.follow`). Two runs count as runs on the same labels if
+they share a text. For consecutive runs that one operator sees, μ² = Σ μ_i² (composition of Gaussian differential
+privacy).
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ Text = str | Sequence[str]
 
 @dataclass(frozen=True)
 class EarlierRun:
-    """A run on some of the same texts.
+    """An earlier run that shares texts with the current one.
 
     Attributes:
-        mu: of everything that one operator saw of it; its whole budget where its ledger is gone, and infinite for a run
-            that sent adapters in the clear.
-        shared: texts in common.
+        run: the run's id.
+        mu: μ of one operator's whole view of the run; the run's whole budget if its journal is lost, and infinite for a
+            run that sent adapters in the clear.
+        shared: number of texts that both runs have.
     """
 
     run: str
@@ -42,45 +44,45 @@ class EarlierRun:
 
 
 class LabelHistory:
-    """The runs of this machine.
+    """The registered runs of this machine.
 
     Args:
-        home: folder of the records; `$BLINDTUNE_HOME/runs`, or `~/.local/share/blindtune/runs`, if left out.
+        home: folder of the records. Default: `$BLINDTUNE_HOME/runs`, or `~/.local/share/blindtune/runs`.
     """
 
     def __init__(self, home: str | Path | None = None) -> None:
         base = os.environ.get(HOME_VARIABLE) or Path.home() / ".local" / "share" / "blindtune"
         chosen = Path(home) if home is not None else Path(base) / "runs"
-        self.home = chosen.expanduser().absolute()  # wherever the process goes
+        self.home = chosen.expanduser().absolute()  # the process may change its working directory
 
     def register(self, run: str, budget: float, texts: Iterable[Text]) -> None:
-        """Notes a run before it sends anything.
+        """Records a run before it sends anything.
 
         Args:
-            run: the name of its ledger, if it has one.
-            budget: μ that it may spend; infinite if nothing bounds what it tells.
-            texts: as strings, or pairs of strings.
+            run: the run's id, which is also the id in its ledger, if it has one.
+            budget: μ that the run may spend; infinite if nothing bounds what it reveals.
+            texts: the run's texts, as strings or pairs of strings.
         Raises:
             CheckpointError: the record can't be written.
         """
         record = {"run": run, "budget": None if math.isinf(budget) else budget}
         try:
             self.home.mkdir(parents=True, exist_ok=True)
-            known, hashes = self.home / f"{run}.texts", _hashes(texts)
-            if known.exists():  # a checkpoint that goes on with other texts
-                hashes = np.union1d(hashes, np.frombuffer(known.read_bytes(), dtype="<u8"))
-            replace_file(known, hashes.tobytes(), PRIVATE)
+            path, hashes = self.home / f"{run}.texts", _hashes(texts)
+            if path.exists():  # the run was resumed with other texts
+                hashes = np.union1d(hashes, np.frombuffer(path.read_bytes(), dtype="<u8"))
+            replace_file(path, hashes.tobytes(), PRIVATE)
             replace_file(self.home / f"{run}.json", (json.dumps(record) + "\n").encode(), PRIVATE)
         except OSError as error:
             raise CheckpointError(
                 f"{self.home} can't be written: {error}.",
-                remedy=f"It adds up what runs on the same labels tell. Set {HOME_VARIABLE} to a folder of yours.",
+                remedy=f"It records what runs on the same labels reveal. Set {HOME_VARIABLE} to a writable folder.",
             ) from None
 
     def earlier(self, texts: Iterable[Text], *, but: str = "") -> list[EarlierRun]:
-        """Runs on some of these texts, except the one with the id `but`."""
+        """Returns all registered runs that share a text with `texts`, except the run with the id `but`."""
         mine = _hashes(texts)
-        found: list[EarlierRun] = []
+        runs: list[EarlierRun] = []
         for path in sorted(self.home.glob("*.json")):
             record = json.loads(path.read_text())
             try:
@@ -91,10 +93,11 @@ class LabelHistory:
             if shared and record["run"] != but:
                 budget = record["budget"]
                 mu = math.inf if budget is None else self._spent(record["run"], budget)
-                found.append(EarlierRun(record["run"], mu, shared))
-        return found
+                runs.append(EarlierRun(record["run"], mu, shared))
+        return runs
 
     def _spent(self, run: str, budget: float) -> float:
+        """Returns the μ that a run has spent according to its journal; its whole budget if there is no journal."""
         try:
             mu = read_journal(self.home / f"{run}.jsonl").guarantee().mu
         except (OSError, CheckpointError):
@@ -103,12 +106,12 @@ class LabelHistory:
 
 
 def total_mu(runs: Iterable[EarlierRun], budget: float) -> float:
-    """μ of a run with this budget and all earlier ones together."""
+    """Returns μ of a run with this budget and all earlier runs together."""
     return math.sqrt(budget**2 + sum(run.mu**2 for run in runs))
 
 
 def _hashes(texts: Iterable[Text]) -> NDArray[np.uint64]:
-    """Sorted, each once: 64 bits of SHA-256."""
+    """Returns the first 64 bits of each text's SHA-256, sorted and without duplicates."""
     digests = b"".join(
         hashlib.sha256("\x1f".join([text] if isinstance(text, str) else text).encode()).digest()[:8] for text in texts
     )

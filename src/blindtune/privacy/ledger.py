@@ -1,21 +1,21 @@
-"""The ledger of a run: what each operator has been sent, and what that can tell; written before anything is sent.
+"""The ledger of a run counts what each operator receives and what that can reveal, before it is sent.
 
-Every message that depends on labels brings a public allowance, and costs what it really tells (allowance and cost are
-|a|² / σ², see `blindtune.privacy.accountant`). The ledger is the filter of the guarantee:
+Every message that depends on labels adds a public allowance, and has a secret cost: what it really reveals. Both are in
+units of |a|² / σ² (`blindtune.privacy.accountant`). The ledger is the filter of the guarantee:
 
-    Σ cost ≤ Σ allowance ≤ A        at every operator, at every moment, for any labels
+    Σ cost ≤ Σ allowance ≤ A        at every operator, at all times, for any labels
 
-The left side holds because senders shrink a message that would cost more than `room`; nothing of that is visible.
-(Where copies of a run went on apart and meet, each may have used what was saved before: then zeros are sent.) The
-right side is a matter of counting messages, which depends on no label: `check` refuses the one that would exceed it.
-No message is left out because it equals an earlier one: whether two secrets are equal depends on labels. Every message
-has a random salt of its own, from which its noise follows, so no noise is used for two messages, whatever copies of a
-run there are.
+The left inequality holds because senders scale down a message that would cost more than `room`; operators can't see
+that. (If copies of a run continued separately and are merged, each copy may have spent the same saved room. Then there
+is no room left, and zeros are sent.) The right inequality depends on the number of messages alone, and so on no label:
+`check` refuses a message that would violate it. No message is omitted because it equals an earlier one, since whether
+two secrets are equal depends on labels. Every message has a random salt of its own, from which its noise is derived, so
+no noise is used for two messages, even if a run has several copies.
 
-Journals make the ledger outlive the process: each message is one line, which is on the disk (fsync) before the message
-leaves. A line that a crash cut off was never sent. A run has one journal in each folder that it is saved in, so that it
-can go on elsewhere, and one in a folder of this machine (`follow`), which all copies of the run on this machine share:
-threads, processes, and checkpoints that were saved beside each other are one account.
+Journals preserve the ledger when the process ends: each message is one line, which is on the disk (fsync) before the
+message is sent. A line that a crash left incomplete belongs to a message that was never sent. A run has one journal in
+each folder that it is saved in, so that it can be resumed elsewhere, and one in a folder of this machine (`follow`),
+which all copies of the run on this machine share. So threads, processes and checkpoints of one run share one account.
 """
 
 from __future__ import annotations
@@ -44,26 +44,26 @@ except ImportError:  # Windows
     fcntl = None
 
 JOURNAL = "ledger.jsonl"
-FORMAT = 4
+FORMAT = 5
 TOLERANCE = 1e-9
 TAIL = 256
-"""Bytes at the end of a journal by which a change is noticed: more than the last line's name."""
+"""Number of bytes at the end of a journal that are compared to detect a change. They include the last line's id."""
 
 
 def new_id() -> str:
-    """128 random bits, in hex."""
+    """Returns 128 random bits in hexadecimal."""
     return secrets.token_hex(16)
 
 
 @dataclass(frozen=True)
 class Message:
-    """What is sent to several operators at once.
+    """A message to several operators, as the ledger counts it.
 
     Attributes:
         kind: `adapter`, `share`, or `check` (label-free).
-        costs: operator -> |a|² / σ² of what it is really sent.
-        allowance: what the message brings at each of these operators, public.
-        id: the salt of its noise; no two messages have the same.
+        costs: operator -> |a|² / σ² of what this operator is really sent; secret.
+        allowance: what the message adds to the allowance of each of these operators; public.
+        id: the salt from which the message's noise is derived; unique.
     """
 
     kind: str
@@ -74,73 +74,76 @@ class Message:
 
 @dataclass
 class _Account:
+    """What one operator has been sent: sums of allowances and costs, and the number of messages of each kind."""
+
     allowance: float = 0.0
     cost: float = 0.0
     kinds: Counter[str] = field(default_factory=Counter[str])
 
 
 class Ledger:
-    """Counts messages for each operator, by its name: its address, and after a space what the server calls itself.
+    """Counts the messages to each operator. An operator's name is its address, a space, and the server's id.
 
     Args:
-        limit: A, the sum of allowances that no operator exceeds; infinite without a budget.
+        limit: A, the largest sum of allowances at any operator; infinite without a budget.
     """
 
     def __init__(self, limit: float = math.inf) -> None:
         self.limit = limit
         self.run = new_id()
         self.compromised = False
-        """Whether messages that must be kept apart went to one operator: then nothing is private."""
+        """Whether one operator received messages that must go to different operators. Then nothing is private."""
         self.journals: list[Path] = []
-        """In the run's folders."""
+        """The journals in the run's folders."""
         self._home: Path | None = None
         self._lock = RLock()
-        self._held = False
-        self._read: tuple[int, int, bytes] | None = None
-        """State of this machine's journal up to where it is known."""
+        self._file_lock_held = False
+        self._journal_state: tuple[int, int, bytes] | None = None
+        """State of this machine's journal when it was last read or written."""
         self._accounts: dict[str, _Account] = {}
         self._operators: frozenset[str] | None = None
-        """Those of the last lines."""
+        """The operators of the process that wrote the last lines; None if a later name may stand for any operator."""
         self._pools: list[frozenset[str]] = []
-        """Those that processes have named together."""
+        """The sets of operators that processes have enlisted."""
         self._lines: dict[str, dict[str, Any]] = {}
+        """All counted lines by id, in the order in which they were counted."""
 
     @contextmanager
     def exclusive(self) -> Generator[None]:
-        """Nothing else of this machine counts messages of this run meanwhile, and all that was counted is known.
+        """Locks the run's account on this machine, after reading what other copies of the run have counted.
 
-        From looking at `room` to `record`, hold this. It can be held several times by one thread.
+        Hold this lock from the call of `room` until after `record`. It is reentrant.
         """
         with self._lock:
             path = self._machine_journal
-            if path is None or self._held:
+            if path is None or self._file_lock_held:
                 yield
                 return
             lock = FileLock(path.with_suffix(".lock"), mode=PRIVATE, thread_local=False)
             with _writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 lock.acquire()
-            self._held = True
+            self._file_lock_held = True
             try:
                 with _writing(path):
                     self._refresh(path)
                 yield
             finally:
-                self._held = False
+                self._file_lock_held = False
                 lock.release()
 
     def enlist(self, operators: Sequence[str]) -> None:
-        """Names the operators of this process, before anything is sent.
+        """Declares the operators of this process before anything is sent.
 
-        Where they are others than before, a name may be a new one of any operator that there was. So all accounts, old
-        and new, are raised to the largest allowance and the largest cost.
+        If they differ from the operators before, each new name may be another name of any earlier operator. So all
+        accounts, old and new, are raised to the largest allowance and the largest cost of any account.
         """
         with self.exclusive():
             if frozenset(operators) != self._operators:
-                self._write([_enlisting(operators)])
+                self._write([_enlistment(operators)])
 
     def room(self, operators: Iterable[str], allowance: float) -> float:
-        """What a message to all these operators may cost if it brings this allowance."""
+        """Returns the largest cost that a message to all these operators may have if it adds this allowance."""
         accounts = [self._account(operator) for operator in operators]
         return min(account.allowance + allowance - account.cost for account in accounts)
 
@@ -156,63 +159,66 @@ class Ledger:
             )
 
     def record(self, message: Message) -> None:
-        """Writes a message down, before it is sent.
+        """Counts a message and writes it to all journals. Call this before the message is sent.
 
         Raises:
             BudgetSpent: the limit would be exceeded.
-            ValueError: it costs more than there is room for.
-            CheckpointError: the journal can't be written; nothing must be sent then.
+            ValueError: the message costs more than there is room for.
+            CheckpointError: a journal can't be written. The message must not be sent then.
         """
         with self.exclusive():
             self.check(message.costs, message.allowance)
             for operator, cost in message.costs.items():
-                # what copies of a run saved may have been spent by each: then there is no room, and zeros are sent
+                # copies of a run may each have spent the room that they shared: room is negative then, and costs are 0
                 if cost > max(0.0, self.room([operator], message.allowance)) + TOLERANCE:
                     raise ValueError(f"A message costs {cost}, more than there is room for.")
             self._write([asdict(message)])
 
     def compromise(self) -> None:
-        """Messages that must be kept apart are about to meet at one operator."""
+        """Records that one operator is about to receive messages that must go to different operators."""
         with self.exclusive():
             if not self.compromised:
                 self._write([{"id": new_id(), "compromised": True}])
 
     def guarantee(self, delta: float = DELTA) -> Guarantee:
-        """Of all that was sent so far, at the operator where it is largest: from allowances, which are public."""
+        """Returns the bounds for all messages so far, at the operator with the largest allowance.
+
+        They are computed from allowances, which are public.
+        """
         return gaussian_guarantee(math.inf if self.compromised else mu_of(self.allowance()), delta)
 
     def allowance(self) -> float:
-        """The allowances that messages have brought, at the operator where they are largest."""
+        """Returns the sum of allowances so far, at the operator where it is largest."""
         return max((account.allowance for account in self._accounts.values()), default=0.0)
 
     def used(self) -> float:
-        """Part of the allowances that was needed, at the operator where it is largest."""
+        """Returns the fraction of its allowance that messages have cost, at the operator where it is largest."""
         return max((a.cost / a.allowance for a in self._accounts.values() if a.allowance > 0), default=0.0)
 
     def seen(self, url: str) -> Counter[str]:
-        """Messages that an address has been sent, by kind."""
-        found = Counter[str]()
+        """Returns the number of messages to an address, by kind."""
+        kinds = Counter[str]()
         for name, account in self._accounts.items():
             if name.split(" ")[0] == url:
-                found += account.kinds
-        return found
+                kinds += account.kinds
+        return kinds
 
     def messages(self, kind: str) -> int:
-        """Messages of a kind that one operator has been sent, where they are most."""
+        """Returns the largest number of messages of this kind that any one operator has been sent."""
         return max((account.kinds[kind] for account in self._accounts.values()), default=0)
 
     def follow(self, folder: Path) -> None:
-        """Shares one account with all copies of this run on this machine, whose journals are in this folder."""
+        """Shares one account with all copies of this run on this machine, by a common journal in this folder."""
         self._home = folder
 
     def attach(self, folder: str | Path) -> None:
-        """Keeps a journal in this folder from now on, with all that has been counted so far.
+        """Starts a journal in this folder that has all messages counted so far and gets all further ones.
 
-        The journal of another run in this folder is set aside under that run's name. What one of the same run has
-        counted, such as that of an earlier checkpoint, is taken over.
+        A journal of another run in this folder is renamed, with that run's id in its name. A journal of the same run,
+        such as that of an earlier checkpoint, is merged.
 
         Raises:
-            CheckpointError: it can't be written.
+            CheckpointError: the journal can't be written.
         """
         path = Path(folder).resolve() / JOURNAL
         with self.exclusive():
@@ -222,32 +228,35 @@ class Ledger:
                 if path in self.journals and other == self.run:
                     return
                 if path.exists() and other != self.run:
-                    path.rename(_aside(path, other or "empty"))
+                    path.rename(_unused_name(path, other or "empty"))
             if path not in self.journals:
                 self.journals.append(path)
-            self._share(path)
+            self._synchronize(path)
 
     def resume(self, folder: str | Path, run: str | None = None) -> None:
-        """Goes on from the journal of this folder, and in it; with all that copies of the run have counted here.
+        """Restores the ledger from the journal in this folder, and from the journal that copies of the run share here.
+
+        Further messages are written to both.
 
         Args:
-            run: whose journal it must be; any if None.
+            run: id of the run that the journal must belong to; None accepts any run.
         Raises:
-            CheckpointError: there is none, it is damaged, or of another run.
+            CheckpointError: there is no journal, it is damaged, or it belongs to another run.
         """
         path = Path(folder).resolve() / JOURNAL
         lines = read_journal_of(path, run)
         self.run = lines[0]["run"]
-        for aside in sorted(path.parent.glob(f"{path.stem}-{self.run}*.jsonl")):  # of before another run came and went
-            lines += read_lines(aside)[1:]
+        # `attach` renames a run's journal if another run uses the folder in between
+        for renamed in sorted(path.parent.glob(f"{path.stem}-{self.run}*.jsonl")):
+            lines += read_lines(renamed)[1:]
         if path not in self.journals:
             self.journals.append(path)
         with self.exclusive():
             self.load(lines)
-            self._share(path)
+            self._synchronize(path)
 
     def load(self, lines: Iterable[dict[str, Any]]) -> None:
-        """Counts the lines of a journal."""
+        """Counts the lines of a journal that were not counted before."""
         for line in lines:
             if "run" in line:
                 self.run = line["run"]
@@ -257,26 +266,30 @@ class Ledger:
 
     @property
     def _machine_journal(self) -> Path | None:
+        """The journal that all copies of the run on this machine share; None without `follow`."""
         return None if self._home is None else self._home / f"{self.run}.jsonl"
 
     def _refresh(self, path: Path) -> None:
-        """Counts what others of this machine have written down since."""
-        if _state(path) != self._read:
-            self._share()
+        """Counts the messages that other copies of the run on this machine have recorded since the last call."""
+        if _state(path) != self._journal_state:
+            self._synchronize()
 
-    def _share(self, first: Path | None = None) -> None:
-        """All journals, and this process, take over from each other what they have, beginning with one of them."""
+    def _synchronize(self, first: Path | None = None) -> None:
+        """Merges all journals and this process's account, so that all have the same lines; `first` is merged first."""
         machine = self._machine_journal
         paths = [path for path in (first, machine, *self.journals) if path is not None]
-        for path in [*paths, *paths]:  # the second time, those before take over from those behind
+        for path in [*paths, *paths]:  # the second pass gives each journal the lines of those after it
             with _writing(path):
-                if self._holds(path):
-                    self._join(path)
+                if self._is_writable(path):
+                    self._merge(path)
         if machine is not None:
-            self._read = _state(machine)
+            self._journal_state = _state(machine)
 
-    def _holds(self, path: Path) -> bool:
-        """Whether a journal is there, or can be begun. One that somebody took away, or took over, is given up."""
+    def _is_writable(self, path: Path) -> bool:
+        """Returns whether this run may write to a journal, which need not exist yet.
+
+        A journal whose folder was removed, or that now belongs to another run, is no longer written.
+        """
         if self._home is None or path == self._machine_journal:
             return True
         if path.parent.is_dir() and read_run(path) in (self.run, None):
@@ -285,58 +298,61 @@ class Ledger:
             self.journals.remove(path)
         return False
 
-    def _join(self, path: Path) -> None:
-        """Takes over what a journal has, and adds to it what it lacks."""
+    def _merge(self, path: Path) -> None:
+        """Counts the lines of a journal that this ledger lacks, and appends to it the lines that it lacks."""
         lines = read_lines(path) if path.exists() else []
         ours, theirs = list(self._lines), [line["id"] for line in lines[1:]]
         if ours == theirs and lines:
             return
-        known = set(theirs)
-        missing = [self._lines[name] for name in ours if name not in known]
+        in_file = set(theirs)
+        missing = [self._lines[name] for name in ours if name not in in_file]
         foreign = [line for line in lines[1:] if line["id"] not in self._lines]
-        between: list[dict[str, Any]] = []
-        # Where two histories meet, a name of one may be a new one of any operator of the other. So each is counted on
-        # top of the largest account of the other: here theirs on ours, in the file ours on theirs.
-        if _messages(missing) and ours[: len(theirs)] != theirs:
-            between = [_meeting(_named(lines))]
-        if _messages(foreign) and theirs[: len(ours)] != ours:
-            self.load([_meeting(self._accounts)])
-        self.load([*lines, *between])
+        merge_lines: list[dict[str, Any]] = []
+        # When two histories are merged, an operator's name in one may be another name of any operator in the other. So
+        # each history is counted on top of the largest account of the other: in memory theirs on ours, in the file ours
+        # on theirs.
+        if _has_messages(missing) and ours[: len(theirs)] != theirs:
+            merge_lines = [_merge_line(_operators_in(lines))]
+        if _has_messages(foreign) and theirs[: len(ours)] != ours:
+            self.load([_merge_line(self._accounts)])
+        self.load([*lines, *merge_lines])
         header = [] if lines else [{"format": FORMAT, "run": self.run}]
-        append_lines(path, [*header, *between, *missing])
+        append_lines(path, [*header, *merge_lines, *missing])
 
     def _account(self, operator: str) -> _Account:
+        """Returns an operator's account. Raises `ValueError` if the operator was not enlisted."""
         if operator not in self._accounts:
             raise ValueError(f"{operator} was not enlisted.")
         return self._accounts[operator]
 
     def _write(self, lines: Sequence[dict[str, Any]]) -> None:
-        """To the journals first, then into memory."""
+        """Appends lines to all journals, then counts them."""
         machine = self._machine_journal
         for path in [*([] if machine is None else [machine]), *self.journals]:
             with _writing(path):
-                if not self._holds(path):
+                if not self._is_writable(path):
                     continue
-                if read_run(path) is None:  # new, or somebody took it away
-                    self._join(path)
+                if read_run(path) is None:  # the journal is new, or was deleted
+                    self._merge(path)
                 append_lines(path, lines)
         if machine is not None:
-            self._read = _state(machine)
+            self._journal_state = _state(machine)
         self.load(lines)
 
     def _apply(self, line: dict[str, Any]) -> None:
+        """Updates the accounts by one line of a journal."""
         if "compromised" in line:
             self.compromised = True
         elif "operators" in line:
             self._enlist(frozenset(line["operators"]))
-            if line.get("meeting"):
-                self._operators = None  # those who come next may be any of them
+            if line.get("merge"):
+                self._operators = None  # the next line's names may be other names of any of these operators
             else:
                 self._pools.append(frozenset(line["operators"]))
         else:
             message = Message(**line)
             names = frozenset(message.costs)
-            if self._operators is None or not names <= self._operators:  # of another process, between this one's lines
+            if self._operators is None or not names <= self._operators:  # a line of another process
                 self._enlist(next((pool for pool in self._pools if names <= pool), names))
             for operator, cost in message.costs.items():
                 account = self._account(operator)
@@ -345,9 +361,10 @@ class Ledger:
                 account.kinds[message.kind] += 1
 
     def _enlist(self, operators: frozenset[str]) -> None:
-        known = self._accounts.values()
-        allowance = max((account.allowance for account in known), default=0.0)
-        cost = max((account.cost for account in known), default=0.0)
+        """Opens accounts for these operators and raises all accounts to the largest allowance and cost."""
+        accounts = self._accounts.values()
+        allowance = max((account.allowance for account in accounts), default=0.0)
+        cost = max((account.cost for account in accounts), default=0.0)
         for operator in operators:
             self._accounts.setdefault(operator, _Account())
         for account in self._accounts.values():
@@ -356,9 +373,10 @@ class Ledger:
 
 
 def append_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Adds lines to a journal, for its owner's eyes alone; they are on the disk when this returns, or none of them.
+    """Appends lines to a journal, which only its owner can read. When this returns, all lines are on the disk.
 
-    What a crash left of a last line is cut off first.
+    If it raises `OSError` because the disk is full, no line was appended. An incomplete last line, which a crash may
+    leave, is removed first.
     """
     if not lines:
         return
@@ -366,8 +384,8 @@ def append_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     content = "".join(json.dumps(line) + "\n" for line in lines).encode()
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, PRIVATE)
     try:
-        _lock(descriptor)  # copies under several homes may share a folder, and no other lock
-        end = _complete(descriptor)
+        _lock(descriptor)  # copies of a run with different machine journals may share a folder, and no other lock
+        end = _remove_incomplete_line(descriptor)
         if os.write(descriptor, content) != len(content):
             os.ftruncate(descriptor, end)
             raise OSError("the disk is full")
@@ -380,21 +398,21 @@ def append_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
 
 
 def _lock(descriptor: int) -> None:
-    """Until the file is closed, no other process appends to it; where the system has such locks."""
+    """Locks a file against appends of other processes. Does nothing where the system or file system has no locks."""
     if fcntl is not None:
-        with suppress(OSError):  # such as network file systems
+        with suppress(OSError):  # some network file systems have no locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
 def _unlock(descriptor: int) -> None:
-    """At once: a process that was forked meanwhile keeps the file open, and with it the lock."""
+    """Releases the lock explicitly: closing the file isn't enough if a process that was forked keeps it open."""
     if fcntl is not None:
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
-def _complete(descriptor: int) -> int:
-    """Cuts a file after its last complete line. Returns its size then."""
+def _remove_incomplete_line(descriptor: int) -> int:
+    """Truncates a file after its last complete line. Returns its size in bytes."""
     size = os.fstat(descriptor).st_size
     os.lseek(descriptor, 0, os.SEEK_SET)
     with os.fdopen(os.dup(descriptor), "rb") as file:
@@ -408,20 +426,23 @@ def _complete(descriptor: int) -> int:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a journal, without what a crash left of a last one.
+    """Returns the lines of a journal, without an incomplete last line, which a crash may leave.
 
     Raises:
-        CheckpointError: a damaged journal, or one of another version.
+        CheckpointError: the journal is damaged, or was written by another version.
     """
     content = path.read_bytes()
     return parse_lines(path, content[: content.rfind(b"\n") + 1])
 
 
 def parse_lines(path: Path, content: bytes) -> list[dict[str, Any]]:
-    """Lines of a journal, from the first one on.
+    """Parses the first lines of a journal.
 
+    Args:
+        path: the journal, for error messages.
+        content: its content, or a part that begins with the first line.
     Raises:
-        CheckpointError: a damaged journal, or one of another version.
+        CheckpointError: the journal is damaged, or was written by another version.
     """
     try:
         lines: list[dict[str, Any]] = [json.loads(line) for line in content.splitlines()]
@@ -439,12 +460,12 @@ def parse_lines(path: Path, content: bytes) -> list[dict[str, Any]]:
 
 
 def read_journal_of(path: Path, run: str | None) -> list[dict[str, Any]]:
-    """The lines of a run's journal.
+    """Returns the lines of a run's journal.
 
     Args:
-        run: whose it must be; any if None.
+        run: id of the run that the journal must belong to; None accepts any run.
     Raises:
-        CheckpointError: there is none, it is damaged, or of another run.
+        CheckpointError: there is no journal, it is damaged, or it belongs to another run.
     """
     back = f" It may be there as {path.stem}-{run}.jsonl." if run else ""
     if not path.is_file():
@@ -464,45 +485,46 @@ def read_journal_of(path: Path, run: str | None) -> list[dict[str, Any]]:
     return lines
 
 
-def _enlisting(operators: Iterable[str], **more: Any) -> dict[str, Any]:
-    """A line that names the operators of a process."""
-    return {"operators": sorted(operators), **more, "id": new_id()}  # the name last, where a change is looked for
+def _enlistment(operators: Iterable[str], **more: Any) -> dict[str, Any]:
+    """Returns a line that declares the operators of a process."""
+    return {"operators": sorted(operators), **more, "id": new_id()}  # the id is last, so that `_state` includes it
 
 
-def _meeting(operators: Iterable[str]) -> dict[str, Any]:
-    """A line between two histories: it raises the accounts of all operators that the one before has."""
-    return _enlisting(operators, meeting=True)
+def _merge_line(operators: Iterable[str]) -> dict[str, Any]:
+    """Returns a line that separates two merged histories. It raises the accounts of all operators of the first."""
+    return _enlistment(operators, merge=True)
 
 
-def _messages(lines: Iterable[dict[str, Any]]) -> bool:
-    """Whether messages are among these lines."""
+def _has_messages(lines: Iterable[dict[str, Any]]) -> bool:
+    """Returns whether any of these lines is a message."""
     return any("kind" in line for line in lines)
 
 
-def _named(lines: Iterable[dict[str, Any]]) -> set[str]:
-    """Operators that a journal knows."""
+def _operators_in(lines: Iterable[dict[str, Any]]) -> set[str]:
+    """Returns all operators that these lines declare."""
     return {name for line in lines for name in line.get("operators", ())}
 
 
 def damaged(path: Path) -> CheckpointError:
+    """Returns the error for a damaged journal."""
     return CheckpointError(
         f"{path} is damaged, so nobody knows any more what operators have seen.",
         remedy="Use another copy of it. Without one, count the whole budget of that run as spent.",
     )
 
 
-def _aside(path: Path, run: str) -> Path:
-    """A name beside a journal that no other has."""
+def _unused_name(path: Path, run: str) -> Path:
+    """Returns a path in the journal's folder that has the run's id in its name and doesn't exist yet."""
     names = (f"ledger-{run}{suffix}.jsonl" for suffix in ("", *(f"-{number}" for number in range(2, 10**6))))
     return next(other for other in map(path.with_name, names) if not other.exists())
 
 
 def read_journal(path: Path) -> Ledger:
-    """What a journal has counted, to look at.
+    """Returns a ledger with the counts of a journal, for reading only: it isn't attached to the journal.
 
     Raises:
-        OSError: it can't be read.
-        CheckpointError: it is damaged.
+        OSError: the journal can't be read.
+        CheckpointError: the journal is damaged.
     """
     ledger = Ledger()
     ledger.load(read_lines(path))
@@ -510,32 +532,35 @@ def read_journal(path: Path) -> Ledger:
 
 
 def read_run(path: Path) -> str | None:
-    """The run that a journal belongs to; None if it is empty, or not there.
+    """Returns the id of the run that a journal belongs to; None if the journal is empty or doesn't exist.
 
     Raises:
-        CheckpointError: it is damaged, or of another version.
+        CheckpointError: the journal is damaged, or was written by another version.
     """
     if not path.exists():
         return None
     with path.open("rb") as file:
         first = file.readline()
-    lines = parse_lines(path, first if first.endswith(b"\n") else b"")  # a crash may have cut it off
+    lines = parse_lines(path, first if first.endswith(b"\n") else b"")  # a crash may have left it incomplete
     return str(lines[0]["run"]) if lines else None
 
 
 def _state(path: Path) -> tuple[int, int, bytes] | None:
-    """Which file it is, how long, and its end; None if there is none. A copy put back may be as long as it was."""
+    """Returns a file's inode, size and last bytes, by which a change is detected; None if there is no file.
+
+    The size alone isn't enough: a restored copy may have the same size.
+    """
     if not path.exists():
         return None
     with path.open("rb") as file:
-        found = os.fstat(file.fileno())
-        file.seek(max(0, found.st_size - TAIL))
-        return found.st_ino, found.st_size, file.read()
+        status = os.fstat(file.fileno())
+        file.seek(max(0, status.st_size - TAIL))
+        return status.st_ino, status.st_size, file.read()
 
 
 @contextmanager
 def _writing(path: Path) -> Generator[None]:
-    """Raises `CheckpointError` where the system refuses to write a journal."""
+    """Context manager that turns an `OSError` of writing a journal into a `CheckpointError`."""
     try:
         yield
     except OSError as error:

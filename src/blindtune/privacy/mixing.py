@@ -1,4 +1,4 @@
-"""Secret weights that mix n adapters' outputs into the one that the head reads (P3EFT, eq. 3 to 5)."""
+"""Secret mixing of the outputs of n adapters into the head's input (P3EFT, eq. 3 to 5)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from blindtune.privacy.randomness import SecureGenerator
 
 
 def mixing_weights(n: int, dim: int, scale: float, *, generator: SecureGenerator) -> Tensor:
-    """Secret weights W (eq. 4): 1/n plus antisymmetric noise ξ_ij ~ N(0, scale²) for each pair of adapters.
+    """Draws secret weights W (eq. 4): 1/n plus antisymmetric noise ξ_ij ~ N(0, scale²) for each pair of adapters.
 
-    Columns sum to one, so n equal outputs mix into themselves (eq. 5). A large scale lets a small difference
-    between adapters move the mixed output far: each adapter on its own then needs to change little.
+    Columns sum to one, so the mixture of n equal outputs is that output (eq. 5). With a large scale, a small difference
+    between adapters changes the mixed output much, so each single adapter needs to change little.
 
     Returns:
         `(n, dim)`, float32.
@@ -31,5 +31,5 @@ def mixing_weights(n: int, dim: int, scale: float, *, generator: SecureGenerator
 
 
 def mix(hidden: Tensor, weights: Tensor) -> Tensor:
-    """h' = Σ_i W_i ⊙ h_i (eq. 3) for hidden states `(n, B, d)` and weights `(n, d)`: `(B, d)`."""
+    """Returns h' = Σ_i W_i ⊙ h_i (eq. 3), `(B, d)`, for hidden states `(n, B, d)` and weights `(n, d)`."""
     return torch.einsum("n...d,nd->...d", hidden, weights)

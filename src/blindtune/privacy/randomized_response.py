@@ -1,7 +1,7 @@
-"""Randomised response (Warner 1965): labels that are true with a known probability, drawn once for each example.
+"""Randomised response (Warner 1965): each label is kept with a known probability, or else replaced, once per example.
 
-Training on them is label differential privacy (Ghazi et al. 2021): whatever is computed from the randomised labels, at
-any number of steps, tells an ε-bounded amount about a true one.
+Training on randomised labels satisfies label differential privacy (Ghazi et al. 2021): everything that is computed from
+the randomised labels, over any number of steps, is ε-differentially private in each true label.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ NAME_BYTES = 16
 
 
 def keep_probability(epsilon: float, classes: int) -> float:
-    """The probability of the true label: e^ε / (e^ε + K − 1).
+    """Returns the probability with which the true label is kept: e^ε / (e^ε + K − 1).
 
     Raises:
-        ValueError: ε that isn't positive and finite, or fewer than two classes.
+        ValueError: ε isn't positive and finite, or there are fewer than two classes.
     """
     if not 0 < epsilon < math.inf or classes < 2:
         raise ValueError(f"epsilon = {epsilon} and {classes} classes: need a positive, finite epsilon and two classes.")
@@ -29,10 +29,10 @@ def keep_probability(epsilon: float, classes: int) -> float:
 
 
 def randomize(label: int, epsilon: float, classes: int, *, generator: SecureGenerator) -> int:
-    """The true label with `keep_probability`, or else one of the others, each as likely as the next.
+    """Returns the true label with `keep_probability`, or else one of the other labels with equal probabilities.
 
     Raises:
-        ValueError: as `keep_probability`, or a label outside 0 … K − 1.
+        ValueError: as `keep_probability`, or the label is outside 0 … K − 1.
     """
     if not 0 <= label < classes:
         raise ValueError(f"The label {label} is none of {classes} classes.")
@@ -43,17 +43,17 @@ def randomize(label: int, epsilon: float, classes: int, *, generator: SecureGene
 
 
 class LabelRandomizer:
-    """Randomised labels of examples that may come again: each is drawn when its example is first seen, then kept.
+    """Randomises each example's label once, when the example is first seen, and returns the same label ever after.
 
-    A second draw for the same example would be a second view of its label, and many would average the noise away. So
-    outcomes are kept, and are part of the state; and each is drawn from a stream keyed by the example, so that a step
-    that is repeated from an older state draws as before. Examples with equal names count as one, whose label is
-    that of the first: were each kept or changed on its own, a comparison of the two could tell both.
+    A second draw for the same example would be a second view of its label, and many draws would average the noise away.
+    So the outcomes are stored, and are part of the state. Each is drawn from a stream keyed by the example, so that a
+    step that is repeated from an older state draws the same label. Examples with equal names count as one, with the
+    label of the first: if each were randomised independently, a comparison of the two could reveal both labels.
 
     Args:
         epsilon: ε of one example's label.
-        classes: K.
-        generator: secret; what is drawn depends on its key alone, not on its position.
+        classes: K, the number of classes.
+        generator: secret generator; the outcomes depend on its key alone, not on its position in the stream.
     Raises:
         ValueError: as `keep_probability`.
     """
@@ -64,10 +64,13 @@ class LabelRandomizer:
         self._drawn: dict[bytes, int] = {}
 
     def labels(self, examples: Sequence[bytes], labels: Tensor) -> Tensor:
-        """Randomised labels `(B,)`, int64, of examples with these names (16 bytes each) and true labels `(B,)`.
+        """Returns randomised labels `(B,)`, int64.
 
+        Args:
+            examples: the examples' names, 16 bytes each.
+            labels: their true labels, `(B,)`.
         Raises:
-            ValueError: another number of names than labels, or a name of another length.
+            ValueError: there are another number of names than labels, or a name has another length.
         """
         if any(len(name) != NAME_BYTES for name in examples):
             raise ValueError(f"Names of examples have {NAME_BYTES} bytes.")
@@ -77,12 +80,12 @@ class LabelRandomizer:
                 self._drawn[name] = randomize(label, self.epsilon, self.classes, generator=generator)
         return torch.tensor([self._drawn[name] for name in examples], dtype=torch.int64, device=labels.device)
 
-    def state(self) -> dict[str, Tensor]:
-        """All that was drawn: `examples (N, 16)` uint8 and `labels (N,)` int64."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """Returns all outcomes so far: `examples (N, 16)` uint8 and `labels (N,)` int64."""
         names = torch.tensor([list(name) for name in self._drawn], dtype=torch.uint8).reshape(-1, NAME_BYTES)
         return {"examples": names, "labels": torch.tensor(list(self._drawn.values()), dtype=torch.int64)}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Takes over what was drawn before; it stands against what was drawn here."""
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Adds the outcomes of an earlier state. They replace outcomes that were drawn here for the same examples."""
         names = [bytes(row) for row in state["examples"].numpy()]
         self._drawn |= dict(zip(names, state["labels"].tolist(), strict=True))

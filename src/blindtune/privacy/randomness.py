@@ -1,4 +1,4 @@
-"""Randomness that an honest-but-curious server can't predict: a ChaCha20 keystream, keyed by the operating system."""
+"""Cryptographic randomness for secrets: a ChaCha20 keystream, by default with a key from the operating system."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from blindtune.keystream import KEY_BYTES, Keystream
 
 
 class SecureGenerator(Keystream):
-    """A stream of secret random numbers. Without a key it takes one from the operating system.
+    """A stream of secret random numbers that an operator can't predict.
 
-    A given key makes the stream repeatable, which a resumed run needs; keep such a key as secret as the labels.
-
+    Args:
+        key: 32 bytes that determine the stream, so that a resumed run can repeat it; as secret as the labels. Default:
+            random bytes from the operating system.
     Raises:
-        ValueError: a key that isn't 32 bytes long.
+        ValueError: the key isn't 32 bytes long.
     """
 
     def __init__(self, key: bytes | None = None) -> None:
@@ -26,9 +27,9 @@ class SecureGenerator(Keystream):
         super().__init__(self.key)
 
     def derive(self, *context: bytes) -> SecureGenerator:
-        """An independent generator for this context: HMAC-SHA-256 of the context under the key.
+        """Returns a generator whose key is the HMAC-SHA-256 of the context under this generator's key.
 
-        Equal contexts give equal streams, different contexts independent ones.
+        Equal contexts give equal streams; different contexts give independent streams.
         """
         digest = hmac.new(self.key, digestmod=hashlib.sha256)
         for part in context:
@@ -36,11 +37,14 @@ class SecureGenerator(Keystream):
         return SecureGenerator(digest.digest())
 
     def bound_to(self, values: Tensor) -> SecureGenerator:
-        """An independent generator for these values: noise that hides them is never used for others."""
+        """Returns a generator derived from these values, so that the noise that hides them is never reused for others.
+
+        Equal values of equal dtype and shape give equal streams.
+        """
         content = values.detach().contiguous().cpu()
         shape = repr((content.dtype, tuple(content.shape))).encode()
         return self.derive(b"bound to", shape, hashlib.sha256(content.numpy().tobytes()).digest())
 
     def permutation(self, count: int) -> list[int]:
-        """A uniformly random order of `range(count)`."""
+        """Returns a uniformly random permutation of `range(count)`."""
         return torch.argsort(self.uniform(count)).tolist()

@@ -1,6 +1,6 @@
-"""Bearer tokens. The file holds names and SHA-256 hashes, never a token: `name sha256:<hex>` on each line.
+"""Bearer tokens. The token file has a line `name sha256:<hex>` for each tenant and never holds a token itself.
 
-Tokens are 256 random bits, so a plain hash is as good as a slow one. Each token is a tenant of its own.
+A token is 256 random bits, so a plain hash is as good as a slow one. Each token has its own tenant.
 """
 
 from __future__ import annotations
@@ -19,18 +19,23 @@ ANONYMOUS = "anonymous"
 
 
 class TokenStore:
-    """Known tokens, or nobody asked for one (`TokenStore.open_to_all()`)."""
+    """The tenants of a server: name -> SHA-256 of the token in hexadecimal. None asks for no token."""
 
     def __init__(self, hashes: dict[str, str] | None) -> None:
         self._hashes = hashes
 
     @staticmethod
     def open_to_all() -> TokenStore:
+        """A store that asks for no token and calls every tenant `anonymous`."""
         return TokenStore(None)
 
     @staticmethod
     def from_file(path: Path) -> TokenStore:
-        """Raises `ConfigError` for a missing file or a line that isn't `name sha256:<hex>`."""
+        """Reads a token file.
+
+        Raises:
+            ConfigError: the file is missing, or a line isn't `name sha256:<hex>`.
+        """
         if not path.is_file():
             raise ConfigError(
                 f"There is no token file {path}.", remedy="Make one: blindtune token NAME --token-file FILE"
@@ -50,10 +55,10 @@ class TokenStore:
         return TokenStore(hashes)
 
     def tenant(self, authorization: str | None) -> str:
-        """The tenant of an `Authorization` header. All entries are compared, each in constant time.
+        """The tenant of an `Authorization` header. Each known hash is compared, in constant time.
 
         Raises:
-            Unauthenticated: no bearer token, or an unknown one.
+            Unauthenticated: the header holds no bearer token, or an unknown one.
         """
         if self._hashes is None:
             return ANONYMOUS
@@ -68,14 +73,17 @@ class TokenStore:
 
 
 def hash_token(token: str) -> str:
+    """The SHA-256 of a token in hexadecimal, as the token file holds it."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 
 def add_token(path: Path, name: str) -> str:
-    """Appends a new tenant to the file (mode 600) and returns the token, which is shown only this once.
+    """Makes a token for a new tenant and appends the tenant to the file, which is created with mode 600.
 
+    Returns:
+        The token. The file keeps only its hash, so it can't be shown again.
     Raises:
-        ConfigError: the name is taken, empty or has blanks.
+        ConfigError: the name is taken or empty, begins with `#` or has blanks.
     """
     if not name or name.split() != [name] or name.startswith("#"):
         raise ConfigError(f"{name!r} is no tenant name.", remedy="Use a word without blanks.")

@@ -1,4 +1,4 @@
-"""Least-recently-used storage with a cap in bytes. Whatever it forgets can be had again, at the cost of time."""
+"""A cache that drops what was used least recently when it has too many bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ V = TypeVar("V")
 
 
 class ByteLRU(Generic[K, V]):
-    """Maps keys to values whose sizes (bytes) add up to at most `capacity`. Safe to use from several threads."""
+    """Maps keys to values whose sizes add up to at most `capacity` bytes. Safe to use from several threads.
+
+    Args:
+        on_change: is called with the number of bytes after each change.
+    """
 
     def __init__(self, capacity: int, on_change: Callable[[int], None] | None = None) -> None:
         self._capacity, self._on_change = capacity, on_change
@@ -22,13 +26,18 @@ class ByteLRU(Generic[K, V]):
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all values together."""
         return self._bytes
 
     def __len__(self) -> int:
         return len(self._items)
 
     def put(self, key: K, value: V, nbytes: int) -> bool:
-        """Stores the value and drops the oldest ones until all fit. False if it is larger than the whole cache."""
+        """Stores a value of `nbytes` bytes and drops the least recently used ones until all fit.
+
+        Returns:
+            False if the value is larger than the whole cache and was not stored.
+        """
         with self._lock:
             self._remove(key)
             fits = nbytes <= self._capacity
@@ -41,6 +50,7 @@ class ByteLRU(Generic[K, V]):
             return fits
 
     def get(self, key: K) -> V | None:
+        """The value, which then counts as used, or None."""
         with self._lock:
             item = self._items.get(key)
             if item is None:
@@ -49,14 +59,14 @@ class ByteLRU(Generic[K, V]):
             return item[0]
 
     def pop(self, key: K) -> V | None:
-        """Takes the value out of the cache."""
+        """Takes the value out of the cache; None if it isn't there."""
         with self._lock:
             item = self._remove(key)
             self._report()
             return item[0] if item else None
 
     def clear(self) -> None:
-        """Forgets everything."""
+        """Drops all values."""
         with self._lock:
             self._items.clear()
             self._bytes = 0

@@ -1,7 +1,9 @@
-"""Forward and backward for n adapters at once, with retained autograd graphs.
+"""Runs forward and backward passes for n adapters at once, and retains autograd graphs.
 
-Stateless to the outside: adapters and graphs are caches. A backward call that finds no graph runs the
-forward pass again and gets the identical answer.
+Adapters and graphs lie in caches, which may drop them at any time. A client uploads a dropped adapter again. A backward
+call that finds no graph runs the forward pass again and gets the identical answer.
+
+B: examples; L: tokens; n: adapters; m: cotangents; d: hidden size; P: weights of an adapter.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from blindtune.wire import LoraSpec, Pooling
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """Uploaded weights `(P,)` float32 and where each matrix lies in them."""
+    """An upload for one model: its weights `(P,)` float32, and the layout that says where each matrix lies in them."""
 
     model: str
     layout: LoraLayout
@@ -30,8 +32,11 @@ class StoredAdapter:
 
 @dataclass(frozen=True)
 class RetainedGraph:
-    """The output of a forward pass, `(n, B, d)` or a trunk's `(N, d)`, with its autograd graph, and the leaf that it
-    depends on: weights `(n, P)` or a trunk's input `(N, d)`."""
+    """A forward pass whose autograd graph is kept for a backward pass.
+
+    `hidden` is its output: `(n, B, d)`, `(n, B, L, d)` or, of a trunk, `(N, d)` for N packed tokens. `leaf` is what
+    gradients are taken of: the weights `(n, P)`, or the trunk's input `(N, d)`.
+    """
 
     hidden: Tensor
     leaf: Tensor
@@ -39,7 +44,10 @@ class RetainedGraph:
 
 @dataclass(frozen=True)
 class Call:
-    """A forward pass: who asks, which adapters (by content), pooling, seed, and the tokens."""
+    """All that the result of a forward pass depends on, apart from the model.
+
+    `adapters` are SHA-256 hashes of uploads. Without a `seed` there is no dropout.
+    """
 
     tenant: str
     adapters: list[str]
@@ -48,7 +56,7 @@ class Call:
     tokens: Tokens
 
     def key(self) -> str:
-        """SHA-256 of everything that the result depends on."""
+        """The SHA-256 of the call in hexadecimal, under which its graph is kept."""
         digest = hashlib.sha256(repr((self.tenant, self.adapters, self.pooling, self.seed)).encode())
         for name, tensor in self.tokens.tensors().items():
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
@@ -57,7 +65,13 @@ class Call:
 
 
 class Engine:
-    """Runs one hosted model. Not thread-safe: the app gives each engine a thread of its own."""
+    """Runs one hosted model. It is not thread-safe: the host gives each engine a thread of its own.
+
+    Args:
+        name: the hosted model's.
+        adapters: the cache (tenant, SHA-256) -> adapter, which all models share.
+        graphs: the cache (model, `Call.key()`) -> graph, which all models share.
+    """
 
     def __init__(
         self,
@@ -70,11 +84,18 @@ class Engine:
         self._adapters, self._graphs = adapters, graphs
 
     def layout(self, spec: LoraSpec) -> LoraLayout:
-        """Where the matrices of an adapter lie; raises `UnknownTargetModule` or `AdapterMismatch`."""
+        """Where the matrices of an adapter lie in its weights. Raises `UnknownTargetModule` or `AdapterMismatch`."""
         return LoraLayout(spec, self.backbone.lora.shapes)
 
     def forward(self, call: Call, *, retain: bool) -> Tensor:
-        """h(x, θ_i): `(n, B, d)` or `(n, B, L, d)`, float32, on the CPU. `retain` keeps the graph for `backward`."""
+        """Computes h(x, θ_i). `retain` keeps the graph for `backward`.
+
+        Returns:
+            `(n, B, d)`, or `(n, B, L, d)` for the pooling `none`; float32, on the CPU. Without adapters n is 1.
+        Raises:
+            UnknownAdapter: an adapter isn't in the cache, or is another model's.
+            AdapterMismatch: the adapters differ in shape.
+        """
         if not call.adapters:
             return self.backbone.forward(call.tokens, call.pooling, seed=call.seed).float().cpu()
         layout, weights = self._stack(call)
@@ -86,18 +107,19 @@ class Engine:
         return graph.hidden.detach().float().cpu()
 
     def answer_bytes(self, call: Call, cotangents: int) -> int:
-        """Size of the gradients for so many cotangents. Raises `UnknownAdapter` or `AdapterMismatch`."""
+        """Bytes of the gradients for a number of cotangents. Raises `UnknownAdapter` or `AdapterMismatch`."""
         layout, _ = self._stored(call)
         return cotangents * len(call.adapters) * layout.size * self._precision.itemsize
 
     def backward(self, call: Call, cotangents: Tensor) -> tuple[Tensor, bool]:
-        """Vector-Jacobian products (P3EFT, eq. 1) for cotangents `(m, n, B, d)`.
+        """Computes vector-Jacobian products (P3EFT, eq. 1) for cotangents `(m, n, B, d)` or `(m, n, B, L, d)`.
 
         Returns:
             Gradients `(m, n, P)` on the CPU, float32 (float64 from a model in float64), and whether the graph had been
             retained.
         Raises:
-            AdapterMismatch: cotangents whose shape isn't that of the hidden states.
+            UnknownAdapter: an adapter isn't in the cache, or is another model's.
+            AdapterMismatch: the adapters differ in shape, or the cotangents don't have the hidden states' shape.
         """
         graph = self._graphs.pop((self.name, call.key()))
         retained = graph is not None
@@ -122,7 +144,7 @@ class Engine:
 
     @property
     def _precision(self) -> torch.dtype:
-        """Of adapters and their gradients."""
+        """The dtype of adapters and their gradients."""
         return torch.float64 if self.backbone.dtype == torch.float64 else torch.float32
 
     def _stack(self, call: Call) -> tuple[LoraLayout, Tensor]:
@@ -160,7 +182,14 @@ class Engine:
 
 
 def keep_graph(model: nn.Module, leaf: Tensor, run: Callable[[], Tensor]) -> tuple[RetainedGraph, int]:
-    """What `run` computes from `leaf`, with its graph, and the bytes that the graph holds beyond the model's own."""
+    """Calls `run` and keeps its autograd graph.
+
+    Args:
+        model: its weights don't count as the graph's.
+        leaf: the tensor that `run` computes its result from, and that gradients are taken of.
+    Returns:
+        The graph, and its bytes without the model's weights.
+    """
     owned = {p.untyped_storage().data_ptr() for p in model.parameters()}
     held: dict[int, int] = {}
 
@@ -168,7 +197,7 @@ def keep_graph(model: nn.Module, leaf: Tensor, run: Callable[[], Tensor]) -> tup
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in owned:
             held[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # the tensor itself would keep its graph alive, and that the tensor, for ever
+        return tensor.detach()  # the tensor and its graph would keep each other alive
 
     with torch.autograd.graph.saved_tensors_hooks(pack, _same):
         hidden = run()

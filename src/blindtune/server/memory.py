@@ -1,4 +1,4 @@
-"""What happens when memory runs out, on a GPU or here: caches make room, and the work is tried once more."""
+"""Makes room and tries once more when memory runs out, on a GPU or on the CPU."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from blindtune.errors import OutOfMemory
 
 T = TypeVar("T")
 WORDS = ("can't allocate memory", "out of memory", "_ALLOC_FAILED")
-"""How torch's CPU allocator, CUDA and its libraries say it, whose errors have no class of their own."""
+"""Texts of errors that have no class of their own: of torch's CPU allocator, of CUDA and of its libraries."""
 
 
 def with_room(work: Callable[[], T], make_room: Callable[[], None]) -> T:
-    """What `work` gives; after `make_room`, if memory has run out the first time.
+    """Runs `work` and gives its result. If memory runs out, calls `make_room` and runs `work` again.
 
     Raises:
-        OutOfMemory: it doesn't fit even then.
+        OutOfMemory: memory runs out again.
     """
     for before_last in (True, False):
         try:
@@ -26,7 +26,7 @@ def with_room(work: Callable[[], T], make_room: Callable[[], None]) -> T:
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
             if not ran_out(error):
                 raise
-        # the error is gone, and with it the frames that held tensors
+        # the `except` block has ended, so the error no longer holds frames with tensors
         if before_last:
             make_room()
         if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""What Prometheus reads. Counts, times and sizes; never content."""
+"""The metrics that Prometheus reads: counts, times and sizes, and never content."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 
 class Metrics:
-    """One registry for each server, so that several can live in one process."""
+    """The metrics of one server, in a registry of their own, so that one process can hold several servers."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()

@@ -1,9 +1,10 @@
-"""`--record DIR`: writes what this server sees as a transcript, the input of `blindtune audit`."""
+"""`--record DIR`: writes what this server sees as a transcript, which audits attack."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -13,32 +14,31 @@ from blindtune.wire import AdapterUpload, Event, RecordedModel, Recording, Trans
 
 
 class Recorder:
-    """Turns calls into transcript events."""
+    """Turns calls into the events of a transcript.
+
+    Args:
+        folder: where the transcript is, or will be.
+        operator_id: the server's random name.
+        models: name -> backbone, all that the server hosts.
+    Raises:
+        TranscriptError: the folder holds a transcript of other models.
+    """
 
     def __init__(self, folder: Path, operator_id: str, models: dict[str, FrozenBackbone]) -> None:
-        described = {
-            name: RecordedModel(
-                source=backbone.source.requested,
-                dtype=str(backbone.dtype).removeprefix("torch."),
-                fingerprint=backbone.fingerprint,
-                bottom=backbone.split.cut.bottom if backbone.split else None,
-                top=backbone.split.cut.top if backbone.split else None,
-            )
-            for name, backbone in models.items()
-        }
+        described = {name: _describe(backbone) for name, backbone in models.items()}
         self._writer = TranscriptWriter(folder, Recording(operator_id=operator_id, models=described))
 
     def adapter(self, tenant: str, sha256: str, upload: AdapterUpload, weights: Tensor) -> None:
-        event = Event(
-            event=0, time=0, tenant=tenant, kind="adapter", model=upload.model, adapters=[sha256], spec=upload.spec
-        )
-        self._writer.add(event, {"weights": weights})
+        """Records an uploaded adapter, `weights (P,)`."""
+        self._add("adapter", tenant, upload.model, {"weights": weights}, adapters=[sha256], spec=upload.spec)
 
     def forward(self, model: str, call: Call, hidden: Tensor | None) -> None:
-        self._writer.add(_event("forward", model, call), _with(call.tokens, "hidden", hidden))
+        """Records a forward call; `hidden (n, B, d)` or `(n, B, L, d)` is what was sent back, if anything was."""
+        self._add_call("forward", model, call, _with(call.tokens, "hidden", hidden))
 
     def backward(self, model: str, call: Call, cotangents: Tensor) -> None:
-        self._writer.add(_event("backward", model, call), _with(call.tokens, "cotangents", cotangents))
+        """Records a backward call with `cotangents (m, n, B, d)` or `(m, n, B, L, d)`."""
+        self._add_call("backward", model, call, _with(call.tokens, "cotangents", cotangents))
 
     def trunk(
         self,
@@ -51,35 +51,48 @@ class Recorder:
         *,
         backward: bool,
     ) -> None:
-        kind = "trunk-backward" if backward else "trunk-forward"
-        event = Event(
-            event=0, time=0, tenant=tenant, kind=kind, model=model, up=request.up, down=request.down, forward=forward
-        )
-        answer = {"answer." + name.split(".", 1)[1]: tensor for name, tensor in sent.items()}
-        self._writer.add(event, {**received, **answer})
+        """Records a pass through a trunk.
 
-    def tuned(self, tenant: str, model: str, kind: str, plugin: str | None, tensors: Mapping[str, Tensor]) -> None:
-        """Tuned ends that came (`plugin`), or what they were asked about (`score`, `generate`)."""
-        names = [] if plugin is None else [plugin]
-        event = {"event": 0, "time": 0, "tenant": tenant, "kind": kind, "model": model, "adapters": names}
-        self._writer.add(Event.model_validate(event), tensors)
+        Args:
+            forward: SHA-256 of the body of the forward call: this one, or the one that a backward call names.
+            received, sent: packed tensors as they travelled, in the request's codecs.
+            backward: whether it was a backward call.
+        """
+        kind = "trunk-backward" if backward else "trunk-forward"
+        answer = {"answer." + name.split(".", 1)[1]: tensor for name, tensor in sent.items()}
+        tensors = {**received, **answer}
+        self._add(kind, tenant, model, tensors, up=request.up, down=request.down, forward=forward)
+
+    def tuned(self, tenant: str, model: str, kind: str, tuned_parts: str | None, tensors: Mapping[str, Tensor]) -> None:
+        """Records tuned parts that were uploaded (`plugin`), or what they were asked (`score`, `generate`).
+
+        Args:
+            tuned_parts: SHA-256 of the upload; None means the model as it is.
+            tensors: the tuned weights by name, or the request's `input_ids (B, L)`, `lengths (B,)` and `starts (B,)`.
+        """
+        self._add(kind, tenant, model, tensors, adapters=[] if tuned_parts is None else [tuned_parts])
 
     def close(self) -> None:
+        """Writes the events that are still in memory."""
         self._writer.close()
 
+    def _add_call(self, kind: str, model: str, call: Call, tensors: Mapping[str, Tensor]) -> None:
+        self._add(kind, call.tenant, model, tensors, adapters=call.adapters, pooling=call.pooling, seed=call.seed)
 
-def _event(kind: str, model: str, call: Call) -> Event:
-    return Event.model_validate(
-        {
-            "event": 0,
-            "time": 0,
-            "tenant": call.tenant,
-            "kind": kind,
-            "model": model,
-            "adapters": call.adapters,
-            "pooling": call.pooling,
-            "seed": call.seed,
-        }
+    def _add(self, kind: str, tenant: str, model: str, tensors: Mapping[str, Tensor], **fields: Any) -> None:
+        """Adds one event. The writer sets its number and its time, whatever they are here."""
+        known = {"event": 0, "time": 0, "kind": kind, "tenant": tenant, "model": model}
+        self._writer.add(Event.model_validate({**known, **fields}), tensors)
+
+
+def _describe(backbone: FrozenBackbone) -> RecordedModel:
+    cut = backbone.cut_model.cut if backbone.cut_model else None
+    return RecordedModel(
+        source=backbone.source.requested,
+        dtype=str(backbone.dtype).removeprefix("torch."),
+        fingerprint=backbone.fingerprint,
+        bottom=cut.bottom if cut else None,
+        top=cut.top if cut else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""Starts a server process: sockets, TLS, threads, logs, and a shutdown that finishes what it began."""
+"""Runs a server in this process: its socket, TLS, threads and logs. A shutdown finishes the requests under way."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 @dataclass(frozen=True)
 class Address:
-    """Where to listen, and with which certificate. Port 0 takes a free one."""
+    """Where a server listens, and with which certificate (PEM) and key. Port 0 takes a free port."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -32,13 +32,20 @@ class Address:
     tls_key: Path | None = None
 
     def url(self, port: int) -> str:
-        """As a client writes it."""
+        """The address as a client writes it, with the port that was taken."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{'https' if self.tls_cert else 'http'}://{host}:{port}"
 
 
 def check_exposure(address: Address, *, no_auth: bool, insecure: bool = False) -> None:
-    """Raises `ConfigError` for a server without tokens or TLS outside loopback, or half of a TLS pair."""
+    """Refuses addresses at which strangers could use the server or read its traffic.
+
+    Args:
+        no_auth: the server asks for no tokens.
+        insecure: the operator accepts traffic without TLS outside loopback.
+    Raises:
+        ConfigError: the address isn't loopback and lacks tokens or TLS, or a certificate or its key is missing.
+    """
     if no_auth and address.host not in LOOPBACK:
         raise ConfigError(
             f"--no-auth on {address.host} would serve everybody.",
@@ -61,10 +68,15 @@ def serve(
     threads: int | None = None,
     on_listen: Callable[[str], None] = print,
 ) -> None:
-    """Serves until SIGINT or SIGTERM; requests that are under way get their answers.
+    """Serves until SIGINT or SIGTERM. Requests that are under way then get their answers.
 
+    Args:
+        models: name -> backbone.
+        threads: torch's threads; None leaves their number as it is.
+        on_listen: is called with the server's URL once its socket listens.
     Raises:
-        ConfigError: the address is in use or not ours.
+        ConfigError: the address is in use, or isn't one of this machine's.
+        EmulatorError, TranscriptError: as `create_app`.
     """
     listener = _listen(address)
     _configure_logs()
@@ -89,7 +101,8 @@ def serve(
 
 def _listen(address: Address) -> socket.socket:
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    listener = socket.socket(family)
+    # asyncio sets TCP_NODELAY on accepted connections only if the listener names its protocol
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((address.host, address.port))
@@ -103,7 +116,7 @@ def _listen(address: Address) -> socket.socket:
 
 
 def _configure_logs() -> None:
-    """JSON lines on stderr, also of libraries, such as uvicorn's about bytes that are no HTTP."""
+    """Writes logs as JSON lines to stderr, those of libraries too: uvicorn warns of bytes that are no HTTP."""
     shared: list[Any] = [
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),

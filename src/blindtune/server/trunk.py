@@ -1,4 +1,7 @@
-"""The middle of a split model: hidden states in, hidden states out, and cotangents back."""
+"""Runs the middle of a cut model: hidden states forward, cotangents back.
+
+s_A is the trunk's input and s_B its output, packed `(N, d)`: the N tokens of a batch without padding.
+"""
 
 from __future__ import annotations
 
@@ -7,53 +10,44 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from blindtune.errors import EmptyBatch, GraphLost, InvalidTensor, SequenceTooLong
+from blindtune.errors import GraphLost, InvalidTensor
 from blindtune.models import FrozenBackbone
-from blindtune.models.split import pack, unpack
+from blindtune.models.cut.parts import pack, unpack
 from blindtune.server.cache import ByteLRU
 from blindtune.server.engine import RetainedGraph, keep_graph
-from blindtune.wire import Limits, TrunkRequest, TrunkResponse, dequantize, quantize
+from blindtune.wire import TrunkRequest, TrunkResponse, dequantize, quantize
 
 Answer = tuple[TrunkResponse, dict[str, Tensor]]
+"""The message, and its tensors in the codec that the request asked for."""
 
 
 class Trunk:
-    """Runs one model's trunk. Not thread-safe: it shares the engine's thread."""
+    """Runs one model's trunk. It is not thread-safe and shares the engine's thread.
+
+    Args:
+        name: the hosted model's.
+        backbone: the model, which must be cut.
+        graphs: the cache of retained graphs, which all models share.
+    Raises:
+        UnknownPart: the model isn't cut.
+    """
 
     def __init__(self, name: str, backbone: FrozenBackbone, graphs: ByteLRU[tuple[str, str], RetainedGraph]) -> None:
-        if backbone.split is None:
-            raise ValueError(f"{name} is not split")
         self.name, self.backbone = name, backbone
-        self._part = backbone.split.parts["trunk"]
+        self._part = backbone.require_cut().parts["trunk"]
         self._dim = int(backbone.config.hidden_size)
         self._graphs = graphs
 
-    @staticmethod
-    def check_lengths(lengths: Tensor, limits: Limits) -> None:
-        """Raises `EmptyBatch` or `SequenceTooLong` before anything is allocated."""
-        if len(lengths) == 0 or int(lengths.min()) < 1:
-            raise EmptyBatch(
-                f"The batch has {len(lengths)} examples, or one without tokens.",
-                remedy="Send at least one example with at least one token each.",
-            )
-        longest = int(lengths.max())
-        if longest > limits.max_length:
-            raise SequenceTooLong(
-                f"An example is {longest} tokens long; the limit is {limits.max_length}.",
-                remedy=f"Truncate to {limits.max_length} tokens (--max-length).",
-            )
-        if longest * len(lengths) > limits.max_tokens:
-            raise SequenceTooLong(
-                f"{len(lengths)} examples of {longest} tokens are {longest * len(lengths)}; the limit is "
-                f"{limits.max_tokens}.",
-                remedy="Send a smaller batch.",
-            )
-
     def forward(self, tenant: str, body_sha: str, request: TrunkRequest, received: Mapping[str, Tensor]) -> Answer:
-        """s_B for s_A. `retain` keeps the graph for `backward`.
+        """Computes s_B from s_A. If the request says `retain`, the graph is kept for `backward`.
 
         Args:
-            body_sha: SHA-256 of the request's body, the name of the graph.
+            body_sha: SHA-256 of the request's body, under which the graph is kept.
+            received: `lengths (B,)` int32, and s_A as `hidden`, in the codec `request.up`.
+        Returns:
+            s_B as `hidden`, in the codec `request.down`.
+        Raises:
+            InvalidTensor, CodecMismatch: s_A doesn't fit the lengths or the codec.
         """
         lengths = received["lengths"]
         hidden = self._packed("hidden", request, lengths, received)
@@ -68,10 +62,16 @@ class Trunk:
         return TrunkResponse(fingerprint=self.backbone.fingerprint), sent
 
     def backward(self, tenant: str, body_sha: str, request: TrunkRequest, received: Mapping[str, Tensor]) -> Answer:
-        """Gradients with respect to s_A, for cotangents with respect to s_B.
+        """Computes gradients with respect to s_A from cotangents with respect to s_B.
 
+        Args:
+            body_sha: SHA-256 of the request's body, which seeds the rounding of the gradients.
+            received: `lengths (B,)` int32, and `cotangents` and, if sent again, `hidden` in the codec `request.up`.
+        Returns:
+            `gradients (N, d)`, in the codec `request.down`.
         Raises:
             GraphLost: the forward pass isn't in memory, and the request doesn't hold s_A.
+            InvalidTensor, CodecMismatch: a tensor doesn't fit the lengths, the codec or the forward pass.
         """
         lengths = received["lengths"]
         cotangents = self._packed("cotangents", request, lengths, received)

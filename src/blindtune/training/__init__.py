@@ -1,23 +1,20 @@
-"""The loop around a private model: data, batches, steps, metrics, resume."""
+"""The training loop of both products: steps, learning rates, checkpoints, interruption, callbacks and summaries."""
 
-from blindtune.training.batches import BatchPlan
-from blindtune.training.data import Columns, Examples, load_examples, split_examples
-from blindtune.training.loop import Step, TrainConfig, Trainer, evaluate, predict, steps_for
-from blindtune.training.metrics import scores
-from blindtune.training.moments import randomise_moments
+from blindtune.training.callbacks import Callback
+from blindtune.training.config import TrainConfig
+from blindtune.training.interruption import Interrupted
+from blindtune.training.schedule import linear_rate, steps_for
+from blindtune.training.summary import LabelsSummary, TextsSummary, read_summary
+from blindtune.training.trainer import Trainer
 
 __all__ = [
-    "BatchPlan",
-    "Columns",
-    "Examples",
-    "Step",
+    "Callback",
+    "Interrupted",
+    "LabelsSummary",
+    "TextsSummary",
     "TrainConfig",
     "Trainer",
-    "evaluate",
-    "load_examples",
-    "predict",
-    "randomise_moments",
-    "scores",
-    "split_examples",
+    "linear_rate",
+    "read_summary",
     "steps_for",
 ]

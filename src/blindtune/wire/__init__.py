@@ -1,4 +1,4 @@
-"""What crosses the network, and nothing else: messages, their bytes, their limits, and recordings of them."""
+"""The wire format: messages, their encoding to bytes, their size limits, and recorded transcripts of them."""
 
 from blindtune.wire.codec import check_finite, check_tensor, decode, encode
 from blindtune.wire.limits import Limits
@@ -13,6 +13,7 @@ from blindtune.wire.schema import (
     BackwardRequest,
     BackwardResponse,
     Codec,
+    CutInfo,
     ForwardRequest,
     ForwardResponse,
     GenerateRequest,
@@ -22,15 +23,14 @@ from blindtune.wire.schema import (
     ModelList,
     NoiseShare,
     PartFile,
-    PluginReceipt,
-    PluginUpload,
     Pooling,
     ScoreRequest,
     ScoreResponse,
-    SplitInfo,
     TokenizerFile,
     TrunkRequest,
     TrunkResponse,
+    TunedPartsReceipt,
+    TunedPartsUpload,
 )
 from blindtune.wire.transcript import Event, RecordedModel, Recording, Transcript, TranscriptWriter
 
@@ -44,6 +44,7 @@ __all__ = [
     "BackwardRequest",
     "BackwardResponse",
     "Codec",
+    "CutInfo",
     "Event",
     "ForwardRequest",
     "ForwardResponse",
@@ -55,19 +56,18 @@ __all__ = [
     "ModelList",
     "NoiseShare",
     "PartFile",
-    "PluginReceipt",
-    "PluginUpload",
     "Pooling",
     "RecordedModel",
     "Recording",
     "ScoreRequest",
     "ScoreResponse",
-    "SplitInfo",
     "TokenizerFile",
     "Transcript",
     "TranscriptWriter",
     "TrunkRequest",
     "TrunkResponse",
+    "TunedPartsReceipt",
+    "TunedPartsUpload",
     "check_finite",
     "check_tensor",
     "decode",

@@ -1,11 +1,11 @@
-"""Messages and tensors to bytes and back: one safetensors buffer, the JSON rides in its metadata.
+"""Encodes messages and tensors to bytes and back: one safetensors buffer with the JSON message in its metadata.
 
     8 bytes    header length N, little endian
     N bytes    JSON: {"__metadata__": {"blindtune": "1", "message": "<JSON>"}, "<tensor>": {dtype, shape, offsets}, ...}
     the rest   tensor data, in the header's order, without gaps
 
-`decode` reads the header on its own and checks every claim in it against the bytes that are there before
-it allocates anything. Only then does the safetensors library build tensors.
+`decode` parses the header itself and checks every length and offset in it against the body before it allocates
+anything. Only then does the safetensors library build tensors.
 """
 
 from __future__ import annotations
@@ -40,24 +40,26 @@ _VERSION_KEY, _MESSAGE_KEY = "blindtune", "message"
 
 
 def encode(message: Message, tensors: Mapping[str, Tensor] | None = None) -> bytes:
-    """One body. Tensors are copied to the CPU and made contiguous; equal input gives equal bytes."""
-    metadata = {_VERSION_KEY: str(API_VERSION), _MESSAGE_KEY: message.model_dump_json(exclude_defaults=True)}
+    """Returns one request or response body. Copies tensors to the CPU. Equal arguments give equal bytes."""
+    written = message.model_dump_json(exclude_defaults=True, by_alias=True)
+    metadata = {_VERSION_KEY: str(API_VERSION), _MESSAGE_KEY: written}
     plain = save({name: tensor.detach().cpu().contiguous() for name, tensor in (tensors or {}).items()})
     end = 8 + int.from_bytes(plain[:8], "little")
-    entries = plain[8:end].strip()[1:]  # the library would write the metadata's keys in a random order
+    # the metadata is inserted here because the library writes its keys in a random order
+    entries = plain[8:end].strip()[1:]
     header = b'{"__metadata__":' + json.dumps(metadata).encode() + (b"" if entries == b"}" else b",") + entries
-    header += b" " * (-len(header) % 8)  # tensor data stay aligned
+    header += b" " * (-len(header) % 8)  # keeps the tensor data aligned to 8 bytes
     return b"".join((len(header).to_bytes(8, "little"), header, memoryview(plain)[end:]))
 
 
 def decode(body: bytes, kind: type[M], limits: Limits | None = None) -> tuple[M, dict[str, Tensor]]:
-    """The message and tensors in `body`.
+    """Returns the message and the tensors of a body.
 
     Raises:
-        BodyTooLarge: more than `limits.max_body_bytes`.
-        MalformedMessage: a header that lies about lengths, offsets or its JSON; a message of another kind.
-        UnsupportedVersion: another API version.
-        InvalidTensor: a dtype outside `DTYPES`.
+        BodyTooLarge: the body has more than `limits.max_body_bytes`.
+        MalformedMessage: the header's lengths, offsets or JSON are wrong, or the message is of another kind.
+        UnsupportedVersion: the message has another API version.
+        InvalidTensor: a dtype isn't in `DTYPES`.
     """
     limits = limits or Limits()
     if len(body) > limits.max_body_bytes:
@@ -85,16 +87,16 @@ def decode(body: bytes, kind: type[M], limits: Limits | None = None) -> tuple[M,
         ) from None
     try:
         return message, load(body)
-    except Exception as error:  # the library's own checks, which ours should have covered
+    except Exception as error:  # a check of the library's own that `_read_header` should have covered
         raise _malformed(f"The tensors can't be read: {error}.") from None
 
 
 def check_tensor(tensors: Mapping[str, Tensor], name: str, shape: tuple[int | None, ...], dtype: torch.dtype) -> Tensor:
-    """The named tensor, if it has this shape (`None` fits any size) and dtype, and only finite values.
+    """Returns the named tensor after checking its shape (`None` matches any size), its dtype and that it is finite.
 
     Raises:
-        InvalidTensor: missing, or a wrong shape or dtype.
-        NonFiniteTensor: NaN or infinity.
+        InvalidTensor: the tensor is missing or has another shape or dtype.
+        NonFiniteTensor: it holds NaN or infinity.
     """
     tensor = tensors.get(name)
     if tensor is None:
@@ -111,7 +113,7 @@ def check_tensor(tensors: Mapping[str, Tensor], name: str, shape: tuple[int | No
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Raises `NonFiniteTensor` if a value is NaN or infinite."""
+    """Raises `NonFiniteTensor` if a value of a floating-point tensor is NaN or infinite."""
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         count = int((~torch.isfinite(tensor)).sum())
         raise NonFiniteTensor(
@@ -121,7 +123,7 @@ def check_finite(name: str, tensor: Tensor) -> None:
 
 
 def _read_header(body: bytes, limits: Limits) -> dict[str, Any]:
-    """The safetensors header, after every length and offset in it has been checked against the body."""
+    """Returns the safetensors header after checking every length and offset in it against the body."""
     if len(body) < 8:
         raise _malformed(f"The body has {len(body)} bytes, fewer than the 8 of a header length.")
     length = int.from_bytes(body[:8], "little")
@@ -151,6 +153,7 @@ def _read_header(body: bytes, limits: Limits) -> dict[str, Any]:
 
 
 def _check_entry(name: str, entry: dict[str, Any]) -> tuple[int, int]:
+    """Checks a tensor's entry in the header. Returns the first and last offset of its data."""
     dtype, shape, offsets = entry.get("dtype"), _sizes(entry.get("shape")), _sizes(entry.get("data_offsets"))
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise InvalidTensor(f"The tensor {name!r} has dtype {dtype!r}.", remedy=f"Use one of {', '.join(DTYPES)}.")
@@ -163,7 +166,7 @@ def _check_entry(name: str, entry: dict[str, Any]) -> tuple[int, int]:
 
 
 def _sizes(value: object) -> list[int] | None:
-    """A list of sizes, or None if it is anything else."""
+    """Returns a list of sizes below 2^48, or None if `value` is anything else."""
     if not isinstance(value, list):
         return None
     sizes = [item for item in cast("list[object]", value) if type(item) is int and 0 <= item < 2**48]

@@ -1,4 +1,4 @@
-"""What a server is willing to receive. Every number is checked before memory is set aside."""
+"""Size limits of requests. The server checks each before it allocates memory for a request."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from pydantic import BaseModel, ConfigDict, PositiveInt
 
 
 class Limits(BaseModel):
-    """Upper bounds for one request. Published in the model's description, so clients can plan."""
+    """Upper bounds for one request. The model's description publishes them, so that clients can plan."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_body_bytes: PositiveInt = 256 * 2**20
-    """Bytes of one request body."""
+    """Size of one request body, in bytes."""
     max_answer_bytes: PositiveInt = 2**30
-    """Bytes of gradients in one answer."""
+    """Size of the gradients in one response, in bytes."""
     max_header_bytes: PositiveInt = 2**20
-    """Bytes of the JSON header inside a body."""
+    """Size of the JSON header inside a body, in bytes."""
     max_tensors: PositiveInt = 64
-    """Tensors in one message."""
+    """Number of tensors in one message."""
     max_tokens: PositiveInt = 65_536
-    """Tokens in one batch, padding and adapters counted: n * B * L."""
+    """Number of tokens in one batch, counted with padding and once per adapter: n * B * L."""
     max_length: PositiveInt = 512
-    """Tokens in one sequence."""
+    """Number of tokens in one sequence."""
     max_adapters: PositiveInt = 16
-    """Adapters in one batched pass."""
+    """Number of adapters in one batched pass."""
     max_cotangents: PositiveInt = 16
-    """Cotangents in one backward call."""
+    """Number of cotangents in one backward call."""
     max_rank: PositiveInt = 256
     """Rank of one LoRA adapter."""

@@ -1,4 +1,4 @@
-"""The messages of the API, version 1. The JSON part of each body; tensors ride beside it.
+"""The messages of the API, version 1: the JSON part of each body. Tensors follow it in the same body.
 
 | route | request | response |
 |---|---|---|
@@ -11,22 +11,24 @@
 | `GET /v1/models/{m}/parts/{part}` | | `PartFile` + the weights of a part |
 | `POST /v1/models/{m}/trunk/forward` | `TrunkRequest` + `hidden` | `TrunkResponse` + `hidden` |
 | `POST /v1/models/{m}/trunk/backward` | `TrunkRequest` + `cotangents` (+ `hidden`) | `TrunkResponse` + `gradients` |
-| `PUT /v1/plugins/{sha256}` | `PluginUpload` + tuned weights by name | `PluginReceipt` (JSON) |
+| `PUT /v1/plugins/{sha256}` | `TunedPartsUpload` + tuned weights by name | `TunedPartsReceipt` (JSON) |
 | `POST /v1/models/{m}/score` | `ScoreRequest` + tokens, `starts [B]` | `ScoreResponse` + `log_likelihoods`, `greedy` |
 | `POST /v1/models/{m}/generate` | `GenerateRequest` + tokens of one text | `GenerateResponse` + `generated [T]` |
 
 Tokens are `input_ids [B, L]` int32, `lengths [B]` int32 (right padding) and, for models that use them,
 `token_type_ids [B, L]` uint8.
 
-Hidden states of the trunk's routes are packed, `[N, d]` with N the sum of `lengths [B]` int32: no padding travels. Each
-of them is several tensors, in the codec that the message names (`blindtune.wire.quantize`).
+Hidden states on the trunk's routes are packed, without padding: `[N, d]`, where N is the sum of `lengths [B]` int32.
+Each is sent as several tensors, in the codec that the message names (`blindtune.wire.quantize`).
+
+The wire format keeps two older words: `split` for the cut of a model, `plugin` for tuned parts.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraints
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PositiveInt, StringConstraints
 
 from blindtune.wire.limits import Limits
 
@@ -36,69 +38,73 @@ MEDIA_TYPE = "application/vnd.blindtune.v1+safetensors"
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Pooling = Literal["cls", "mean", "last", "first", "none"]
-"""How `[B, L, d]` becomes what the head reads: the first token (cls), the mean over tokens, the last
-token, the decoder's first position (first), or every position (none)."""
+"""How hidden states `[B, L, d]` are reduced to the head's input: the first token (cls), the mean over tokens, the last
+token, the decoder's first position (first), or no reduction (none)."""
 Codec = Literal["fp32", "fp16", "int8", "int4"]
-"""How many bits hidden states and their gradients have on the wire, see `blindtune.wire.quantize`."""
+"""Number format of hidden states and their gradients on the wire (`blindtune.wire.quantize`)."""
 CODECS: tuple[Codec, ...] = get_args(Codec)
 Architecture = Literal["encoder", "decoder", "encoder-decoder"]
 
 
 class Message(BaseModel):
-    """Base of all messages: unknown fields are refused, so that a typo can't be ignored silently."""
+    """Base class of all messages. It rejects unknown fields, so that a typo isn't ignored silently."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class LoraSpec(Message):
-    """Which linear layers an adapter changes, and how. Weights travel apart, as one vector `[P]`.
+    """The linear layers that a LoRA adapter changes, and its hyperparameters. Weights are sent as one vector `[P]`.
 
-    The vector holds, for each module in the order given, A `(rank, in)` and then B `(out, rank)`, row by row; with
-    `a_seed` B alone.
+    The vector holds for each module, in the order of `modules`, A `(rank, in)` and then B `(out, rank)`, row by row.
+    With `a_seed` it holds B alone.
     """
 
     kind: Literal["lora"] = "lora"
     modules: Annotated[list[Name], Field(min_length=1, max_length=4096)]
     rank: PositiveInt
     scaling: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    """The factor before B A x: alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA."""
+    """The factor on B A x: alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout on the adapter's input; only in requests that carry a seed."""
+    """Dropout rate on the adapter's input. It applies only to requests that have a seed."""
     a_seed: Sha256 | None = None
-    """The A matrices are fixed, and both sides expand them from this public seed (`blindtune.models.lora`)."""
+    """If set, the A matrices are fixed, and both sides expand them from this public seed (`blindtune.models.lora`)."""
 
 
 class AdapterUpload(Message):
+    """Uploads an adapter's weights `[P]`, which later requests name by their SHA-256."""
+
     model: Name
     spec: LoraSpec
 
 
 class AdapterReceipt(Message):
+    """Confirms an uploaded adapter: its SHA-256 and its number of weights."""
+
     sha256: Sha256
     parameters: PositiveInt
 
 
 class ForwardRequest(Message):
-    """h(x, θ_i) for n adapters at once. No adapters means the frozen model, n = 1."""
+    """Requests the hidden states h(x, θ_i) for n adapters at once. No adapters means the frozen model, n = 1."""
 
     adapters: Annotated[list[Sha256], Field(max_length=4096)] = []
     pooling: Pooling
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    """Dropout is on only if the client gives its seed, so that a repeated call gives the same answer."""
+    """Seed of dropout, which is off without one. So a repeated request always gives the same response."""
     retain: bool = False
-    """True: keep the autograd graph for a backward call that follows."""
+    """Whether the server keeps the autograd graph for a following backward request."""
     return_hidden: bool = True
-    """False: compute and retain the graph for a backward call that follows, but send nothing back."""
+    """False: the server computes the forward pass, and keeps the graph if asked, but sends no hidden states back."""
 
 
 class ForwardResponse(Message):
-    """With `hidden`: `[n, B, d]`, or `[n, B, L, d]` for pooling `none`; float32."""
+    """Returns the tensor `hidden`: `[n, B, d]`, or `[n, B, L, d]` for pooling `none`; float32."""
 
     fingerprint: Sha256
 
 
 class NoiseShare(Message):
-    """A cotangent of pure noise, as the seed that the server expands (`blindtune.lattice`).
+    """A cotangent of pure noise, sent as a seed that the server expands (`blindtune.lattice`).
 
     The noise is a discrete Gaussian with a standard deviation of `steps` steps of 2^exponent.
     """
@@ -111,7 +117,7 @@ class NoiseShare(Message):
 
 
 class BackwardRequest(Message):
-    """The forward request once more, plus `cotangents [m, n, B, d]` float32 or, in their place, one share of noise."""
+    """Repeats the forward request, with `cotangents [m, n, B, d]` float32 or, in their place, one share of noise."""
 
     adapters: Annotated[list[Sha256], Field(min_length=1, max_length=4096)]
     pooling: Pooling
@@ -120,119 +126,136 @@ class BackwardRequest(Message):
 
 
 class BackwardResponse(Message):
-    """With `gradients`: `[m, n, P]`, float32 (float64 from servers in it), laid out as adapters' weight vectors."""
+    """Returns the tensor `gradients`: `[m, n, P]`, in the order of the adapters' weight vectors.
+
+    They are float32, or float64 from servers that compute in float64.
+    """
 
     fingerprint: Sha256
     retained: bool
-    """Whether the forward pass was still in memory."""
+    """Whether the server still had the forward pass in its cache."""
 
 
 class TrunkRequest(Message):
-    """The middle of a split model on packed hidden states; see `blindtune.models.split`."""
+    """Requests a pass of a cut model's trunk over packed hidden states (`blindtune.models.cut.parts`)."""
 
     up: Codec
-    """How `hidden` (and `cotangents`) travel."""
+    """Codec of the request's `hidden` and `cotangents`."""
     down: Codec
-    """How the answer shall travel."""
+    """Codec of the response's tensors."""
     retain: bool = False
-    """True: keep the autograd graph for a backward call that follows."""
+    """Whether the server keeps the autograd graph for a following backward request."""
     forward: Sha256 | None = None
-    """Backward: SHA-256 of the body of the forward call. With it `hidden` may be left out as long as the server has the
-    graph; if it hasn't, it answers `graph-lost`."""
+    """Backward: SHA-256 of the forward request's body. With it, `hidden` may be left out as long as the server has the
+    graph; if the server hasn't, it answers with the problem `graph-lost`."""
 
 
 class TrunkResponse(Message):
-    """With `hidden` or `gradients`, packed as in the request, in the codec that it asked for.
+    """Returns `hidden` or `gradients`, packed as in the request, in the codec `down` of the request.
 
-    Gradients are rounded at random, from a stream that follows from the request: equal requests, equal answers.
+    Gradients are rounded stochastically with random numbers derived from the request, so that equal requests give
+    equal responses.
     """
 
     fingerprint: Sha256
     retained: bool = False
-    """Backward: whether the forward pass was still in memory."""
+    """Backward: whether the server still had the forward pass in its cache."""
 
 
 class PartFile(Message):
-    """A part of a split model for the client to hold, with its weights under the whole model's names."""
+    """A part of a cut model that the client holds, with its weights under the whole model's names."""
 
     part: str
     config: str
     """The model's configuration in transformers, as JSON."""
     bottom: PositiveInt
+    """Number of blocks in the bottom."""
     top: PositiveInt
+    """Number of blocks in the top."""
     fingerprint: Sha256
     manifest: str | None = None
-    """Of an emulator: JSON, signed (`blindtune.models.emulator`)."""
+    """An emulator's signed manifest, as JSON (`blindtune.models.cut.emulator`)."""
 
 
-class PluginUpload(Message):
-    """Tuned ends of a split model, to be put around its real trunk; tensors as a checkpoint holds them."""
+class TunedPartsUpload(Message):
+    """Uploads tuned parts of a cut model, to be used with its real trunk. Tensors have the names of a checkpoint's."""
 
     model: Name
     fingerprint: Sha256
-    """Of the model that they were tuned for."""
+    """Fingerprint of the model that the parts were tuned for."""
     scaling: Annotated[float, Field(gt=0, le=1e6)] | None = None
-    """LoRA's alpha / rank, and the tensors are its matrices under PEFT's names. None: the tensors are whole weights."""
+    """LoRA's alpha / rank, if the tensors are LoRA matrices under PEFT's names. None if they are whole weights."""
 
 
-class PluginReceipt(Message):
+class TunedPartsReceipt(Message):
+    """Confirms uploaded tuned parts: their SHA-256 and their number of weights."""
+
     sha256: Sha256
     parameters: PositiveInt
 
 
 class ScoreRequest(Message):
-    """How likely the tokens from `starts [B]` int32 on are, with plugged-in ends, or (None) for the model as it is."""
+    """Requests the likelihood of each text's tokens from index `starts [B]` int32 on.
 
-    plugin: Sha256 | None = None
+    The model uses the tuned parts, or its own weights if `tuned_parts` is None.
+    """
+
+    tuned_parts: Sha256 | None = Field(
+        default=None, validation_alias=AliasChoices("tuned_parts", "plugin"), serialization_alias="plugin"
+    )
 
 
 class ScoreResponse(Message):
-    """With `log_likelihoods [B]` float32, the sum of log p over each text's tokens from its start on, in nats; and
-    `greedy [B]` uint8, 1 if the likeliest token at each of those places is the text's own."""
+    """Returns `log_likelihoods [B]` float32, the sum of log p over each text's tokens from its start on, in nats; and
+    `greedy [B]` uint8, 1 if the likeliest token at each of those positions is the text's own."""
 
     fingerprint: Sha256
 
 
 class GenerateRequest(Message):
-    """Goes on with one text."""
+    """Requests a continuation of one text."""
 
-    plugin: Sha256 | None = None
+    tuned_parts: Sha256 | None = Field(
+        default=None, validation_alias=AliasChoices("tuned_parts", "plugin"), serialization_alias="plugin"
+    )
     max_new_tokens: Annotated[int, Field(ge=1, le=1024)] = 64
     temperature: Annotated[float, Field(ge=0, le=10)] = 0.0
-    """0: always the likeliest token."""
+    """Sampling temperature; 0 always picks the likeliest token."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
 
 class GenerateResponse(Message):
-    """With `generated [T]` int32, without the prompt; the end-of-text token ends it and isn't part of it."""
+    """Returns `generated [T]` int32, without the prompt and without the end-of-text token that ends it."""
 
     fingerprint: Sha256
 
 
-class SplitInfo(Message):
-    """How a hosted decoder is cut: blocks of the bottom and of the top, which clients may have."""
+class CutInfo(Message):
+    """Describes how a hosted decoder is cut. Clients may download its bottom and its top."""
 
     bottom: PositiveInt
+    """Number of blocks in the bottom."""
     top: PositiveInt
+    """Number of blocks in the top."""
     parts: list[str]
-    """What `parts/` offers: bottom, top, and emulator if there is one."""
+    """The parts that the route `parts/` offers: bottom, top, and emulator if there is one."""
     codecs: list[Codec] = list(CODECS)
     weights_shared: Annotated[float, Field(ge=0, le=1)]
-    """Part of the model's weights that is in bottom and top."""
+    """Fraction of the model's weights that is in the bottom and the top."""
 
 
 class ModelInfo(Message):
-    """What is hosted, as far as a client may know it: shapes and names, never weights."""
+    """Describes a hosted model to clients: names and shapes of its layers, never weights."""
 
     name: Name
     architecture: Architecture
     model_type: str
-    """The family's name in transformers, e.g. `bert`: PEFT's default target modules depend on it."""
+    """The model family's name in transformers, e.g. `bert`. PEFT's default target modules depend on it."""
     hidden_size: PositiveInt
     layers: PositiveInt
     dtype: str
     modules: dict[str, tuple[PositiveInt, PositiveInt]]
-    """Linear layers that take adapters: name -> (out_features, in_features)."""
+    """Linear layers that adapters can target: name -> (out_features, in_features)."""
     peft_kinds: list[Literal["lora"]] = ["lora"]
     pooling: Pooling
     """The default pooling."""
@@ -240,23 +263,27 @@ class ModelInfo(Message):
     token_type_ids: bool
     pad_token_id: int
     fingerprint: Sha256
-    """SHA-256 over names, dtypes and values of all weights."""
+    """SHA-256 over the names, dtypes and values of all weights."""
     base_model_name: str
-    """What PEFT writes into `base_model_name_or_path`."""
+    """Value of `base_model_name_or_path` in PEFT's configuration."""
     limits: Limits
-    split: SplitInfo | None = None
-    """How the model is cut, if clients may hold its ends."""
+    cut: CutInfo | None = Field(
+        default=None, validation_alias=AliasChoices("cut", "split"), serialization_alias="split"
+    )
+    """How the model is cut, if clients may download its bottom and top; otherwise None."""
 
 
 class ModelList(Message):
+    """Lists the names of the models that a server hosts."""
+
     api_version: int = API_VERSION
     operator_id: str
-    """Random at every start of a server; equal ids mean one server behind two addresses."""
+    """Drawn at random when a server starts. Equal ids mean that two addresses lead to one server."""
     models: list[str]
 
 
 class TokenizerFile(Message):
-    """The model's tokenizer as the JSON of the `tokenizers` library."""
+    """The model's tokenizer, as JSON of the `tokenizers` library."""
 
     tokenizer: str
     sha256: Sha256

@@ -1,6 +1,6 @@
-"""A transcript: what one server saw, message by message, as the audit's only input.
+"""Transcripts: recordings of all messages that one server received and sent. A transcript is the audit's only input.
 
-A folder with `index.jsonl` (a first line that describes the recording, then a line for each event) and
+A transcript is a folder with `index.jsonl` (the first line describes the recording, every further line one event) and
 `shard-NNNNN.safetensors` files. The tensor `name` of event 17 is stored under the key `17/name`.
 
 | event kind | tensors |
@@ -8,7 +8,7 @@ A folder with `index.jsonl` (a first line that describes the recording, then a l
 | adapter | `weights [P]` |
 | forward | `input_ids [B, L]`, `lengths [B]`, (`token_type_ids [B, L]`,) `hidden` as sent (if it was sent) |
 | backward | `input_ids`, `lengths`, (`token_type_ids`,) `cotangents [m, n, B, d]` |
-| trunk-forward | `lengths [B]`, `hidden` up as received, `answer` as sent; packed, in the event's codecs |
+| trunk-forward | `lengths [B]`, `hidden` as received, `answer` as sent; packed, in the event's codecs |
 | plugin | tuned weights by name, as received |
 | score | `input_ids`, `lengths`, `starts [B]` |
 | generate | `input_ids`, `lengths` |
@@ -37,19 +37,20 @@ FORMAT = 1
 
 
 class RecordedModel(BaseModel):
-    """Where the audit finds the pretrained model again, and how to know that it is the same one."""
+    """The source of a hosted pretrained model, and the fingerprint by which the audit verifies that it is the same."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     source: str
     dtype: str
     fingerprint: str
     bottom: int | None = None
+    """Number of blocks in a cut model's bottom."""
     top: int | None = None
-    """Blocks of a split model's ends."""
+    """Number of blocks in a cut model's top."""
 
 
 class Recording(BaseModel):
-    """First line of the index."""
+    """The first line of the index: it describes the recording."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     format: int = FORMAT
@@ -58,29 +59,33 @@ class Recording(BaseModel):
 
 
 class Event(BaseModel):
-    """One message, as the server saw it."""
+    """One recorded message."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     event: int
+    """Index of the event in the transcript, from 0."""
     time: float
+    """Unix time in seconds."""
     tenant: str
     kind: Literal["adapter", "forward", "backward", "trunk-forward", "trunk-backward", "plugin", "score", "generate"]
     model: str
     adapters: list[str] = []
-    """Content hashes; for kinds `adapter` and `plugin` the one hash of what was uploaded."""
+    """SHA-256 of each adapter; for the kinds `adapter` and `plugin`, of the upload alone."""
     spec: LoraSpec | None = None
     pooling: str | None = None
     seed: int | None = None
     up: Codec | None = None
     down: Codec | None = None
     forward: str | None = None
-    """Of a trunk's messages: SHA-256 of the forward call's body, which a backward call names."""
+    """In messages to a trunk: SHA-256 of the forward request's body, which a backward request names."""
     tensors: list[str] = []
+    """Names of the event's tensors."""
     shard: str = ""
+    """Name of the file that holds them."""
 
 
 class TranscriptWriter:
-    """Appends events to a folder; at most `flush_bytes` are lost if the process is killed."""
+    """Appends events to a transcript's folder. At most `flush_bytes` are lost if the process is killed."""
 
     def __init__(self, folder: Path, recording: Recording, *, flush_bytes: int = 4 * 2**20) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -88,7 +93,7 @@ class TranscriptWriter:
         self._pending: list[Event] = []
         self._tensors: dict[str, Tensor] = {}
         self._events = self._shards = self._bytes = 0
-        if (folder / INDEX).exists():  # a restarted server goes on where the last one stopped
+        if (folder / INDEX).exists():  # a restarted server appends to the transcript of the one before
             earlier = Transcript(folder)
             if earlier.recording.models != recording.models:
                 raise TranscriptError(f"{folder} records other models.", remedy="Record into an empty folder.")
@@ -101,7 +106,7 @@ class TranscriptWriter:
             os.replace(partial, folder / INDEX)
 
     def add(self, event: Event, tensors: Mapping[str, Tensor]) -> None:
-        """Takes the event; numbers, time and shard are filled in here."""
+        """Appends an event. Its index, time, tensor names and shard are filled in here."""
         with self._lock:
             numbered = event.model_copy(update={"event": self._events, "time": time.time(), "tensors": sorted(tensors)})
             self._events += 1
@@ -113,10 +118,12 @@ class TranscriptWriter:
                 self._flush()
 
     def close(self) -> None:
+        """Writes all pending events to disk."""
         with self._lock:
             self._flush()
 
     def _flush(self) -> None:
+        """Writes the pending events: first the file with their tensors, then their lines in the index."""
         if not self._pending:
             return
         shard = f"shard-{self._shards:05d}.safetensors"
@@ -131,10 +138,10 @@ class TranscriptWriter:
 
 
 class Transcript:
-    """A recorded folder, read lazily.
+    """A transcript that is read from a folder. Tensors are read on demand.
 
     Raises:
-        TranscriptError: no index, or one that isn't a transcript's.
+        TranscriptError: the folder has no index, or one that isn't a transcript's.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -152,12 +159,12 @@ class Transcript:
             raise TranscriptError(f"{index} is not a transcript: {error}.", remedy="Record it again.") from None
 
     def tensors(self, event: Event) -> dict[str, Tensor]:
-        """All tensors of one event."""
+        """Returns all tensors of one event by name."""
         with safe_open(self.folder / event.shard, framework="pt") as shard:
             return {name: shard.get_tensor(f"{event.event}/{name}") for name in event.tensors}
 
 
 def _complete_lines(index: Path) -> bytes:
-    """The index without a last line that a crash cut off."""
+    """Returns the content of the index without an incomplete last line, which a crash may leave."""
     content = index.read_bytes()
     return content[: content.rfind(b"\n") + 1]

@@ -1,4 +1,4 @@
-"""Attacks on labels: one file each. Importing this package fills the registry."""
+"""Attacks on labels, one file for each. Importing this package registers them."""
 
 from blindtune.audit.labels.adam import invert_adam
 from blindtune.audit.labels.bimodal import bimodal
@@ -18,6 +18,7 @@ from blindtune.audit.labels.registry import (
     Attack,
     Channel,
     Declaration,
+    Knowledge,
     attack,
     catalogue,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "Attack",
     "Channel",
     "Declaration",
+    "Knowledge",
     "attack",
     "audit_shares",
     "bimodal",

@@ -1,16 +1,17 @@
 """The most bimodal of the first ten principal components.
 
-Classes make a component's distribution two-humped (low kurtosis). This picks the component without any label, where a
-defence has only pushed the label below the first one.
+If the classes separate along a component, its distribution has two modes, and so a low kurtosis. The attack chooses the
+component with the lowest kurtosis, without any label. It reads labels that a defence has moved out of the first
+component only.
 """
 
 import numpy as np
 
-from blindtune.audit.labels.registry import COMPONENTS, Channel, attack
+from blindtune.audit.labels.registry import COMPONENTS, Channel, Knowledge, attack
 from blindtune.audit.statistics import Labels, Scores
 
 
-@attack("bimodal component", knows="nothing")
+@attack("bimodal component", knows=Knowledge.NOTHING)
 def bimodal(channel: Channel, labels: Labels) -> Scores:
     scores = channel.components(COMPONENTS)
     spread = scores.std(0)

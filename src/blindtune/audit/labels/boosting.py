@@ -1,8 +1,8 @@
-"""Boosted trees on received gradients (P3EFT, section 4): fitted on one half with labels, scored on the other.
+"""Boosted trees on received gradients (P3EFT, section 4): fitted on one half with labels, scored on the other half.
 
-With XGBoost where it is installed (`pip install blindtune[xgboost]`), which is what the paper used; otherwise with
-scikit-learn's histogram gradient boosting, under its own name. Where shares are noise, it fits its own half perfectly
-and guesses on the other.
+The attack uses XGBoost, as the paper does, if it is installed (`pip install blindtune[xgboost]`). Otherwise it uses
+scikit-learn's histogram gradient boosting, and is registered under that name. If shares are noise, the trees fit their
+own half perfectly and guess on the other half.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import numpy as np
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.model_selection import train_test_split
 
-from blindtune.audit.labels.registry import Channel, attack
+from blindtune.audit.channel_id import ChannelKind
+from blindtune.audit.labels.registry import Channel, Knowledge, attack
 from blindtune.audit.statistics import Labels, Scores
 
 XGBOOST = importlib.util.find_spec("xgboost") is not None
@@ -24,7 +25,7 @@ FEWEST = 100
 
 
 def classifier() -> Any:
-    """An unfitted model with scikit-learn's interface."""
+    """Returns an unfitted model with scikit-learn's interface."""
     if XGBOOST:
         import xgboost  # pyright: ignore[reportMissingImports]
 
@@ -33,9 +34,15 @@ def classifier() -> Any:
     return model.set_params(early_stopping=False)
 
 
-@attack(NAME, knows="all other labels", channels=("gradient",), when="last look", observes="one gradient channel")
+@attack(
+    NAME,
+    knows=Knowledge.ALL_OTHER_LABELS,
+    kinds=(ChannelKind.GRADIENT,),
+    when="last snapshot",
+    observes="one gradient channel",
+)
 def boosted_trees(channel: Channel, labels: Labels) -> Scores | None:
-    """Class probabilities of the half that was held out `(1, N, K)`, NaN for the half that it was fitted on."""
+    """Returns class probabilities `(1, N, K)` of the held-out half; NaN for the half that the trees were fitted on."""
     classes, coded = np.unique(labels, return_inverse=True)
     if len(labels) < FEWEST or int(np.bincount(coded).min()) < 2:
         return None

@@ -1,13 +1,13 @@
-"""The best of the first ten principal components.
+"""Each of the first ten principal components; the best one counts.
 
-Weaker than it looks as an attack, since somebody has to say which component it is, but a few known labels may do
-that. A defence that only buries the label below the first component is found out here.
+The attacker has to know which component separates the classes. A few known labels can be enough for that. The attack
+detects defences that only move the label out of the first component.
 """
 
-from blindtune.audit.labels.registry import COMPONENTS, Channel, attack
+from blindtune.audit.labels.registry import COMPONENTS, Channel, Knowledge, attack
 from blindtune.audit.statistics import Labels, Scores
 
 
-@attack("components", knows="which component")
+@attack("components", knows=Knowledge.WHICH_COMPONENT)
 def components(channel: Channel, labels: Labels) -> Scores:
     return channel.components(COMPONENTS)

@@ -1,27 +1,26 @@
-"""Probes that are given 16, 64 or 256 labels, drawn at random, and scored on all other texts: an insider's friend.
+"""Probes that know 16, 64 or 256 labels, drawn at random, and are scored on all other texts.
 
-The attacker has the vectors of all texts, so it first takes their leading principal components, and then fits a
-logistic regression on the few that it knows. More labels support more components. AUC is the mean over the draws.
+The attacker has the vectors of all texts. It computes their leading principal components, and fits a logistic
+regression on the texts whose labels it knows. With more labels it uses more components. The AUC is the mean over draws.
 """
 
-import warnings
 from functools import partial
 
 import numpy as np
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 from blindtune.audit.labels.registry import Channel, Knowledge, attack
+from blindtune.audit.solvers import unconverged_fits
 from blindtune.audit.statistics import Labels, Scores
 
 DRAWS = 8
-LEFT = 50
-"""Texts that must remain to be scored on."""
+MIN_SCORED = 50
+"""Fewest texts with unknown labels to score on."""
 
 
 def few_labels(count: int, channel: Channel, labels: Labels) -> Scores | None:
-    """Class probabilities from `count` known labels: `(DRAWS, N, K)`, NaN where the label was known."""
-    if len(labels) < count + LEFT:
+    """Returns class probabilities `(DRAWS, N, K)` from `count` known labels; NaN for texts whose label was known."""
+    if len(labels) < count + MIN_SCORED:
         return None
     classes = np.unique(labels)
     features = channel.components(count)
@@ -30,17 +29,16 @@ def few_labels(count: int, channel: Channel, labels: Labels) -> Scores | None:
     scores = np.full((DRAWS, len(labels), len(classes)), np.nan)
     for draw in scores:
         order = random.permutation(len(labels))
-        first = [order[labels[order] == label][0] for label in classes]  # a fit needs every class once
-        known = np.array([*first, *(index for index in order if index not in first)])[:count]
+        one_of_each = [order[labels[order] == label][0] for label in classes]  # the fit needs every class
+        known = np.array([*one_of_each, *(index for index in order if index not in one_of_each)])[:count]
         probe = LogisticRegression(C=10.0, max_iter=100)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
+        with unconverged_fits():
             probe.fit(features[known], labels[known])
         draw[:] = probe.predict_proba(features)
         draw[known] = np.nan
     return scores
 
 
-COUNTS: dict[int, Knowledge] = {16: "16 labels", 64: "64 labels", 256: "256 labels"}
+COUNTS: dict[int, Knowledge] = {16: Knowledge.LABELS_16, 64: Knowledge.LABELS_64, 256: Knowledge.LABELS_256}
 for _count, _knows in COUNTS.items():
-    attack(f"probe with {_count} labels", knows=_knows, when="last look")(partial(few_labels, _count))
+    attack(f"probe with {_count} labels", knows=_knows, when="last snapshot")(partial(few_labels, _count))

@@ -1,13 +1,16 @@
-"""k-means with as many clusters as classes; the score is how much nearer a cluster is than the next best."""
+"""k-means with one cluster for each class.
+
+The score of a class is the distance to the nearest other cluster minus the distance to the cluster of that class.
+"""
 
 import numpy as np
 from sklearn.cluster import KMeans
 
-from blindtune.audit.labels.registry import Channel, attack
+from blindtune.audit.labels.registry import Channel, Knowledge, attack
 from blindtune.audit.statistics import Labels, Scores
 
 
-@attack("k-means", knows="nothing")
+@attack("k-means", knows=Knowledge.NOTHING)
 def kmeans(channel: Channel, labels: Labels) -> Scores:
     clusters, features = channel.classes, channel.features
     scale = float(features.std()) or 1.0

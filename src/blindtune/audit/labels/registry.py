@@ -1,15 +1,15 @@
-"""The attacks on labels. Each says what it observes and what it needs to know, and is registered under its name.
+"""The registry of attacks on labels. Each attack declares what it observes and what it needs to know.
 
-| observes | is given | yields |
+| attack on | input | output |
 |---|---|---|
-| vectors | one channel's vectors, one for each text (`Channel`) | scores |
-| shares | all shares of one gradient that met (`(m, n, B, d)`) | further channels: vectors for the B texts |
-| updates | consecutive adapters with the texts between, and the model (`Update`, `Jacobian`) | further channels |
+| vectors | the vectors of one channel, one for each text (`Channel`) | scores |
+| shares | all received shares of one gradient, `(m, n, B, d)` | further channels: vectors for the B texts |
+| updates | consecutive adapters with the texts between them, and the model (`Update`, `Jacobian`) | further channels |
 
-`catalogue` lists all of them with what they observe, which labels they know, and what else they need.
+`catalogue` lists all attacks with what they observe, which labels they know, and what else they need.
 
-Attacks on shares and updates reconstruct what a defence meant to hide. What they yield is a channel like any other,
-which the attacks on vectors then score. Operators that collude observe the same kinds, only more of them
+Attacks on shares and updates reconstruct what a defence hides. Their output is a channel like any other, and the
+attacks on vectors score it. Operators that collude observe the same kinds of input, but more of it
 (`blindtune.audit.join_views`).
 """
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from functools import cached_property
 from typing import Literal
 
@@ -24,11 +25,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import eigh
 
+from blindtune.audit.channel_id import ChannelId, ChannelKind
 from blindtune.audit.observe import Features, Row, Update
 from blindtune.audit.recompute import Jacobian
 from blindtune.audit.statistics import Labels, Scores
 
-Knowledge = Literal["nothing", "which component", "16 labels", "64 labels", "256 labels", "all other labels"]
 Observes = Literal[
     "one channel",
     "one gradient channel",
@@ -38,19 +39,31 @@ Observes = Literal[
     "all adapters since the first step",
 ]
 Needs = Literal["the model", "the texts of each step", "Adam's β", "how shares are made"]
-"""Beside labels. All of it is public, or what every operator has."""
-When = Literal["every look", "some looks", "last look"]
+"""What an attack needs to know besides labels. All of it is public, or known to every operator."""
+When = Literal["every snapshot", "some snapshots", "last snapshot"]
+"""At which snapshots an attack runs."""
 COMPONENTS, MANY_COMPONENTS = 10, 256
-"""Found at once: what cheap attacks want, and what probes want."""
+"""Numbers of components that are computed at once: for attacks that use few of them, and for probes."""
+
+
+class Knowledge(StrEnum):
+    """Says which labels an attacker knows."""
+
+    NOTHING = "nothing"
+    WHICH_COMPONENT = "which component"
+    LABELS_16 = "16 labels"
+    LABELS_64 = "64 labels"
+    LABELS_256 = "256 labels"
+    ALL_OTHER_LABELS = "all other labels"
 
 
 @dataclass(frozen=True)
 class Channel:
-    """What an attack on vectors observes.
+    """Holds the vectors of one channel, the input of an attack on vectors.
 
     Attributes:
         features: `(N, d)`.
-        classes: how many there are; the one thing about labels that everybody is taken to know.
+        classes: number of classes. Every attacker is assumed to know it.
     """
 
     features: Features
@@ -62,8 +75,8 @@ class Channel:
         return self.features.astype(np.float64) - self.features.mean(0, dtype=np.float64)
 
     def components(self, count: int) -> Scores:
-        """Coordinates on the leading principal directions, `(N, min(count, N, d, 256))`, the largest first."""
-        size = min(self.centred.shape)  # of the smaller of XᵀX and XXᵀ, whose eigenvectors tell the same
+        """Returns coordinates on the leading principal directions, `(N, min(count, N, d, 256))`, the largest first."""
+        size = min(self.centred.shape)  # the components follow from XᵀX and from XXᵀ; the smaller matrix is cheaper
         wanted = min(COMPONENTS if count <= COMPONENTS else MANY_COMPONENTS, size)
         if wanted not in self._leading:
             wide = self.centred.shape[1] > size
@@ -75,75 +88,83 @@ class Channel:
 
 
 AttackFunction = Callable[[Channel, Labels], Scores | None]
-"""Scores `(N, S)`, or `(R, N, S)` from R random draws, with NaN for the texts whose label the attacker was given.
+"""Returns scores `(N, S)`, or `(R, N, S)` from R random draws, with NaN for the texts whose label the attacker knows.
 
-Attacks without labels may use S directions, and get an empty array for labels. Attacks with labels give a column for
-each class. None: too few texts for this attack.
+Attacks without labels may return S directions, and get an empty array for labels. Attacks with labels return a column
+for each class. An attack returns None if there are too few texts.
 """
-ShareFunction = Callable[[Features], dict[str, NDArray[np.floating]]]
-"""Shares `(m, n, B, d)` -> vectors `(B, k)` for each named channel."""
+ShareFunction = Callable[[Features], dict[ChannelId, NDArray[np.floating]]]
+"""Shares `(m, n, B, d)` -> vectors `(B, k)` of each channel."""
 UpdateFunction = Callable[[Sequence[Update], Callable[[Update], tuple[Jacobian, NDArray[np.float64]]]], "Reconstructed"]
-"""Updates, and for each the Jacobian and θ_{t+1} − θ_t `(n, P)` -> vectors and their texts."""
+"""Updates, and a function that gives the Jacobian and θ_{t+1} − θ_t `(n, P)` of one -> vectors and their texts."""
 Reconstructed = tuple[Features, list[Row]]
 
 
 @dataclass(frozen=True)
 class Attack:
-    """A way to score texts from the vectors of one channel.
+    """Scores texts from the vectors of one channel.
 
     Attributes:
-        knows: which labels.
-        channels: how the names of the channels begin that it is made for; all if empty.
-        when: attacks that cost much are made at some points in time only.
-        observes, needs: what it is given, and what else it has to know.
+        knows: which labels the attacker knows.
+        kinds: the kinds of channels that it attacks; all channels, controls included, if empty.
+        when: at which snapshots it runs. Expensive attacks run at some snapshots only.
+        observes: what it is given.
+        needs: what else it has to know.
     """
 
     name: str
     knows: Knowledge
     function: AttackFunction
-    channels: tuple[str, ...] = ()
-    when: When = "every look"
+    kinds: tuple[ChannelKind, ...] = ()
+    when: When = "every snapshot"
     observes: Observes = "one channel"
     needs: tuple[Needs, ...] = ()
 
     @property
     def unsupervised(self) -> bool:
-        return self.knows == "nothing"
+        """Returns whether the attacker knows nothing about labels."""
+        return self.knows is Knowledge.NOTHING
 
     @property
     def symmetric(self) -> bool:
-        """Whether the attacker can't tell which end of its scores is which class."""
-        return self.knows in ("nothing", "which component")
+        """Returns whether the attacker doesn't know which class has the high scores."""
+        return self.knows in (Knowledge.NOTHING, Knowledge.WHICH_COMPONENT)
 
-    def fits(self, channel: str) -> bool:
-        return not self.channels or channel.startswith(self.channels)
+    def fits(self, channel: ChannelId) -> bool:
+        """Returns whether it attacks this channel."""
+        return not self.kinds or channel.observes(*self.kinds)
 
     def run(self, channel: Channel, labels: Labels) -> Scores | None:
-        """Scores; `labels (N,)` reach the attack only if it knows some."""
+        """Returns scores. The function receives `labels (N,)` only if the attacker knows some."""
         return self.function(channel, np.empty(0, dtype=np.int64) if self.symmetric else labels)
 
 
 @dataclass(frozen=True)
 class ShareAttack:
-    """A way to read a gradient's shares: to reconstruct it, or to test labels if it knows some."""
+    """Reads the shares of a gradient: reconstructs the gradient, or tests labels if the attacker knows some."""
 
     function: ShareFunction
     observes: Observes
     needs: tuple[Needs, ...]
-    knows: Knowledge = "nothing"
+    knows: Knowledge = Knowledge.NOTHING
 
 
 @dataclass(frozen=True)
 class UpdateAttack:
-    """A way to reconstruct what moved the adapters, without any label."""
+    """Reconstructs the gradient of an update, without any label.
 
+    Attributes:
+        channel: identifies the vectors that it yields.
+    """
+
+    channel: ChannelId
     function: UpdateFunction
     observes: Observes
     needs: tuple[Needs, ...]
 
     @property
     def consecutive(self) -> bool:
-        """Whether it needs the first updates of the run, without gaps, not some of them from all over it."""
+        """Returns whether it needs the first updates of the run, without gaps. Otherwise any updates do."""
         return self.observes == "all adapters since the first step"
 
 
@@ -156,26 +177,26 @@ def attack(
     name: str,
     *,
     knows: Knowledge,
-    channels: tuple[str, ...] = (),
-    when: When = "every look",
+    kinds: tuple[ChannelKind, ...] = (),
+    when: When = "every snapshot",
     observes: Observes = "one channel",
     needs: tuple[Needs, ...] = (),
 ) -> Callable[[AttackFunction], AttackFunction]:
     """Registers an attack that observes the vectors of one channel."""
 
     def register(function: AttackFunction) -> AttackFunction:
-        ATTACKS[name] = Attack(name, knows, function, channels, when, observes, needs)
+        ATTACKS[name] = Attack(name, knows, function, kinds, when, observes, needs)
         return function
 
     return register
 
 
 def observes_shares(
-    name: str, *, observes: Observes, needs: tuple[Needs, ...], knows: Knowledge = "nothing"
+    name: str, *, observes: Observes, needs: tuple[Needs, ...], knows: Knowledge = Knowledge.NOTHING
 ) -> Callable[[ShareFunction], ShareFunction]:
     """Registers an attack that observes the shares of one backward call.
 
-    The function sees no labels. An attack that knows some has a function of its own beside it.
+    The function receives no labels. An attack that knows some has a second function for them.
     """
 
     def register(function: ShareFunction) -> ShareFunction:
@@ -186,12 +207,12 @@ def observes_shares(
 
 
 def observes_updates(
-    channel: str, *, observes: Observes, needs: tuple[Needs, ...]
+    channel: ChannelId, *, observes: Observes, needs: tuple[Needs, ...]
 ) -> Callable[[UpdateFunction], UpdateFunction]:
-    """Registers an attack that observes consecutive adapters, and knows no label; its vectors are named `channel`."""
+    """Registers an attack that observes consecutive adapters, and knows no label, under the label of its channel."""
 
     def register(function: UpdateFunction) -> UpdateFunction:
-        UPDATE_ATTACKS[channel] = UpdateAttack(function, observes, needs)
+        UPDATE_ATTACKS[str(channel)] = UpdateAttack(channel, function, observes, needs)
         return function
 
     return register
@@ -199,7 +220,7 @@ def observes_updates(
 
 @dataclass(frozen=True)
 class Declaration:
-    """An attack by name: what it observes, which labels it knows, and what else it needs to know."""
+    """Says what an attack observes, which labels it knows, and what else it needs to know."""
 
     name: str
     observes: Observes
@@ -208,7 +229,9 @@ class Declaration:
 
 
 def catalogue() -> list[Declaration]:
-    """All registered attacks: on vectors, then on shares, then on updates."""
-    found = [Declaration(name, a.observes, a.knows, a.needs) for name, a in ATTACKS.items()]
-    found += [Declaration(name, a.observes, a.knows, a.needs) for name, a in SHARE_ATTACKS.items()]
-    return found + [Declaration(name, a.observes, "nothing", a.needs) for name, a in UPDATE_ATTACKS.items()]
+    """Lists all registered attacks: on vectors, then on shares, then on updates."""
+    return [
+        *(Declaration(name, a.observes, a.knows, a.needs) for name, a in ATTACKS.items()),
+        *(Declaration(name, a.observes, a.knows, a.needs) for name, a in SHARE_ATTACKS.items()),
+        *(Declaration(name, a.observes, Knowledge.NOTHING, a.needs) for name, a in UPDATE_ATTACKS.items()),
+    ]

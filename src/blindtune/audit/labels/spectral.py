@@ -1,9 +1,9 @@
-"""Spectral attack (Sun et al. 2022): the projection on the first right singular vector of the centred features."""
+"""Spectral attack (Sun et al. 2022): projects the centred features on their first right singular vector."""
 
-from blindtune.audit.labels.registry import Channel, attack
+from blindtune.audit.labels.registry import Channel, Knowledge, attack
 from blindtune.audit.statistics import Labels, Scores
 
 
-@attack("spectral", knows="nothing")
+@attack("spectral", knows=Knowledge.NOTHING)
 def spectral(channel: Channel, labels: Labels) -> Scores:
     return channel.components(1)

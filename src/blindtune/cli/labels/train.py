@@ -1,0 +1,316 @@
+"""`blindtune labels train`: fine-tunes a hosted model on private labels."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from blindtune.cli import options
+from blindtune.cli.console import console, reporting_errors, write_json
+from blindtune.errors import BlindtuneError, BudgetSpent, CheckpointError
+
+if TYPE_CHECKING:
+    from blindtune.data import Examples
+    from blindtune.labels import Method, PrivateModel, Trainer
+
+LABELS_HELP = "Column of labels: class names, integers or booleans."
+DEFAULT_METHOD = "padded-lora"
+
+
+def train(
+    server: options.Servers,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Training data: a CSV, TSV, JSON lines or Parquet file, or a hub data set such as glue/sst2:train.",
+            rich_help_panel=options.DATA,
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for the checkpoint.")],
+    text: options.TextColumns = ["text"],  # noqa: B006 - Typer copies it
+    label: Annotated[str, typer.Option(help=LABELS_HELP, rich_help_panel=options.DATA)] = "label",
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            help="Class names in order, separated by commas. Default: the classes in the data.",
+            rich_help_panel=options.DATA,
+        ),
+    ] = None,
+    validation: options.Validation = "0.1",
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of tokens to which texts are truncated. Default: 128, or the model's limit if that is less.",
+            rich_help_panel=options.DATA,
+        ),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="Training method. Default: padded-lora, which bounds what one operator learns. See "
+            "`blindtune labels methods` for the others."
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Option of the method, as name=value, e.g. max_mu=0.1. Repeat for more."),
+    ] = None,
+    pooling: Annotated[
+        str | None,
+        typer.Option(
+            help="Pooling of hidden states: cls, mean, last or first. Default: the model's own.",
+            rich_help_panel=options.ADAPTERS,
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            help="LoRA rank. Default: 32 for padded-lora, 8 for other methods.", rich_help_panel=options.ADAPTERS
+        ),
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Option of LoRA, as name=value: alpha=64 (default: twice the rank) or target_modules=query,value "
+            "(default: all linear layers). Repeat for more.",
+            rich_help_panel=options.ADAPTERS,
+        ),
+    ] = None,
+    layers: Annotated[
+        str,
+        typer.Option(
+            help="Blocks that get adapters: all, upper (the upper half), or numbers such as 3-5,8.",
+            rich_help_panel=options.ADAPTERS,
+        ),
+    ] = "upper",
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Number of training steps. Default: three epochs.", rich_help_panel=options.TRAINING),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(help="Number of examples in a step.", rich_help_panel=options.TRAINING)
+    ] = 32,
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            help="Learning rate of the adapters. Default: the method's own.", rich_help_panel=options.TRAINING
+        ),
+    ] = None,
+    training: options.More = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint in --output.")] = False,
+    model: options.Model = None,
+    token: options.Token = None,
+    tls_ca: options.TlsCa = None,
+    wait: options.Wait = 600.0,
+    insecure: options.Insecure = False,
+    json: options.Results = None,
+) -> None:
+    """Fine-tune a hosted model on private labels.
+
+    Texts and adapters are sent to the servers; labels, the head and the optimizer stay here. With padded-lora, each
+    operator gets the adapter under a pad and one share of each gradient, so give at least two operators that don't
+    collude. Ctrl-C saves a checkpoint, and --resume continues from it. The output folder holds PEFT adapters, the head,
+    and the secrets of the run.
+
+    Further training options (--training name=value): epochs, head_learning_rate, weight_decay, betas, warmup, floor,
+    random_adam_moments, seed, save_every.
+
+    Example: blindtune labels train --server https://a.example --server https://b.example --data notes.csv --text note
+    --label diagnosis --output out/
+    """
+    with reporting_errors():
+        from blindtune.labels import TrainConfig, Trainer, make_method, method_class
+        from blindtune.training import LabelsSummary, read_summary, steps_for
+
+        connection: dict[str, Any] = {
+            "token": token,
+            "tls_ca": tls_ca,
+            "wait": wait,
+            "insecure": insecure,
+            "model": model,
+        }
+        more = options.read_training(TrainConfig, training, steps=steps, batch_size=batch_size, learning_rate=lr)
+        epochs, save_every, seed = more.pop("epochs", 3.0), more.pop("save_every", 10), more.get("seed", 0)
+        examples, held_out = _read(data, text, label, options.parse_names(classes), validation, seed)
+        more.setdefault("steps", steps_for(len(examples), batch_size, epochs))
+        name = read_summary(output, LabelsSummary).method if resume else (method or DEFAULT_METHOD)
+        kind = method_class(name)
+        more.setdefault("learning_rate", kind.default_lr)
+        config = TrainConfig(**more)
+        chosen = options.parse_settings(set_)
+        if resume:
+            private = _resume_model(server, output, connection, {"method": method, **chosen})
+        else:
+            rank = kind.default_rank if rank is None else rank
+            adapter = {"rank": rank, "layers": layers, **options.read_lora(lora, rank)}
+            algorithm = make_method(name, chosen, steps=config.steps, batch_size=batch_size)
+            settings = {"max_length": max_length, "pooling": pooling}
+            private = _new_model(server, algorithm, len(examples.classes), adapter, {**settings, **connection}, seed)
+        trainer = Trainer(private, examples, config, checkpoint=output, save_every=save_every)
+        result = _run(trainer, held_out, output, resume=resume)
+        _print_result(result)
+        write_json(json, result)
+
+
+def methods() -> None:
+    """List the methods of `blindtune labels train --method`, and the options of each."""
+    with reporting_errors():
+        from blindtune.labels.methods import METHODS
+        from blindtune.labels.methods.base import option_names
+
+        table = Table(title="Methods", title_justify="left")
+        for column in ("method", "what it does", "options (--set)"):
+            table.add_column(column)
+        for name, kind in METHODS.items():
+            summary = (kind.__doc__ or "").strip().split("\n")[0]
+            table.add_row(name, summary, ", ".join(option_names(kind)) or "–")
+        console.print(table)
+
+
+def _read(
+    data: str, text: list[str], label: str, classes: list[str] | None, validation: str, seed: int
+) -> "tuple[Examples, Examples | None]":
+    """Returns the training examples and the validation examples; None for no validation."""
+    from blindtune.data import split_examples
+
+    examples = options.read_examples(data, text, label, classes=classes)
+    fraction = options.fraction_of(validation)
+    if fraction is None:
+        return examples, options.read_examples(validation, text, label, classes=examples.classes, split="validation")
+    return split_examples(examples, fraction, seed) if fraction > 0 else (examples, None)
+
+
+def _new_model(
+    servers: list[str],
+    algorithm: "Method",
+    classes: int,
+    lora: dict[str, Any],
+    connection: dict[str, Any],
+    seed: int,
+) -> "PrivateModel":
+    from blindtune.labels import LinearHead, PrivateModel
+
+    backbone = options.connect(servers, num_adapters=0, **connection)
+    if algorithm.num_adapters:
+        backbone.adapter_config = options.make_lora_config(backbone.info, **lora)
+    return PrivateModel(backbone, LinearHead(backbone.hidden_size, classes), algorithm, seed=seed)
+
+
+def _resume_model(
+    servers: list[str], folder: Path, connection: dict[str, Any], chosen: dict[str, Any]
+) -> "PrivateModel":
+    """Loads the model of a checkpoint.
+
+    Raises:
+        CheckpointError: a method or option that is given again differs from the checkpoint's.
+    """
+    from blindtune.labels import PrivateModel, adapter_config
+    from blindtune.training import LabelsSummary, read_summary
+
+    summary = read_summary(folder, LabelsSummary)
+    trained = {"method": summary.method, **summary.options}
+    for name, value in chosen.items():
+        if value is not None and value != trained.get(name):
+            raise CheckpointError(
+                f"{folder} was trained with {name} = {trained.get(name)!r}, not {value!r}.",
+                remedy="Resume with the same options, or train from the start without --resume.",
+            )
+    settings: dict[str, Any] = {"max_length": summary.max_length, "pooling": summary.pooling}
+    settings |= {**connection, "model": connection["model"] or summary.model}
+    backbone = options.connect(servers, adapter=adapter_config(folder), num_adapters=0, **settings)
+    return PrivateModel.from_pretrained(folder, backbone)
+
+
+def _run(trainer: "Trainer", held_out: "Examples | None", output: Path, *, resume: bool) -> dict[str, Any]:
+    """Trains with a progress bar, evaluates, and returns the results. It leaves a checkpoint even if it fails."""
+    from blindtune.cli.progress import StepBar, human_bytes, inference_progress, labels_status
+    from blindtune.labels import evaluate
+    from blindtune.training import Interrupted
+
+    private = trainer.model
+    backbone, method = private.backbone, private.method
+    _print_plan(trainer)
+    if resume:
+        trainer.resume()
+        console.print(f"Resumed after step {trainer.done}.")
+    else:
+        _prepare(trainer)
+    try:
+        trainer.run([StepBar(console, method.name, labels_status)])
+    except (Interrupted, KeyboardInterrupt):
+        console.print(f"Stopped after step {trainer.done}. Checkpoint: {output}. Go on with --resume.", soft_wrap=True)
+        raise typer.Exit(130) from None
+    except BudgetSpent as spent:
+        console.print(f"[yellow]Stopped after step {trainer.done}.[/] {spent.message}", soft_wrap=True)
+    except BlindtuneError:  # e.g. an operator doesn't answer, or a loss is NaN: the last complete step is saved
+        console.print(
+            f"[red]Stopped after step {trainer.done}.[/] Checkpoint: {output}. Go on with --resume.", soft_wrap=True
+        )
+        raise
+    if lost := method.report().get("nonfinite_messages"):
+        console.print(
+            f"[red]{lost} messages held zeros, because a loss or an adapter had NaN or infinity.[/] Lower --lr. "
+            "The run wasn't stopped, since that would have revealed something about labels.",
+            soft_wrap=True,
+        )
+    result: dict[str, Any] = {"method": method.name, "steps": trainer.done, "train_examples": len(trainer.train)}
+    if held_out is not None:
+        with inference_progress(backbone, console, "validation", len(held_out)):
+            result["validation"] = evaluate(private, held_out)
+    traffic = backbone.traffic
+    result |= method.report()
+    result |= {"bytes_sent": traffic.sent, "bytes_received": traffic.received, "output": str(output)}
+    console.print(
+        f"Checkpoint: {output}  ({human_bytes(traffic.sent)} sent, {human_bytes(traffic.received)} received)",
+        soft_wrap=True,
+    )
+    return result
+
+
+def _print_plan(trainer: "Trainer") -> None:
+    """Prints what will be trained, and what each operator will see and can learn."""
+    from blindtune.labels import exposure
+
+    private, config, examples = trainer.model, trainer.config, trainer.train
+    info = private.backbone.info
+    console.print(
+        f"{len(examples)} examples, {len(examples.classes)} classes, {config.steps} steps of {config.batch_size}; "
+        f"{private.method.name} over {len(private.backbone.pool)} operator(s) that host {info.base_model_name} "
+        f"(fingerprint {info.fingerprint[:12]}…)"
+    )
+    for line in exposure(private, config.steps, random_adam_moments=config.random_adam_moments):
+        console.print(f"  {line}", soft_wrap=True)
+    earlier, combined = private.combined_guarantee(examples.texts)
+    if earlier:
+        console.print(
+            f"  {earlier} earlier run(s) on this machine used labels of these texts. For one operator that saw all of "
+            f"them and sees this one: μ = {combined.mu:.3g}, ε = {combined.epsilon:.3g} at δ = {combined.delta:g}.",
+            soft_wrap=True,
+        )
+
+
+def _prepare(trainer: "Trainer") -> None:
+    """Prepares the trainer with a progress bar, and prints the measured precision."""
+    from blindtune.cli.progress import inference_progress
+    from blindtune.labels.model import PROBE_TEXTS
+
+    private = trainer.model
+    with inference_progress(private.backbone, console, "frozen features", len(trainer.train)):
+        trainer.prepare()
+    if private.precision:
+        numbers = ", ".join(f"{name.replace('_', ' ')} {error:.1%}" for name, error in private.precision.items())
+        console.print(f"  Measured on {PROBE_TEXTS} texts, independently of labels: {numbers}.")
+
+
+def _print_result(result: dict[str, Any]) -> None:
+    """Prints the results as a table, in which each ε is shown with its δ."""
+    deltas = {"label_epsilon": 0.0}
+    deltas |= {f"{prefix}epsilon": result.get(f"{prefix}delta", 0.0) for prefix in ("", "gradient_channel_")}
+    table = Table(title="Result", title_justify="left", show_header=False)
+    flat = {**result, **{f"validation {name}": value for name, value in result.get("validation", {}).items()}}
+    for name, value in flat.items():
+        if not isinstance(value, dict) and name not in ("delta", "gradient_channel_delta"):
+            title = name.replace("_", " ") + (f" (δ = {deltas[name]:g})" if name in deltas else "")
+            table.add_row(title, f"{value:.4f}" if isinstance(value, float) else str(value))
+    console.print(table)

@@ -1,0 +1,55 @@
+"""Training with private labels: the model, its methods, the trainer, and checkpoints."""
+
+from blindtune.labels.adam_moments import randomise_adam_moments
+from blindtune.labels.channels.padded import PaddedAdapters
+from blindtune.labels.channels.private_backprop import PrivateBackprop, PrivateBackpropOptions
+from blindtune.labels.checkpoint import adapter_config
+from blindtune.labels.exposure import exposure
+from blindtune.labels.head import LinearHead
+from blindtune.labels.methods import (
+    METHODS,
+    P3EFT,
+    PSLF,
+    DistanceCorrelation,
+    HeadOnly,
+    LoRA,
+    Method,
+    PaddedLoRA,
+    RandomizedResponse,
+    make_method,
+    method,
+    method_class,
+)
+from blindtune.labels.metrics import scores
+from blindtune.labels.model import Output, PrivateModel
+from blindtune.labels.trainer import Step, TrainConfig, Trainer, evaluate, predict
+
+__all__ = [
+    "METHODS",
+    "P3EFT",
+    "PSLF",
+    "DistanceCorrelation",
+    "HeadOnly",
+    "LinearHead",
+    "LoRA",
+    "Method",
+    "Output",
+    "PaddedAdapters",
+    "PaddedLoRA",
+    "PrivateBackprop",
+    "PrivateBackpropOptions",
+    "PrivateModel",
+    "RandomizedResponse",
+    "Step",
+    "TrainConfig",
+    "Trainer",
+    "adapter_config",
+    "evaluate",
+    "exposure",
+    "make_method",
+    "method",
+    "method_class",
+    "predict",
+    "randomise_adam_moments",
+    "scores",
+]

@@ -1,0 +1,61 @@
+"""A linear head on standardised features. It is fitted on frozen features first and then fine-tuned with the adapters.
+
+This is the usual order of linear probing, then fine-tuning.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+LARGEST = 1e3
+"""Bound on the absolute value of standardised features in the fit.
+
+No model gives larger ones. The bound keeps the fit from failing because of an operator's answers.
+"""
+
+
+class LinearHead(nn.Module):
+    """Computes logits `(B, K)` from features `(B, d)`: it standardises them with fixed statistics, then applies a
+    linear layer."""
+
+    mean: Tensor
+    """Mean of the features, `(d,)`."""
+    scale: Tensor
+    """Standard deviation of the features, `(d,)`, with a lower bound."""
+
+    def __init__(self, dim: int, classes: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, classes)
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("scale", torch.ones(dim))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.linear((features - self.mean) / self.scale)
+
+    def fit(self, features: Tensor, labels: Tensor, *, l2: float = 500.0, iterations: int = 100) -> None:
+        """Sets the statistics and fits multinomial logistic regression (L-BFGS) on features `(N, d)`.
+
+        Args:
+            l2: weight of the penalty |W|² / 2 on the weights, relative to the loss of one example.
+        """
+        deviation = features.std(0)
+        self.mean = features.mean(0)
+        varying = deviation[deviation > 0]  # dividing by the deviation of a constant dimension would give infinity
+        self.scale = deviation.clamp_min(0.2 * float(varying.median()) if len(varying) else 1.0)
+        x = ((features - self.mean) / self.scale).nan_to_num().clamp(-LARGEST, LARGEST)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        parameters = list(self.linear.parameters())
+        optimizer = torch.optim.LBFGS(parameters, max_iter=iterations, line_search_fn="strong_wolfe")
+
+        def objective() -> Tensor:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(self.linear(x), labels)
+            loss = loss + l2 / (2 * len(labels)) * self.linear.weight.pow(2).sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(objective)  # pyright: ignore[reportArgumentType]
+        optimizer.zero_grad()

@@ -1,0 +1,27 @@
+"""The methods for private labels, one file each. Importing this package registers all of them in `METHODS`."""
+
+from blindtune.labels.methods.base import METHODS, AdapterMethod, Method, make_method, method, method_class, options_of
+from blindtune.labels.methods.distance_correlation import DistanceCorrelation
+from blindtune.labels.methods.head_only import HeadOnly
+from blindtune.labels.methods.lora import LoRA
+from blindtune.labels.methods.p3eft import P3EFT
+from blindtune.labels.methods.padded_lora import PaddedLoRA
+from blindtune.labels.methods.pslf import PSLF
+from blindtune.labels.methods.randomized_response import RandomizedResponse
+
+__all__ = [
+    "METHODS",
+    "P3EFT",
+    "PSLF",
+    "AdapterMethod",
+    "DistanceCorrelation",
+    "HeadOnly",
+    "LoRA",
+    "Method",
+    "PaddedLoRA",
+    "RandomizedResponse",
+    "make_method",
+    "method",
+    "method_class",
+    "options_of",
+]

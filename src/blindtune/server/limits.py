@@ -1,0 +1,116 @@
+"""The limits of a request, each checked here before the server sets memory aside for it.
+
+The functions take the limits of the model that the request is for (`ModelInfo.limits`), or those of the server.
+`blindtune.wire.decode` checks the limits of a message's own format: header bytes and tensors.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from blindtune.errors import AdapterMismatch, BodyTooLarge, EmptyBatch, InvalidTensor, SequenceTooLong
+from blindtune.wire import Limits
+
+MAX_TUNED_TENSORS = 4096
+"""Tensors in one upload of tuned parts. It holds one or two for each layer, so more than other messages have."""
+
+
+def for_tuned_parts(limits: Limits) -> Limits:
+    """The limits of an upload of tuned parts."""
+    return limits.model_copy(update={"max_tensors": MAX_TUNED_TENSORS})
+
+
+def check_body(size: int, limits: Limits) -> None:
+    """Raises `BodyTooLarge` for a request body of `size` bytes or more."""
+    if size > limits.max_body_bytes:
+        raise BodyTooLarge(
+            f"The body has {size} bytes or more; the limit is {limits.max_body_bytes}.", remedy="Send a smaller batch."
+        )
+
+
+def check_rank(rank: int, limits: Limits) -> None:
+    """Raises `AdapterMismatch` for an adapter of too high a rank."""
+    if rank > limits.max_rank:
+        raise AdapterMismatch(f"Rank {rank} is over the limit of {limits.max_rank}.", remedy="Lower the rank.")
+
+
+def check_batch(batch: int, length: int, adapters: int, limits: Limits) -> None:
+    """Checks a padded batch `(batch, length)` that runs under a number of adapters.
+
+    Raises:
+        EmptyBatch: the batch has no example or no token.
+        AdapterMismatch: the request names too many adapters.
+        SequenceTooLong: an example has too many tokens, or all examples under all adapters have.
+    """
+    if batch == 0 or length == 0:
+        raise EmptyBatch(f"The batch has shape {(batch, length)}.", remedy="Send at least one example.")
+    if adapters > limits.max_adapters:
+        raise AdapterMismatch(
+            f"The request names {adapters} adapters; the limit is {limits.max_adapters}.",
+            remedy="Spread them over several requests.",
+        )
+    if length > limits.max_length:
+        raise SequenceTooLong(
+            f"The batch is {length} tokens long; the limit is {limits.max_length}.",
+            remedy=f"Truncate to {limits.max_length} tokens (--max-length).",
+        )
+    total = batch * length * max(1, adapters)
+    if total > limits.max_tokens:
+        raise SequenceTooLong(
+            f"{batch} examples of {length} tokens under {adapters} adapters make {total} tokens; "
+            f"the limit is {limits.max_tokens}.",
+            remedy="Send a smaller batch.",
+        )
+
+
+def check_lengths(lengths: Tensor, limits: Limits) -> None:
+    """Checks a packed batch, whose examples have `lengths (B,)` tokens; the server pads it to the longest one.
+
+    Raises:
+        EmptyBatch: there is no example, or one without tokens.
+        SequenceTooLong: an example has too many tokens, or the padded batch has.
+    """
+    if len(lengths) == 0 or int(lengths.min()) < 1:
+        raise EmptyBatch(
+            f"The batch has {len(lengths)} examples, or one without tokens.",
+            remedy="Send at least one example with at least one token each.",
+        )
+    longest = int(lengths.max())
+    if longest > limits.max_length:
+        raise SequenceTooLong(
+            f"An example is {longest} tokens long; the limit is {limits.max_length}.",
+            remedy=f"Truncate to {limits.max_length} tokens (--max-length).",
+        )
+    total = longest * len(lengths)
+    if total > limits.max_tokens:
+        raise SequenceTooLong(
+            f"{len(lengths)} examples of {longest} tokens are {total}; the limit is {limits.max_tokens}.",
+            remedy="Send a smaller batch.",
+        )
+
+
+def check_cotangents(count: int, limits: Limits) -> None:
+    """Raises `InvalidTensor` for a backward call without cotangents or with too many."""
+    if not 1 <= count <= limits.max_cotangents:
+        raise InvalidTensor(
+            f"The call has {count} cotangents; 1 to {limits.max_cotangents} are accepted.",
+            remedy="Spread them over several calls.",
+        )
+
+
+def check_gradients(size: int, limits: Limits) -> None:
+    """Raises `BodyTooLarge` before the server computes gradients of `size` bytes."""
+    if size > limits.max_answer_bytes:
+        raise BodyTooLarge(
+            f"The gradients would have {size} bytes; the limit is {limits.max_answer_bytes}.",
+            remedy="Send fewer cotangents or adapters in one request, or lower the rank.",
+        )
+
+
+def check_continuation(length: int, new: int, limits: Limits) -> None:
+    """Raises `SequenceTooLong` if a text of `length` tokens and `new` generated ones are too long together."""
+    if length + new > limits.max_length:
+        raise SequenceTooLong(
+            f"{length} tokens and {new} new ones; the limit is {limits.max_length}.",
+            remedy="Ask for fewer, or shorten the text.",
+        )
