@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from blindtune.cli.processes import local_servers
-from blindtune.cli.reviews import film_reviews
+from blindtune.data.film_reviews import film_reviews
 from blindtune.models import LoraAdapter, Tokens, find_source
 
 RESULTS = Path(__file__).parent / "results"

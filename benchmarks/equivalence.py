@@ -8,10 +8,10 @@ from torch.nn import functional as F
 
 from benchmarks.common import BATCH, LocalPeft, relative_error, sentences, servers, write
 from blindtune.client import Backbone
-from blindtune.methods import SharedGradients
+from blindtune.data import BatchPlan
+from blindtune.labels import PrivateBackprop, PrivateBackpropOptions
 from blindtune.models import LoraAdapter
 from blindtune.privacy.randomness import SecureGenerator
-from blindtune.training import BatchPlan
 
 TARGETS = ["query", "key", "value", "dense"]
 STEPS, TRAIN_BATCH = 50, 16
@@ -36,7 +36,7 @@ def gradient_errors(urls: list[str], texts: list[str]) -> dict[str, float]:
     for ratio in (None, 100.0, 1000.0, 10_000.0):
         backbone = Backbone(urls, adapter=config(), num_adapters=2, max_length=48)
         if ratio is not None:
-            backbone.channel = SharedGradients(2, 1.0, ratio, SecureGenerator())
+            backbone.channel = PrivateBackprop(PrivateBackpropOptions(2, 1.0, ratio), SecureGenerator())
         randomise(backbone.lora_adapters())
         hidden = backbone(texts)
         cotangent = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2))
@@ -75,7 +75,8 @@ def training_curves(urls: list[str], texts: list[str], labels: list[int]) -> dic
         torch.manual_seed(0)
         backbone = Backbone(urls, adapter=config(), max_length=48)
         if name != "plain":
-            backbone.channel = SharedGradients(2, 10.0, float(name.rsplit(" ", 1)[1]), SecureGenerator())
+            options = PrivateBackpropOptions(2, 10.0, float(name.rsplit(" ", 1)[1]))
+            backbone.channel = PrivateBackprop(options, SecureGenerator())
         rows = backbone.rows(texts)
         plan = BatchPlan([len(row) for row in rows], TRAIN_BATCH, 0)
         adapter, head = backbone.lora_adapters()[0], torch.nn.Linear(backbone.hidden_size, 2)

@@ -21,9 +21,10 @@ import torch
 
 from benchmarks.common import MODEL, sentences, write
 from blindtune.cli.options import make_lora_config
-from blindtune.client import Backbone, Operator, Patience
-from blindtune.methods import P3EFT, LinearHead, LoRA, PrivateModel
-from blindtune.training import Examples, TrainConfig, Trainer
+from blindtune.client import Backbone, Operator, Timeout
+from blindtune.data import Examples
+from blindtune.labels import LinearHead, LoRA, Method, PaddedLoRA, PrivateModel
+from blindtune.labels.trainer import TrainConfig, Trainer
 
 STEPS, KILLED_AT = 12, 5
 
@@ -50,11 +51,11 @@ def serve(port: int) -> subprocess.Popen[str]:
     return process
 
 
-def train(urls: list[str], method: LoRA, in_step: Callable[[int], None]) -> tuple[torch.Tensor, int]:
+def train(urls: list[str], method: Method, in_step: Callable[[int], None]) -> tuple[torch.Tensor, int]:
     """Final weights of adapters and head, and how often the client had to wait."""
     waits: list[str] = []
     backbone = Backbone(
-        urls, max_length=48, num_adapters=0, patience=Patience(total=300), on_wait=lambda url, _: waits.append(url)
+        urls, max_length=48, num_adapters=0, timeout=Timeout(total=300), on_wait=lambda url, _: waits.append(url)
     )
     backbone.adapter_config = make_lora_config(backbone.info, rank=8, alpha=16, targets=None, layers="upper")
     texts, labels = sentences(STEPS * 16)
@@ -101,7 +102,7 @@ def main() -> None:
         reviving.append(threading.Thread(target=revive))
         reviving[-1].start()
 
-    def undisturbed(method: LoRA) -> torch.Tensor:
+    def undisturbed(method: Method) -> torch.Tensor:
         return train(urls, method, lambda step: None)[0]
 
     armed: dict[int, bool] = {}
@@ -110,9 +111,9 @@ def main() -> None:
         lora, _ = train(urls, LoRA(), kill)
         reviving[-1].join()
         same = torch.equal(lora, undisturbed(LoRA()))
-        padded, again = (undisturbed(P3EFT(steps=STEPS)) for _ in range(2))
+        padded, again = (undisturbed(PaddedLoRA(steps=STEPS)) for _ in range(2))
         armed[KILLED_AT] = True
-        method = P3EFT(steps=STEPS)
+        method = PaddedLoRA(steps=STEPS)
         disturbed, waits = train(urls, method, kill)
         reviving[-1].join()
     finally:
@@ -126,9 +127,9 @@ def main() -> None:
             "seconds without the operator": down[-1],
             "client's repeated attempts": waits,
             "LoRA bit-identical": same,
-            "P3EFT, two undisturbed runs: relative difference of final weights": _apart(padded, again),
-            "P3EFT, disturbed and not: relative difference of final weights": _apart(padded, disturbed),
-            "P3EFT, shares counted": method.ledger.messages("share"),
+            "padded LoRA, two undisturbed runs: relative difference of final weights": _apart(padded, again),
+            "padded LoRA, disturbed and not: relative difference of final weights": _apart(padded, disturbed),
+            "padded LoRA, shares counted": method.ledger.messages("share"),
         },
     )
 

@@ -1,4 +1,4 @@
-"""Time of steps: remote against local, P3EFT against LoRA, retained graphs against recomputation."""
+"""Time of steps: remote against local, padded LoRA against LoRA, retained graphs against recomputation."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from benchmarks.common import BATCH, LocalPeft, interleaved, ratio, sentences, s
 from benchmarks.equivalence import config
 from blindtune.cli.options import make_lora_config
 from blindtune.client import Backbone, PlainChannel
-from blindtune.methods import P3EFT, LinearHead, PrivateModel, PublishedP3EFT
+from blindtune.data import Examples
+from blindtune.labels import P3EFT, LinearHead, PaddedLoRA, PrivateModel
+from blindtune.labels.trainer import TrainConfig, Trainer
 from blindtune.privacy.adversary import Adversary
-from blindtune.training import Examples, TrainConfig, Trainer
 
 REPEATS = 15
-RANK = P3EFT.default_rank
+RANK = PaddedLoRA.default_rank
 
 
 def lora_step(urls: list[str], texts: list[str]) -> dict[str, float]:
@@ -45,11 +46,11 @@ def lora_step(urls: list[str], texts: list[str]) -> dict[str, float]:
     return ratio(seconds, "remote", "local")
 
 
-def p3eft_step(urls: list[str], texts: list[str], layers: str) -> dict[str, float]:
-    """What one operator does in a P3EFT step, against two LoRA steps there.
+def padded_step(urls: list[str], texts: list[str], layers: str) -> dict[str, float]:
+    """What one operator does in a padded LoRA step, against two LoRA steps there.
 
-    P3EFT (two padded adapters, one for each operator): a pass with the padded adapter, a pass at θ = 0 with its graph,
-    one share of the gradient. All calls go to one server, one after the other, as the operator would get them.
+    Padded LoRA (two padded adapters, one for each operator): a pass with the padded adapter, a pass at θ = 0 with its
+    graph, one share of the gradient. All calls go to one server, one after the other, as the operator would get them.
     """
     backbone = Backbone(urls[:1], max_length=48, num_adapters=0)
     backbone.adapter_config = make_lora_config(backbone.info, rank=RANK, alpha=2 * RANK, targets=None, layers=layers)
@@ -62,7 +63,7 @@ def p3eft_step(urls: list[str], texts: list[str], layers: str) -> dict[str, floa
     everyone = PlainChannel()
     cotangent = torch.randn(1, len(rows), backbone.hidden_size)
 
-    def operator_of_p3eft() -> None:
+    def one_operator() -> None:
         batch = backbone.batch(rows, (0,), None)
         noise = torch.randn_like(batch.weights)  # a new adapter at each step
         everyone.hidden(batch.with_weights(0.01 * noise), backbone.pool, retain=False)
@@ -76,14 +77,14 @@ def p3eft_step(urls: list[str], texts: list[str], layers: str) -> dict[str, floa
             optimizer.step()
             optimizer.zero_grad()
 
-    seconds = interleaved({"P3EFT": operator_of_p3eft, "2 x LoRA": twice}, REPEATS)
+    seconds = interleaved({"padded LoRA": one_operator, "2 x LoRA": twice}, REPEATS)
     backbone.close()
     plain.close()
-    return ratio(seconds, "P3EFT", "2 x LoRA")
+    return ratio(seconds, "padded LoRA", "2 x LoRA")
 
 
-def published_step(urls: list[str], texts: list[str], layers: str) -> dict[str, float]:
-    """The published algorithm's two adapters in one batched pass at one operator, against two LoRA steps there."""
+def p3eft_step(urls: list[str], texts: list[str], layers: str) -> dict[str, float]:
+    """The two adapters of P3EFT in one batched pass at one operator, against two LoRA steps there."""
     backbones = {n: Backbone(urls[:1], max_length=48, num_adapters=0) for n in (1, 2)}
     for n, backbone in backbones.items():
         backbone.adapter_config = make_lora_config(backbone.info, rank=8, alpha=16, targets=None, layers=layers)
@@ -132,9 +133,9 @@ def retained_graph(urls: list[str], texts: list[str]) -> dict[str, float]:
 
 
 def regularizer_share(urls: list[str], texts: list[str], labels: list[int]) -> dict[str, float]:
-    """The published regularizer (an adversary on 4 channels with a buffer of 20 batches) as a part of a step."""
+    """The regularizer of P3EFT (an adversary on 4 channels with a buffer of 20 batches) as a part of a step."""
     torch.set_num_threads(1)
-    step_seconds = trained_seconds(urls, texts, labels, PublishedP3EFT(activation_weight=0.1, shift_weight=0.1), 8)
+    step_seconds = trained_seconds(urls, texts, labels, P3EFT(activation_weight=0.1, shift_weight=0.1), 8)
     adversary = Adversary(4, 384, 2)
     random = torch.Generator().manual_seed(0)
     target = torch.randint(2, (BATCH,), generator=random)
@@ -167,12 +168,12 @@ def main() -> None:
     batch = texts[:BATCH]
     measured: dict[str, Callable[[list[str]], dict[str, float]]] = {
         "remote LoRA step / stock PEFT step": lambda urls: lora_step(urls, batch),
-        "P3EFT step at one operator / 2 LoRA steps, all layers": lambda urls: p3eft_step(urls, batch, "all"),
-        "P3EFT step at one operator / 2 LoRA steps, upper half": lambda urls: p3eft_step(urls, batch, "upper"),
-        "published P3EFT step (n = 2) / 2 LoRA steps, all layers": lambda urls: published_step(urls, batch, "all"),
-        "published P3EFT step (n = 2) / 2 LoRA steps, upper half": lambda urls: published_step(urls, batch, "upper"),
+        "padded LoRA step at one operator / 2 LoRA steps, all layers": lambda urls: padded_step(urls, batch, "all"),
+        "padded LoRA step at one operator / 2 LoRA steps, upper half": lambda urls: padded_step(urls, batch, "upper"),
+        "P3EFT step (n = 2) / 2 LoRA steps, all layers": lambda urls: p3eft_step(urls, batch, "all"),
+        "P3EFT step (n = 2) / 2 LoRA steps, upper half": lambda urls: p3eft_step(urls, batch, "upper"),
         "backward, retained / recomputed": lambda urls: retained_graph(urls, batch),
-        "regularizer's share of a published P3EFT step": lambda urls: regularizer_share(urls, texts, labels),
+        "regularizer's share of a P3EFT step": lambda urls: regularizer_share(urls, texts, labels),
     }
     result: dict[str, dict[str, float]] = {}
     with servers() as urls:

@@ -10,8 +10,9 @@ from typing import Any
 from benchmarks.common import BATCH, sentences, servers, write
 from blindtune.cli.options import make_lora_config
 from blindtune.client import Backbone
-from blindtune.methods import P3EFT, LinearHead, LoRA, PrivateModel, PublishedP3EFT
-from blindtune.training import Examples, TrainConfig, Trainer
+from blindtune.data import Examples
+from blindtune.labels import P3EFT, LinearHead, LoRA, PaddedLoRA, PrivateModel
+from blindtune.labels.trainer import TrainConfig, Trainer
 
 
 class Relay:
@@ -38,7 +39,7 @@ class Relay:
         sink.close()
 
 
-METHODS: dict[str, Callable[[], Any]] = {"LoRA": LoRA, "published P3EFT": PublishedP3EFT, "P3EFT": P3EFT}
+METHODS: dict[str, Callable[[], Any]] = {"LoRA": LoRA, "P3EFT": P3EFT, "padded LoRA": PaddedLoRA}
 
 
 def measure(urls: list[str], texts: list[str], labels: list[int], name: str) -> dict[str, float]:
@@ -61,14 +62,14 @@ def measure(urls: list[str], texts: list[str], labels: list[int], name: str) -> 
     weights = sum(adapter.layout.size for adapter in adapters) * 4
     hidden = len(rows) * backbone.hidden_size * 4
     tokens = sum(tensor.nbytes for tensor in backbone.tokenizer.pad(rows).tensors().values())
-    if name == "P3EFT":
+    if name == "padded LoRA":
         # each operator: a padded adapter, tokens for it and for θ = 0, one share of the gradient (one as a seed),
         # gradients; hidden states under both padded adapters and, from one operator, without adapter
         raw = 2 * (weights + 3 * tokens + weights) + hidden + 3 * hidden
     else:
         # each operator that takes part gets adapters and tokens, twice, and returns gradients; one of them gets a
         # cotangent (noise travels as a seed), and one returns hidden states
-        operators = len(urls) if name == "published P3EFT" else 1
+        operators = len(urls) if name == "P3EFT" else 1
         raw = operators * (weights + 2 * tokens + weights) + 2 * len(adapters) * hidden
     backbone.close()
     return {"socket": sent, "raw tensors": raw, "ratio": sent / raw, "rank": rank}

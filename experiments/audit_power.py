@@ -19,6 +19,7 @@ import numpy as np
 from scipy.stats import beta, norm
 
 from blindtune.audit.attackers import Attacked
+from blindtune.audit.channel_id import ChannelId, ChannelKind
 from blindtune.audit.labels import ATTACKS, Channel
 from blindtune.audit.statistics import chance_of_maximum
 
@@ -42,7 +43,9 @@ def one_run(seed: int, leak: float | None) -> tuple[float, float]:
             separation = np.sqrt(2) * norm.ppf(leak)  # of two normal distributions with this AUC
             features[0, :, 0] = 3 * (random.normal(0, 1, TEXTS) + separation * labels)
         for index, channel in enumerate(features.astype(np.float32)):
-            attacked.attack(f"activation {index}", look, Channel(channel), rows, labels, attacks)
+            attacked.attack(
+                ChannelId(ChannelKind.ACTIVATION, adapter=index), look, Channel(channel), rows, labels, attacks
+            )
     headline = max(finding.auc for finding in attacked.findings)
     chance = chance_of_maximum(attacked.cached, attacked.labels, permutations=PERMUTATIONS, seed=seed)
     return headline, chance.p

@@ -45,13 +45,13 @@ def main() -> None:
     seeds = [int(argument) for argument in sys.argv[1:]] or list(SEEDS)
     runs = [run(seed) for seed in seeds]
     summary: dict[str, Any] = {"seeds": seeds, "frozen_accuracy": spread([r["frozen_accuracy"] for r in runs])}
-    for method in ("lora", "p3eft"):
+    for method in ("lora", "padded-lora"):
         found = [numbers(r["methods"][method]) for r in runs]
         summary[method] = {key: spread([n[key] for n in found]) for key in found[0]}
     summary["frozen_few_label_auc"] = spread([r["frozen_few_label_auc"][SOME_LABELS] for r in runs])
     summary["frozen_attack_auc"] = spread([r["frozen_attack_auc"] for r in runs])
     summary["accuracy_lost"] = spread(
-        [r["methods"]["lora"]["accuracy"] - r["methods"]["p3eft"]["accuracy"] for r in runs]
+        [r["methods"]["lora"]["accuracy"] - r["methods"]["padded-lora"]["accuracy"] for r in runs]
     )
     (RESULTS / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(json.dumps(summary, indent=2))

@@ -1,4 +1,4 @@
-"""Fills the README's and the results page's tables from committed JSON, so that no number is typed by hand.
+"""Fills the tables of docs/benchmarks.md from committed JSON, so that no number is typed by hand.
 
 python -m experiments.figures
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "benchmarks.md"
 
 
 def read(path: str) -> Any:
@@ -35,7 +36,7 @@ def demo_table() -> str:
         f"| frozen model | {span(summary['frozen_accuracy'], 3)} | – | {span(summary['frozen_attack_auc'])} | – "
         f"| {span(summary['frozen_few_label_auc'])} | – | – |",
     ]
-    for method, name in (("lora", "plain LoRA"), ("p3eft", "P3EFT")):
+    for method, name in (("lora", "plain LoRA"), ("padded-lora", "padded LoRA")):
         n = summary[method]
         mu, epsilon = (span(n[name]) if name in n else "none" for name in ("mu", "epsilon"))
         lines.append(
@@ -51,18 +52,6 @@ def demo_table() -> str:
         "`python -m experiments.demo_seeds` makes these numbers."
     )
     return "\n".join(lines)
-
-
-def humps_sentence() -> str:
-    """About the attack that finds a direction in anything."""
-    summary = read("experiments/results/demo/summary.json")
-    ours, published = summary["p3eft"]["activations_and_shifts_auc"], summary["p3eft"]["published_attacks_auc"]
-    return (
-        f"The most two-humped of ten components is the one attack on P3EFT above {published['max']:.2f}: "
-        f"{span(ours)}. It picks a direction of *some* function of the texts at each look; on adapters in random "
-        f"order, which know nothing, it reached {span(summary['frozen_attack_auc'])} in the same runs. The bound above "
-        f"says that what is left is luck and text."
-    )
 
 
 def benchmark_table() -> str:
@@ -91,45 +80,21 @@ def benchmark_table() -> str:
             )
         elif isinstance(numbers, dict) and "share" in numbers:
             rows.append((f"time: {case}", f"{100 * numbers['share']:.1f}%"))
-    for case in ("LoRA step", "P3EFT step", "published P3EFT step"):
+    for case in ("LoRA step", "padded LoRA step", "P3EFT step"):
         rows.append((f"bytes on the wire / raw tensors, {case}", f"{wire[case]['ratio']:.3f}"))
     killed = "kill -9 of one operator in the middle of a step, restarted: final weights"
     twice, disturbed = (
-        crash[f"P3EFT, {runs}: relative difference of final weights"]
+        crash[f"padded LoRA, {runs}: relative difference of final weights"]
         for runs in ("two undisturbed runs", "disturbed and not")
     )
     rows.append((f"{killed}, LoRA", "bit-identical" if crash["LoRA bit-identical"] else "differ"))
-    rows.append((f"{killed}, P3EFT: relative difference", f"{disturbed:.1e} (two undisturbed runs: {twice:.1e})"))
+    rows.append((f"{killed}, padded LoRA: relative difference", f"{disturbed:.1e} (two undisturbed runs: {twice:.1e})"))
     machine = steps["machine"]
     table = [*header("measured", "result"), *(f"| {name} | {value} |" for name, value in rows)]
     note = (
         f"{machine['cores']} cores, {machine['machine']}, torch {machine['torch']}. `make bench` makes these numbers."
     )
     return "\n".join([*table, "", note])
-
-
-def cost_sentence() -> str:
-    """What the README says of costs and of equality."""
-    same, steps = read("benchmarks/results/equivalence.json"), read("benchmarks/results/steps.json")
-    wire, crash = read("benchmarks/results/wire_bytes.json"), read("benchmarks/results/resilience.json")
-    gradients = same["gradients, servers in float32"]
-    lora = steps["remote LoRA step / stock PEFT step"]["median"]
-    p3eft = steps["P3EFT step at one operator / 2 LoRA steps, upper half"]["median"]
-    retained = steps["backward, retained / recomputed"]["median"]
-    unchanged = "changes no bit" if crash["LoRA bit-identical"] else "changes the last bits"
-    counted = "no step twice" if crash["P3EFT, shares counted"] == crash["steps"] else "steps twice"
-    return (
-        f"Measured ratios (`make bench`): a remote LoRA step takes {lora:.2f} times as long as one with stock PEFT in "
-        f"one process; an operator's part in a P3EFT step {p3eft:.2f} times two LoRA steps; backward from a retained "
-        f"graph {retained:.2f} times recomputation; bytes on the wire {wire['P3EFT step']['ratio']:.3f} times the raw "
-        f"tensors. Gradients equal stock PEFT's to {gradients['without shares']:.0e}, in shares at "
-        f"σ/C = 1,000 (about the default noise of 200 steps) to "
-        f"{gradients['shares at sigma/C = 1000']:.0e}; weights after 50 steps to "
-        f"{same['training']['plain']['final_weights_relative_error']:.0e}. An operator that is killed "
-        f"in the middle of a "
-        f"step and started again {unchanged} of LoRA's result, and P3EFT sends {counted}. "
-        "All of it in [docs/results.md](docs/results.md)."
-    )
 
 
 def fill(path: Path, marker: str, content: str) -> None:
@@ -141,12 +106,9 @@ def fill(path: Path, marker: str, content: str) -> None:
 
 
 def main() -> None:
-    fill(ROOT / "README.md", "results", demo_table())
-    fill(ROOT / "README.md", "humps", humps_sentence())
-    fill(ROOT / "docs" / "results.md", "demo", demo_table())
+    fill(PAGE, "demo", demo_table())
     if (ROOT / "benchmarks" / "results").is_dir():
-        fill(ROOT / "docs" / "results.md", "benchmarks", benchmark_table())
-        fill(ROOT / "README.md", "costs", cost_sentence())
+        fill(PAGE, "benchmarks", benchmark_table())
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 python -m experiments.labels.alarms [--runs 1000]
 
-Padded P3EFT is trained on SST-2 over two operators. Attacks without labels score what both recorded; their scores
+Padded LoRA is trained on SST-2 over two operators. Attacks without labels score what both recorded; their scores
 don't depend on labels, so each of the runs draws labels and takes the permutation test of the maximum over all of them.
 *Null*: the true labels, shuffled. *Planted*: labels that one attack's score on one channel at one look, drawn for each
 run, tells with an AUC of 0.65. An alarm is a p-value of at most 0.05: a permutation test is exact, so that 5% of the
@@ -26,14 +26,13 @@ from numpy.typing import NDArray
 from scipy.stats import norm, rankdata
 
 from blindtune.audit import Plan, Recomputation, attack_view, read_view
+from blindtune.audit.labels.run import label_rows
 from blindtune.audit.statistics import CachedScores, best_auc, chance_of_maximum
-from blindtune.cli.audit import label_rows
-from blindtune.methods import P3EFT
-from blindtune.training import TrainConfig, Trainer
+from blindtune.labels import PaddedLoRA
+from blindtune.labels.trainer import TrainConfig, Trainer
 from blindtune.wire import Transcript
 from experiments.audit_power import LEAK, LEVEL, PERMUTATIONS, share
 from experiments.labels.run import LOOKS, RESULTS, make_model, operator_folders, run_steps, set_stage
-from experiments.local import close_pool
 
 TEXTS = 1000
 
@@ -43,17 +42,17 @@ def scores() -> tuple[list[CachedScores], dict[object, int]]:
     stage = set_stage("sst2")
     work = Path(tempfile.mkdtemp(prefix="blindtune-"))
     try:
-        method = P3EFT(steps=stage.task.steps)
+        method = PaddedLoRA(steps=stage.task.steps)
         folders = operator_folders(work, method.m)
-        model = make_model(stage, method, folders, P3EFT.default_rank, 1)
+        model = make_model(stage, method, folders, PaddedLoRA.default_rank, 1)
         trainer = Trainer(
-            model, stage.train, TrainConfig(steps=stage.task.steps, learning_rate=P3EFT.default_lr, seed=1)
+            model, stage.train, TrainConfig(steps=stage.task.steps, learning_rate=PaddedLoRA.default_lr, seed=1)
         )
         trainer.prepare()
-        run_steps(trainer, "p3eft")
-        close_pool(model.backbone.pool)
+        run_steps(trainer, "padded-lora")
+        model.backbone.pool.close()
         views = [read_view(Transcript(folder), name) for folder, name in zip(folders, "AB", strict=True)]
-        known = label_rows(stage.train, views, stage.backbone)
+        known = label_rows(stage.train.texts, stage.train.labels, views, stage.backbone)
         some = dict(sorted(known.items(), key=lambda item: hash(item[0]))[:TEXTS])
         recompute = Recomputation(stage.backbone)
         attacked = [attack_view(view, Plan(some, LOOKS, 1, control=False), recompute) for view in views]

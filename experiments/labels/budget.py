@@ -1,4 +1,4 @@
-"""Accuracy of padded P3EFT against its budget μ and the size of its pads: table and figure of docs/label-privacy.md.
+"""Accuracy of padded LoRA against its budget μ and the size of its pads: table and figure of docs/labels/results.md.
 
 python -m experiments.labels.run sst2 --selection --no-audit --arms $(python -m experiments.labels.budget --arms)
 python -m experiments.labels.budget
@@ -27,7 +27,7 @@ LORA = "lora+epochs=0.5"
 
 
 def arm(budget: float, spread: float) -> str:
-    return f"p3eft+epochs=0.5+max_mu={budget}+pad_spread={spread}"
+    return f"padded-lora+epochs=0.5+max_mu={budget}+pad_spread={spread}"
 
 
 def runs(name: str) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Draws the experiments' figures and fills their tables in docs/label-privacy.md, from the JSON of finished runs.
+"""Draws the experiments' figures and fills their tables in docs/labels/results.md, from the JSON of finished runs.
 
 python -m experiments.labels.figures
 """
@@ -17,6 +17,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
+from blindtune.labels import METHODS
 from experiments.figures import ROOT, fill, header
 from experiments.labels.run import RESULTS
 
@@ -25,26 +26,19 @@ matplotlib.rcParams.update({"svg.hashsalt": "blindtune", "svg.fonttype": "none",
 from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-PAGE = ROOT / "docs" / "label-privacy.md"
+PAGE = ROOT / "docs" / "labels" / "results.md"
 PICTURES = ROOT / "docs" / "images"
 PUBLISHED_ATTACKS = ("spectral", "norm", "k-means")
-NAMES = {
-    "head_only": "frozen",
-    "lora": "LoRA",
-    "dc": "distance correlation",
-    "pslf": "PSLF",
-    "randomized_response": "randomised response",
-    "p3eft_published": "P3EFT, published",
-    "p3eft": "P3EFT, padded",
-}
-COLOURS = {
-    "head_only": "#718096",
+ORDER = ("head-only", "lora", "distance-correlation", "pslf", "randomized-response", "p3eft", "padded-lora")
+NAMES = {name: METHODS[name].title for name in (*ORDER, *(set(METHODS) - set(ORDER)))}
+COLOURS = dict.fromkeys(NAMES, "#1a202c") | {
+    "head-only": "#718096",
     "lora": "#c53030",
-    "dc": "#2b6cb0",
+    "distance-correlation": "#2b6cb0",
     "pslf": "#2f855a",
-    "randomized_response": "#319795",
-    "p3eft_published": "#b7791f",
-    "p3eft": "#6b46c1",
+    "randomized-response": "#319795",
+    "p3eft": "#b7791f",
+    "padded-lora": "#6b46c1",
 }
 IN_WORDS = {"first=0": "all layers", "m=2": "gradients in shares"}
 TASKS = {
@@ -170,13 +164,13 @@ def table(arms: dict[str, Arm], order: Sequence[Arm]) -> str:
             f"| frozen features, logistic regression | – | {span(frozen_accuracy(arms)[:1])} "
             f"| – | – | – | {span(ten, 2)} | {span(probes, 2)} | – |"
         )
-    controls = [value for arm in order if arm.method == "p3eft" for value in arm.values(chance)]
+    controls = [value for arm in order if arm.method == "padded-lora" for value in arm.values(chance)]
     if controls:
         lines.append(
             f"| padded adapters in random order | {len(controls)} | – | – | {span(controls, 2)} | – | – | – | – |"
         )
     for arm in order:
-        if arm.method == "head_only":  # frozen features again
+        if arm.method == "head-only":  # frozen features again
             continue
         lines.append(
             f"| {arm.label} | {len(arm.runs)} | {span(arm.values(accuracy))} | {span(arm.values(published_leak), 2)} "
@@ -213,9 +207,9 @@ def bars(tasks: dict[str, dict[str, Arm]]) -> Figure:
             axis.set_ylim(*((max(0.0, lowest - 0.1), 1.03) if row == 0 else (0.5, 1.03)))
             floor = [value for arm in order for value in arm.values(few_frozen)] if read is few else []
             if read is any_leak:
-                floor = [value for arm in order if arm.method == "p3eft" for value in arm.values(chance)]
+                floor = [value for arm in order if arm.method == "padded-lora" for value in arm.values(chance)]
             if floor:
-                axis.axhline(float(np.mean(floor)), color=COLOURS["head_only"], linestyle=":")
+                axis.axhline(float(np.mean(floor)), color=COLOURS["head-only"], linestyle=":")
             axis.spines[["top", "right"]].set_visible(False)
             axis.set_title(f"{TASKS[task]}\n{title}" if row == 0 else title, fontsize=9)
     figure.tight_layout()
@@ -254,7 +248,7 @@ def _only(name: str) -> str:
     return settings[0].split("=")[0] if len(settings) == 1 else ""
 
 
-SWEEPS = {"dc": "activation_weight", "pslf": "epsilon", "p3eft_published": "activation_weight"}
+SWEEPS = {"distance-correlation": "activation_weight", "pslf": "epsilon", "p3eft": "activation_weight"}
 
 
 def tradeoff(arms: dict[str, Arm]) -> Figure:
@@ -266,7 +260,7 @@ def tradeoff(arms: dict[str, Arm]) -> Figure:
         ("64 labels known: gain over frozen features", few_gain),
     )
     for axis, (title, read) in zip(axes, panels, strict=True):
-        for method in ("lora", "dc", "pslf", "p3eft_published", "p3eft"):
+        for method in ("lora", "distance-correlation", "pslf", "p3eft", "padded-lora"):
             points = [
                 (float(np.mean(arm.values(read))), float(np.mean(arm.values(accuracy))), len(arm.runs))
                 for arm in (swept(arms, method, SWEEPS[method]) if method in SWEEPS else
@@ -275,11 +269,11 @@ def tradeoff(arms: dict[str, Arm]) -> Figure:
             points.sort()
             if points:
                 x, y, _ = zip(*points, strict=True)
-                style = "o-" if len(points) > 1 else ("*" if method == "p3eft" else "s")
+                style = "o-" if len(points) > 1 else ("*" if method == "padded-lora" else "s")
                 axis.plot(x, y, style, color=COLOURS[method], label=NAMES[method], markersize=11 if style == "*" else 5)
         frozen = frozen_accuracy(arms)
         if frozen:
-            axis.axhline(frozen[0], color=COLOURS["head_only"], linestyle=":", label="frozen")
+            axis.axhline(frozen[0], color=COLOURS["head-only"], linestyle=":", label="frozen")
         axis.set(xlabel="AUC" + (", difference" if read is few_gain else ""), title=title)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("test accuracy")
@@ -303,10 +297,10 @@ def envelope(points: Sequence[tuple[float, float]], levels: Any, fallback: float
 
 
 PADDED = {
-    "upper half": ("p3eft+epochs=2+lr=0.001+warmup=60", "lora"),
-    "all layers": ("p3eft+epochs=2+lr=0.001+warmup=60+first=0", "lora+first=0+lr=0.003"),
+    "upper half": ("padded-lora+epochs=2+lr=0.001+warmup=60", "lora"),
+    "all layers": ("padded-lora+epochs=2+lr=0.001+warmup=60+first=0", "lora+first=0+lr=0.003"),
 }
-"""Padded P3EFT on SST-2, and the LoRA that it is held against."""
+"""Padded LoRA on SST-2, and the LoRA that it is held against."""
 
 
 def targets(arms: dict[str, Arm]) -> str:
@@ -340,8 +334,8 @@ def _gained(knows: str, run: dict[str, Any], _: dict[str, Any]) -> float:
 
 
 def area(arms: dict[str, Arm], other: str, measure: str) -> dict[str, Any]:
-    """P3EFT's curve minus another method's: the mean over levels with a 95% interval over resampled seeds."""
-    ours = [arm for arm in arms.values() if arm.method == "p3eft" and arm in main_arms(arms)]
+    """Padded LoRA's curve minus another method's: the mean over levels with a 95% interval over resampled seeds."""
+    ours = [arm for arm in arms.values() if arm.method == "padded-lora" and arm in main_arms(arms)]
     theirs = swept(arms, other, SWEEPS[other])
     read, levels = MEASURES[measure]
     fallback = float(np.mean(frozen_accuracy(arms)))
@@ -369,7 +363,7 @@ def area(arms: dict[str, Arm], other: str, measure: str) -> dict[str, Any]:
 def areas(arms: dict[str, Arm]) -> str:
     gained = "accuracy gained, mean over the levels"
     lines = header("against", "leak", gained, "better at", "worse at", "worst level")
-    for other in ("dc", "pslf", "p3eft_published"):
+    for other in ("distance-correlation", "pslf", "p3eft"):
         if not swept(arms, other, SWEEPS[other]):
             continue
         for name in MEASURES:
@@ -440,7 +434,7 @@ INVERTED = {
     "moments": "random moments, 0.1",
     "turns": "four operators that take turns",
     "noise": "noise of 0.01 on adapters",
-    "dc": "distance correlation, gradients in shares",
+    "distance-correlation": "distance correlation, gradients in shares",
 }
 
 
@@ -462,8 +456,8 @@ def main() -> None:
     fill(PAGE, "targets", targets(sst2))
     for method, key in SWEEPS.items():
         fill(PAGE, f"sweep-{method}", table({}, swept(sst2, method, key)))
-    ablated = [arm for name, arm in sorted(sst2.items()) if arm.method == "p3eft_published" and "+" in name]
-    ablated = [arm for arm in ablated if arm not in swept(sst2, "p3eft_published", "activation_weight")]
+    ablated = [arm for name, arm in sorted(sst2.items()) if arm.method == "p3eft" and "+" in name]
+    ablated = [arm for arm in ablated if arm not in swept(sst2, "p3eft", "activation_weight")]
     fill(PAGE, "ablation", table({}, ablated))
     path = RESULTS / "gradients.json"
     if path.exists():

@@ -27,15 +27,14 @@ from torch.nn import functional as F
 
 from blindtune.audit.labels import ATTACKS, Channel
 from blindtune.audit.statistics import auc, best_auc
-from blindtune.methods import LinearHead, LoRA, PrivateModel
+from blindtune.labels import LinearHead, LoRA, PrivateBackpropOptions, PrivateModel
+from blindtune.labels.trainer import TrainConfig, Trainer
 from blindtune.models import LoraLayout
 from blindtune.models.tokenizer import TokenRow
 from blindtune.privacy.randomness import SecureGenerator
 from blindtune.privacy.shares import clip_per_example, split_gradient
-from blindtune.training import TrainConfig, Trainer
 from blindtune.wire import Transcript
 from experiments.labels.run import RESULTS, Stage, make_model, operator_folders, set_stage
-from experiments.local import close_pool
 
 CLIP, RATIO = 10.0, 1000.0
 DRAWN, MEASURED = 400, 600
@@ -65,7 +64,8 @@ def train(stage: Stage, seed: int, work: Path, *, private: bool) -> Run:
     """Plain LoRA; `private`: gradients in two shares over two operators."""
     m = 2 if private else 1
     folders = operator_folders(work / ("private" if private else "normal"), m)
-    model = make_model(stage, LoRA(m=m, clip_norm=CLIP, noise_ratio=RATIO), folders, LoRA.default_rank, seed)
+    method = LoRA(PrivateBackpropOptions(m=m, clip_norm=CLIP, noise_ratio=RATIO))
+    model = make_model(stage, method, folders, LoRA.default_rank, seed)
     backbone = model.backbone
     trainer = Trainer(model, stage.train, TrainConfig(steps=stage.task.steps, seed=seed))
     trainer.prepare()
@@ -78,7 +78,7 @@ def train(stage: Stage, seed: int, work: Path, *, private: bool) -> Run:
             copied = LinearHead(backbone.hidden_size, len(stage.train.classes))
             copied.load_state_dict(model.head.state_dict())
             moments.append(Moment(step.step, backbone.lora_adapters()[0].vector().detach()[None].clone(), copied))
-    close_pool(backbone.pool)
+    backbone.pool.close()
     return Run(losses, moments, folders, model)
 
 

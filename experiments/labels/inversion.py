@@ -1,6 +1,6 @@
 """What consecutive adapters tell over a whole run, and what the two alternatives of P3EFT's section 3.2 change.
 
-python -m experiments.labels.inversion [--arms shares,moments,turns,noise,dc] [--seeds 1,2]
+python -m experiments.labels.inversion [--arms shares,moments,turns,noise,distance-correlation] [--seeds 1,2]
 
 LoRA (and distance correlation) with gradients in two shares, so that nobody sees a gradient; one operator inverts the
 optimizer's steps, at the beginning of the run and in each third of it. Writes
@@ -22,23 +22,22 @@ import torch
 from blindtune.audit import Recomputation, read_view
 from blindtune.audit.channels import inverted
 from blindtune.audit.labels import UPDATE_ATTACKS
+from blindtune.audit.labels.run import label_rows
 from blindtune.audit.observe import Update, View
 from blindtune.audit.statistics import best_auc
-from blindtune.cli.audit import label_rows
-from blindtune.methods import make_method
-from blindtune.training import TrainConfig, Trainer
+from blindtune.labels import make_method
+from blindtune.labels.trainer import TrainConfig, Trainer
 from blindtune.wire import Transcript
 from experiments.labels.run import RESULTS, Stage, evaluate, make_model, run_steps, set_stage
-from experiments.local import close_pool
 
 UPDATES = 8
 """To invert at each moment; their texts are attacked together."""
 ARMS: dict[str, dict[str, Any]] = {
     "shares": {},
-    "moments": {"random_moments": 0.1},
+    "moments": {"random_adam_moments": 0.1},
     "turns": {"operators": 4},
     "noise": {"adapter_noise": 0.01},
-    "dc": {"method": "dc"},
+    "distance-correlation": {"method": "distance-correlation"},
 }
 
 
@@ -55,13 +54,13 @@ def run(stage: Stage, arm: str, seed: int) -> dict[str, Any]:
             steps=stage.task.steps,
             seed=seed,
             learning_rate=method.default_lr,
-            random_moments=settings.get("random_moments", 0.0),
+            random_adam_moments=settings.get("random_adam_moments", 0.0),
         )
         trainer = Trainer(model, stage.train, config)
         trainer.prepare()
         run_steps(trainer, f"{arm} seed {seed}")
         result: dict[str, Any] = {**settings, "test": evaluate(model, stage.test)}
-        close_pool(model.backbone.pool)
+        model.backbone.pool.close()
         view = read_view(Transcript(folders[0]), "A")
         return {**result, "auc": invert(view, stage)}
     finally:
@@ -70,7 +69,8 @@ def run(stage: Stage, arm: str, seed: int) -> dict[str, Any]:
 
 def invert(view: View, stage: Stage) -> dict[str, float]:
     """AUC by moment and attack; no entry where the operator saw no update to invert."""
-    labels, recompute = label_rows(stage.train, [view], stage.backbone), Recomputation(stage.backbone)
+    labels = label_rows(stage.train.texts, stage.train.labels, [view], stage.backbone)
+    recompute = Recomputation(stage.backbone)
     updates = view.updates()
     moments: dict[str, tuple[str, list[Update]]] = {
         "first steps, Adam": ("update inverted, Adam", updates[:UPDATES]),

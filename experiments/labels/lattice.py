@@ -1,4 +1,4 @@
-"""The attack on the low-order bits of noise, before and after it lies on a lattice: table of docs/guarantee.md.
+"""The attack on the low-order bits of noise, before and after it lies on a lattice: table of docs/labels/guarantee.md.
 
 python -m experiments.labels.lattice
 
@@ -28,7 +28,7 @@ from experiments.figures import fill, header
 from experiments.labels.run import RESULTS
 from tests.audit.constructions import Array, generator, new_split, old_split, old_token_noise
 
-PAGE = Path(__file__).parents[2] / "docs" / "guarantee.md"
+PAGE = Path(__file__).parents[2] / "docs" / "labels" / "guarantee.md"
 FILE = RESULTS / "lattice.json"
 SIGMA, DIM, TRIALS = 1000.0, 384, 12
 Split = Callable[[Array, float, tuple[object, ...]], tuple[Array, float]]

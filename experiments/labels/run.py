@@ -1,6 +1,6 @@
 """Trains methods on tasks and attacks what two operators recorded. One JSON file for each run; finished runs are kept.
 
-python -m experiments.labels.run TASK [--arms lora,p3eft,dc+activation_weight=0.1] [--seeds 1,2,3] [--selection]
+python -m experiments.labels.run TASK [--arms lora,pslf+epsilon=2] [--seeds 1,2,3] [--selection]
 
 An arm is a method's name, then what differs from its defaults: `rank`, `lr`, `warmup`, `epochs`, `first` (the lowest
 block with adapters), or one of its options.
@@ -21,8 +21,11 @@ from typing import Any
 import torch
 
 from blindtune.audit import (
+    FROZEN_MODEL,
     Attacked,
+    ChannelKind,
     Finding,
+    Knowledge,
     Plan,
     Recomputation,
     Verdict,
@@ -30,22 +33,24 @@ from blindtune.audit import (
     join_views,
     read_view,
 )
-from blindtune.audit.attackers import FROZEN
-from blindtune.cli.audit import label_rows
+from blindtune.audit.labels.run import label_rows
 from blindtune.cli.options import make_lora_config
 from blindtune.client import Backbone
-from blindtune.methods import METHODS, LinearHead, LoRA, PrivateModel, make_method
+from blindtune.data import Examples
+from blindtune.labels import METHODS, LinearHead, Method, PrivateModel, make_method
+from blindtune.labels.methods import options_of
+from blindtune.labels.metrics import scores
+from blindtune.labels.trainer import TrainConfig, Trainer, predict
+from blindtune.local import local_operators
 from blindtune.models import FrozenBackbone, load_backbone
-from blindtune.training import Examples, TrainConfig, Trainer, predict, scores
 from blindtune.wire import Transcript
 from experiments.labels.tasks import TASKS, Task
-from experiments.local import LowerLayers, close_pool, local_pool
+from experiments.lower_layers import LowerLayers
 
 RESULTS = Path(__file__).parents[1] / "results" / "labels"
 LOOKS = 4
-COMPUTED = ("activation", "shift", "sent activation")
-KNOWLEDGE = ("nothing", "which component", "16 labels", "64 labels", "256 labels", "all other labels")
-MAIN = "lora,p3eft,p3eft_published,dc,pslf,head_only"
+COMPUTED = (ChannelKind.ACTIVATION, ChannelKind.SHIFT, ChannelKind.SENT_ACTIVATION)
+MAIN = "lora,padded-lora,p3eft,distance-correlation,pslf,head-only"
 
 
 @dataclass(frozen=True)
@@ -103,9 +108,9 @@ def set_stage(name: str, first: int | None = None) -> Stage:
     backbone = load_backbone(task.model)
     lower = LowerLayers(backbone, task.first)
     with tempfile.TemporaryDirectory() as folder:
-        pool = local_pool(backbone, [Path(folder)])
+        pool = local_operators(backbone, record=[Path(folder)])
         tokenizer = pool.operators[0].tokenizer()
-        close_pool(pool)
+        pool.close()
     start = time.perf_counter()
     for part in (train, validation, test):
         lower.compute(tokenizer.rows(part.texts, max_length=task.max_length), tokenizer)
@@ -121,9 +126,10 @@ def operator_folders(work: Path, m: int) -> list[Path]:
     return [work / name for name in ("a", "b")[: 2 if m > 1 else 1]]
 
 
-def make_model(stage: Stage, method: LoRA, folders: list[Path], rank: int, seed: int) -> PrivateModel:
+def make_model(stage: Stage, method: Method, folders: list[Path], rank: int, seed: int) -> PrivateModel:
     """An untrained model over operators in this process, with adapters on the task's upper blocks."""
-    backbone = Backbone(local_pool(stage.backbone, folders), num_adapters=0, max_length=stage.task.max_length)
+    pool = local_operators(stage.backbone, record=folders)
+    backbone = Backbone(pool, num_adapters=0, max_length=stage.task.max_length)
     layers = f"{stage.task.first}-{backbone.info.layers - 1}"
     backbone.adapter_config = make_lora_config(backbone.info, rank=rank, alpha=2 * rank, targets=None, layers=layers)
     return PrivateModel(backbone, LinearHead(backbone.hidden_size, len(stage.train.classes)), method, seed=seed)
@@ -133,12 +139,11 @@ def run(stage: Stage, arm: Arm, seed: int, *, selection: bool = False, attacked:
     """One run: trained, evaluated on validation (and, unless for selection, on test), attacked."""
     task, kind = stage.task, METHODS[arm.method]
     rank, lr, steps = arm.rank or kind.default_rank, arm.lr or kind.default_lr, round(arm.epochs * task.steps)
-    options = dict(arm.options)
-    if "steps" in kind.__dataclass_fields__:
-        options.setdefault("steps", steps)
-    method = make_method(arm.method, options)
+    method = make_method(arm.method, arm.options, steps=steps)
+    options = options_of(method)
+    recorded = {name: value for name, value in options.items() if name in arm.options or name == "steps"}
     work = Path(tempfile.mkdtemp(prefix="blindtune-"))
-    folders = operator_folders(work, method.m)
+    folders = operator_folders(work, options.get("m", 1))
     try:
         model = make_model(stage, method, folders, rank, seed)
         config = TrainConfig(steps=steps, seed=seed, learning_rate=lr, warmup=arm.warmup)
@@ -149,16 +154,16 @@ def run(stage: Stage, arm: Arm, seed: int, *, selection: bool = False, attacked:
         losses = run_steps(trainer, f"{arm.name} seed {seed}") if model.method.num_adapters else []
         seconds = time.perf_counter() - start
         result: dict[str, Any] = {
-            "task": stage.name, "arm": arm.name, "method": arm.method, "options": options, "seed": seed, "rank": rank,
+            "task": stage.name, "arm": arm.name, "method": arm.method, "options": recorded, "seed": seed, "rank": rank,
             "learning_rate": lr, "warmup": arm.warmup, "steps": steps, "train_examples": len(stage.train),
             "validation": evaluate(model, stage.validation),
         }  # fmt: skip
         if not selection:
             result |= {"test": evaluate(model, stage.test), "frozen_test": frozen}
         result |= {"report": model.method.report(), "losses": losses, "train_seconds": round(seconds, 1)}
-        close_pool(model.backbone.pool)
+        model.backbone.pool.close()
         if model.method.num_adapters and attacked:
-            result["audit"] = audit(stage, folders, control=arm.method == "p3eft")
+            result["audit"] = audit(stage, folders, control=arm.method == "padded-lora")
         result["seconds"] = round(time.perf_counter() - start, 1)
         return result
     finally:
@@ -194,7 +199,7 @@ def audit(stage: Stage, folders: list[Path], *, control: bool) -> dict[str, Any]
     """
     views = [read_view(Transcript(folder), name) for folder, name in zip(folders, ("A", "B"), strict=False)]
     views = [view for view in views if view.checkpoints]
-    known = label_rows(stage.train, views, stage.backbone)
+    known = label_rows(stage.train.texts, stage.train.labels, views, stage.backbone)
     plan = Plan(known, LOOKS, 1, stage.task.attacked, control=control)
     recompute = Recomputation(stage.backbone)
     attacked = [attack_view(view, plan, recompute) for view in views]
@@ -203,7 +208,7 @@ def audit(stage: Stage, folders: list[Path], *, control: bool) -> dict[str, Any]
     together = Plan(plan.labels, 1, 1, stage.task.attacked, control=False)
     joined = attack_view(join_views(views), together, recompute) if len(views) > 1 else None
     if joined is not None:
-        summary["colluding"] = best_by_attack([joined], "")
+        summary["colluding"] = best_by_attack([joined])
     return summary
 
 
@@ -212,41 +217,48 @@ def summarise(verdict: Verdict) -> dict[str, Any]:
     few = verdict.few_labels
     return {
         "unsupervised": best_by_attack(verdict.attacked, *COMPUTED),
-        "gradients": best_by_attack(verdict.attacked, "gradient"),
-        "headline": asdict(verdict.headline),
-        "frozen": asdict(verdict.frozen),
+        "gradients": best_by_attack(verdict.attacked, ChannelKind.GRADIENT),
+        "headline": verdict.headline.to_json(),
+        "frozen": verdict.frozen.to_json(),
         "chance": asdict(verdict.chance),
         "component": verdict.component.auc,
         "frozen_component": verdict.frozen_component.auc,
-        "probe": asdict(verdict.probe),
-        "computed": {knows: best_of(verdict.findings, knows, *COMPUTED) for knows in KNOWLEDGE},
-        "frozen_computed": {knows: best_of(verdict.findings, knows, FROZEN) for knows in KNOWLEDGE},
-        "frozen_probe": asdict(verdict.frozen_probe),
-        "few_labels": {k: {"strongest": asdict(best), "frozen": frozen.auc if frozen else None}
+        "probe": verdict.probe.to_json(),
+        "computed": {knows: best_of(verdict.findings, knows, *COMPUTED) for knows in Knowledge},
+        "frozen_computed": {knows: best_of_controls(verdict.findings, knows) for knows in Knowledge},
+        "frozen_probe": verdict.frozen_probe.to_json(),
+        "few_labels": {k: {"strongest": best.to_json(), "frozen": frozen.auc if frozen else None}
                        for k, (best, frozen) in few.items()},
         "curves": curves(verdict.findings),
     }  # fmt: skip
 
 
-def best_by_attack(attacked: list[Attacked], *kinds: str) -> dict[str, float]:
+def best_by_attack(attacked: list[Attacked], *kinds: ChannelKind) -> dict[str, float]:
+    """The best AUC of each attack without labels on channels of some kinds, or on all."""
     found: dict[str, float] = {}
     for f in (f for result in attacked for f in result.findings):
-        if f.knows == "nothing" and f.channel.startswith(kinds or ("",)) and f.channel != "frozen model":
+        chosen = f.channel.observes(*kinds) if kinds else f.channel != FROZEN_MODEL
+        if f.knows is Knowledge.NOTHING and chosen:
             found[f.attack] = max(round(f.auc, 4), found.get(f.attack, 0.0))
     return found
 
 
-def best_of(findings: list[Finding], knows: str, *kinds: str) -> float:
+def best_of(findings: list[Finding], knows: Knowledge, *kinds: ChannelKind) -> float:
     """The best attack with this knowledge on channels of some kinds."""
-    return max((f.auc for f in findings if f.knows == knows and f.channel.startswith(kinds)), default=0.5)
+    return max((f.auc for f in findings if f.knows is knows and f.channel.observes(*kinds)), default=0.5)
+
+
+def best_of_controls(findings: list[Finding], knows: Knowledge) -> float:
+    """The best attack with this knowledge on controls."""
+    return max((f.auc for f in findings if f.knows is knows and f.channel.is_control), default=0.5)
 
 
 def curves(findings: list[Finding]) -> dict[str, dict[int, float]]:
     """For each channel the best attack without labels at each look."""
     found: dict[str, dict[int, float]] = {}
     for f in findings:
-        if f.knows == "nothing":
-            at = found.setdefault(f.channel, {})
+        if f.knows is Knowledge.NOTHING:
+            at = found.setdefault(str(f.channel), {})
             at[f.step] = max(round(f.auc, 4), at.get(f.step, 0.0))
     return found
 

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from blindtune.training import Columns, Examples, load_examples, split_examples
+from blindtune.data import Columns, Examples, load_examples, split_examples
 
 DATA = Path(os.environ.get("BLINDTUNE_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
