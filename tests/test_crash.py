@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from blindtune.data import Examples
-from blindtune.privacy.ledger import JOURNAL, read_journal
+from blindtune.privacy.journal import JOURNAL
+from blindtune.privacy.ledger import read_journal
 from blindtune.wire import Transcript
 from tests.conftest import StartServer
 

@@ -23,7 +23,7 @@ from blindtune.labels import (
     make_method,
 )
 from blindtune.lattice import Lattice, expand_noise
-from blindtune.privacy.ledger import JOURNAL, read_lines
+from blindtune.privacy.journal import JOURNAL, read_lines
 from blindtune.privacy.randomness import SecureGenerator
 from blindtune.wire import AdapterUpload, NoiseShare, Transcript, decode
 from tests.tiny import HIDDEN

@@ -15,7 +15,8 @@ import pytest
 from blindtune.errors import BudgetSpent, CheckpointError
 from blindtune.privacy.accountant import allowance
 from blindtune.privacy.history import LabelHistory, total_mu
-from blindtune.privacy.ledger import JOURNAL, Ledger, Message, read_journal
+from blindtune.privacy.journal import JOURNAL
+from blindtune.privacy.ledger import Ledger, Message, read_journal
 
 A, B = "https://a.example", "https://b.example"
 

@@ -118,17 +118,17 @@ class View:
     spec: LoraSpec | None
     calls: list[Message]
     weights: dict[str, StoredWeights]
-    types: dict[Row, Row] = field(default_factory=dict[Row, Row])
+    types: dict[Row, Row] = field(init=False, default_factory=dict[Row, Row])
     """Text -> its token types, in the order in which the server received the texts first."""
-    first_seen: dict[Row, int] = field(default_factory=dict[Row, int])
+    first_seen: dict[Row, int] = field(init=False, default_factory=dict[Row, int])
     """Text -> the first step at which the server had it."""
-    checkpoints: list[Checkpoint] = field(default_factory=list[Checkpoint])
-    moving: list[Checkpoint] = field(default_factory=list[Checkpoint])
+    checkpoints: list[Checkpoint] = field(init=False, default_factory=list[Checkpoint])
+    moving: list[Checkpoint] = field(init=False, default_factory=list[Checkpoint])
     """The checkpoints that aren't fixed; all checkpoints if every one is fixed."""
-    received: dict[Adapters, dict[str, float]] = field(default_factory=dict[Adapters, dict[str, float]])
+    received: dict[Adapters, dict[str, float]] = field(init=False, default_factory=dict[Adapters, dict[str, float]])
     """Adapters -> operator -> the time when it received them first. A view that isn't joined has one operator."""
-    sightings: list[Sighting] = field(default_factory=list[Sighting])
-    gradients: list[ShareGroup] = field(default_factory=list[ShareGroup])
+    sightings: list[Sighting] = field(init=False, default_factory=list[Sighting])
+    gradients: list[ShareGroup] = field(init=False, default_factory=list[ShareGroup])
 
     def __post_init__(self) -> None:
         self.gradients, fixed = share_groups(self.calls)

@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +50,7 @@ def local_servers(
                     command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
                 )
             started.append((process, log))
-        yield [_await(process, log) for process, log in started]
+        yield [_await(process, process.stdout or (), log) for process, log in started]
     finally:
         signal.signal(signal.SIGTERM, before)
         for process, _ in started:
@@ -65,9 +65,9 @@ def _leave(number: int, frame: FrameType | None) -> None:
     sys.exit(128 + number)
 
 
-def _await(process: subprocess.Popen[str], log: Path) -> ServerProcess:
-    assert process.stdout is not None  # noqa: S101 - it was asked for
-    for line in process.stdout:
+def _await(process: subprocess.Popen[str], output: Iterable[str], log: Path) -> ServerProcess:
+    """Reads the lines that a server prints until it listens."""
+    for line in output:
         if line.startswith("Serving") and " on " in line:
             return ServerProcess(line.split(" on ")[1].split()[0], process, log)
     raise OperatorUnreachable("A server exited before it listened.", remedy=f"Read its log, {log}.")

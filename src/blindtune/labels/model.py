@@ -32,7 +32,8 @@ from blindtune.models.tokenizer import Text, TokenRow
 from blindtune.privacy.accountant import Guarantee, gaussian_guarantee
 from blindtune.privacy.batches import BatchMonitor
 from blindtune.privacy.history import EarlierRun, LabelHistory, total_mu
-from blindtune.privacy.ledger import JOURNAL, new_id, read_journal_of
+from blindtune.privacy.journal import JOURNAL, read_journal_of
+from blindtune.privacy.ledger import new_id
 from blindtune.privacy.randomness import SecureGenerator
 from blindtune.training.summary import LabelsSummary, read_summary, write_summary
 

@@ -20,13 +20,11 @@ which all copies of the run on this machine share. So threads, processes and che
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import secrets
 from collections import Counter
 from collections.abc import Generator, Iterable, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import RLock
@@ -34,20 +32,22 @@ from typing import Any
 
 from filelock import FileLock
 
-from blindtune.errors import BudgetSpent, CheckpointError
-from blindtune.files import PRIVATE, sync_folder
+from blindtune.errors import BudgetSpent
+from blindtune.files import PRIVATE
 from blindtune.privacy.accountant import DELTA, Guarantee, gaussian_guarantee, mu_of
+from blindtune.privacy.journal import (
+    FORMAT,
+    JOURNAL,
+    append_lines,
+    journal_state,
+    read_journal_of,
+    read_lines,
+    read_run,
+    unused_name,
+    writing,
+)
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
-JOURNAL = "ledger.jsonl"
-FORMAT = 5
 TOLERANCE = 1e-9
-TAIL = 256
-"""Number of bytes at the end of a journal that are compared to detect a change. They include the last line's id."""
 
 
 def new_id() -> str:
@@ -120,12 +120,12 @@ class Ledger:
                 yield
                 return
             lock = FileLock(path.with_suffix(".lock"), mode=PRIVATE, thread_local=False)
-            with _writing(path):
+            with writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 lock.acquire()
             self._file_lock_held = True
             try:
-                with _writing(path):
+                with writing(path):
                     self._refresh(path)
                 yield
             finally:
@@ -222,13 +222,13 @@ class Ledger:
         """
         path = Path(folder).resolve() / JOURNAL
         with self.exclusive():
-            with _writing(path):
+            with writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 other = read_run(path)
                 if path in self.journals and other == self.run:
                     return
                 if path.exists() and other != self.run:
-                    path.rename(_unused_name(path, other or "empty"))
+                    path.rename(unused_name(path, other or "empty"))
             if path not in self.journals:
                 self.journals.append(path)
             self._synchronize(path)
@@ -271,7 +271,7 @@ class Ledger:
 
     def _refresh(self, path: Path) -> None:
         """Counts the messages that other copies of the run on this machine have recorded since the last call."""
-        if _state(path) != self._journal_state:
+        if journal_state(path) != self._journal_state:
             self._synchronize()
 
     def _synchronize(self, first: Path | None = None) -> None:
@@ -279,11 +279,11 @@ class Ledger:
         machine = self._machine_journal
         paths = [path for path in (first, machine, *self.journals) if path is not None]
         for path in [*paths, *paths]:  # the second pass gives each journal the lines of those after it
-            with _writing(path):
+            with writing(path):
                 if self._is_writable(path):
                     self._merge(path)
         if machine is not None:
-            self._journal_state = _state(machine)
+            self._journal_state = journal_state(machine)
 
     def _is_writable(self, path: Path) -> bool:
         """Returns whether this run may write to a journal, which need not exist yet.
@@ -329,14 +329,14 @@ class Ledger:
         """Appends lines to all journals, then counts them."""
         machine = self._machine_journal
         for path in [*([] if machine is None else [machine]), *self.journals]:
-            with _writing(path):
+            with writing(path):
                 if not self._is_writable(path):
                     continue
                 if read_run(path) is None:  # the journal is new, or was deleted
                     self._merge(path)
                 append_lines(path, lines)
         if machine is not None:
-            self._journal_state = _state(machine)
+            self._journal_state = journal_state(machine)
         self.load(lines)
 
     def _apply(self, line: dict[str, Any]) -> None:
@@ -372,122 +372,13 @@ class Ledger:
         self._operators = operators
 
 
-def append_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Appends lines to a journal, which only its owner can read. When this returns, all lines are on the disk.
-
-    If it raises `OSError` because the disk is full, no line was appended. An incomplete last line, which a crash may
-    leave, is removed first.
-    """
-    if not lines:
-        return
-    new = not path.exists()
-    content = "".join(json.dumps(line) + "\n" for line in lines).encode()
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, PRIVATE)
-    try:
-        _lock(descriptor)  # copies of a run with different machine journals may share a folder, and no other lock
-        end = _remove_incomplete_line(descriptor)
-        if os.write(descriptor, content) != len(content):
-            os.ftruncate(descriptor, end)
-            raise OSError("the disk is full")
-        os.fsync(descriptor)
-    finally:
-        _unlock(descriptor)
-        os.close(descriptor)
-    if new:
-        sync_folder(path.parent)
-
-
-def _lock(descriptor: int) -> None:
-    """Locks a file against appends of other processes. Does nothing where the system or file system has no locks."""
-    if fcntl is not None:
-        with suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-
-
-def _unlock(descriptor: int) -> None:
-    """Releases the lock explicitly: closing the file isn't enough if a process that was forked keeps it open."""
-    if fcntl is not None:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
-
-
-def _remove_incomplete_line(descriptor: int) -> int:
-    """Truncates a file after its last complete line. Returns its size in bytes."""
-    size = os.fstat(descriptor).st_size
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    with os.fdopen(os.dup(descriptor), "rb") as file:
-        file.seek(max(0, size - 1))
-        if file.read(1) in (b"\n", b""):
-            return size
-        file.seek(0)
-        size = file.read().rfind(b"\n") + 1
-    os.ftruncate(descriptor, size)
-    return size
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a journal, without an incomplete last line, which a crash may leave.
-
-    Raises:
-        CheckpointError: the journal is damaged, or was written by another version.
-    """
-    content = path.read_bytes()
-    return parse_lines(path, content[: content.rfind(b"\n") + 1])
-
-
-def parse_lines(path: Path, content: bytes) -> list[dict[str, Any]]:
-    """Parses the first lines of a journal.
-
-    Args:
-        path: the journal, for error messages.
-        content: its content, or a part that begins with the first line.
-    Raises:
-        CheckpointError: the journal is damaged, or was written by another version.
-    """
-    try:
-        lines: list[dict[str, Any]] = [json.loads(line) for line in content.splitlines()]
-        version = lines[0]["format"] if lines else FORMAT
-        if any("id" not in line for line in lines[1:]):
-            raise KeyError("id")
-    except (ValueError, KeyError, TypeError):
-        raise damaged(path) from None
-    if version != FORMAT:
-        raise CheckpointError(
-            f"{path} was written by another version.",
-            remedy="Count that run's budget as spent, and use another folder.",
-        )
-    return lines
-
-
-def read_journal_of(path: Path, run: str | None) -> list[dict[str, Any]]:
-    """Returns the lines of a run's journal.
-
-    Args:
-        run: id of the run that the journal must belong to; None accepts any run.
-    Raises:
-        CheckpointError: there is no journal, it is damaged, or it belongs to another run.
-    """
-    back = f" It may be there as {path.stem}-{run}.jsonl." if run else ""
-    if not path.is_file():
-        raise CheckpointError(
-            f"There is no {path}, so nobody knows what operators have seen of this run.",
-            remedy=f"Put the file back.{back} Without it, count the whole budget of the run as spent, and train anew.",
-        )
-    lines = read_lines(path)
-    if not lines:
-        raise damaged(path)
-    if run not in (None, lines[0]["run"]):
-        raise CheckpointError(
-            f"{path} counts what operators have seen of another run than the one that is saved beside it: a run "
-            "was begun in this folder, and broken off before it saved anything.",
-            remedy=f"Put the journal of this run back.{back}",
-        )
-    return lines
-
-
 def _enlistment(operators: Iterable[str], **more: Any) -> dict[str, Any]:
     """Returns a line that declares the operators of a process."""
-    return {"operators": sorted(operators), **more, "id": new_id()}  # the id is last, so that `_state` includes it
+    return {
+        "operators": sorted(operators),
+        **more,
+        "id": new_id(),
+    }  # the id is last, so that `journal_state` includes it
 
 
 def _merge_line(operators: Iterable[str]) -> dict[str, Any]:
@@ -505,20 +396,6 @@ def _operators_in(lines: Iterable[dict[str, Any]]) -> set[str]:
     return {name for line in lines for name in line.get("operators", ())}
 
 
-def damaged(path: Path) -> CheckpointError:
-    """Returns the error for a damaged journal."""
-    return CheckpointError(
-        f"{path} is damaged, so nobody knows any more what operators have seen.",
-        remedy="Use another copy of it. Without one, count the whole budget of that run as spent.",
-    )
-
-
-def _unused_name(path: Path, run: str) -> Path:
-    """Returns a path in the journal's folder that has the run's id in its name and doesn't exist yet."""
-    names = (f"ledger-{run}{suffix}.jsonl" for suffix in ("", *(f"-{number}" for number in range(2, 10**6))))
-    return next(other for other in map(path.with_name, names) if not other.exists())
-
-
 def read_journal(path: Path) -> Ledger:
     """Returns a ledger with the counts of a journal, for reading only: it isn't attached to the journal.
 
@@ -529,42 +406,3 @@ def read_journal(path: Path) -> Ledger:
     ledger = Ledger()
     ledger.load(read_lines(path))
     return ledger
-
-
-def read_run(path: Path) -> str | None:
-    """Returns the id of the run that a journal belongs to; None if the journal is empty or doesn't exist.
-
-    Raises:
-        CheckpointError: the journal is damaged, or was written by another version.
-    """
-    if not path.exists():
-        return None
-    with path.open("rb") as file:
-        first = file.readline()
-    lines = parse_lines(path, first if first.endswith(b"\n") else b"")  # a crash may have left it incomplete
-    return str(lines[0]["run"]) if lines else None
-
-
-def _state(path: Path) -> tuple[int, int, bytes] | None:
-    """Returns a file's inode, size and last bytes, by which a change is detected; None if there is no file.
-
-    The size alone isn't enough: a restored copy may have the same size.
-    """
-    if not path.exists():
-        return None
-    with path.open("rb") as file:
-        status = os.fstat(file.fileno())
-        file.seek(max(0, status.st_size - TAIL))
-        return status.st_ino, status.st_size, file.read()
-
-
-@contextmanager
-def _writing(path: Path) -> Generator[None]:
-    """Context manager that turns an `OSError` of writing a journal into a `CheckpointError`."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} can't be written: {error}.",
-            remedy="Make it writable: it counts what operators have seen, before they see it.",
-        ) from None
