@@ -175,6 +175,13 @@ class TestNames:
         refused(UnknownPooling, "'last'", remedy="cls, mean, none", call=forward(transport, pooling="last"))
         refused(UnknownPooling, "'cls'", remedy="last, mean, none", call=forward(transport, "llama", pooling="cls"))
 
+    def test_a_direction_that_a_trunk_does_not_have(self, transport: Transport):
+        """The answer names the part of the path, and no file of the server."""
+        with pytest.raises(MalformedMessage) as caught:
+            transport.post("/v1/models/bert/trunk/sideways", b"")
+        assert "path.direction" in caught.value.message
+        assert ".py" not in str(caught.value)
+
     def test_an_adapter_that_was_never_uploaded(self, transport: Transport):
         refused(UnknownAdapter, "0" * 12, remedy="Upload it", call=forward(transport, adapters=["0" * 64]))
         call = backward(transport, torch.ones(1, 1, 3, HIDDEN), adapters=["0" * 64])

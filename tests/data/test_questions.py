@@ -58,6 +58,12 @@ def test_classes_become_words(tmp_path: Path) -> None:
     assert found[0] == Question("note 0\nLabel:", (" ill", " well"), 1)
 
 
+def test_integer_labels_get_the_names_of_their_classes(tmp_path: Path) -> None:
+    source = write(tmp_path, [{"text": f"note {i}", "label": i % 2} for i in range(6)])
+    found = load_questions(source, Fields("classification", classes=["well", "ill"]))
+    assert [(q.continuations, q.answer) for q in found[:2]] == [((" well", " ill"), 0), ((" well", " ill"), 1)]
+
+
 def test_instructions_have_one_continuation(tmp_path: Path) -> None:
     source = write(tmp_path, [{"prompt": "Say hello.", "answer": "Hello!"}])
     assert load_questions(source, Fields("instruction")) == [Question("Say hello.", (" Hello!",), 0)]

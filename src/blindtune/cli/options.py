@@ -1,7 +1,7 @@
 """Options that several commands share, and functions that turn options into objects."""
 
 import ssl
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -82,7 +82,8 @@ Question = Annotated[
     typer.Option(
         "--question",
         help="How to read questions, as name=value: template ('Question: {question}\\nAnswer:', with columns in "
-        "braces), or the column of choices, answer or label. Repeat for more.",
+        "braces), the column of choices, answer or label, or classes (names for labels 0, 1, …, separated by commas). "
+        "Repeat for more.",
         rich_help_panel=DATA,
     ),
 ]
@@ -177,15 +178,18 @@ def fraction_of(validation: str) -> float | None:
         return None
 
 
-def read_training(config: "type[TrainConfig]", settings: list[str] | None, **given: Any) -> dict[str, Any]:
+def read_training(
+    config: "type[TrainConfig]", settings: list[str] | None, extra: Sequence[str] = (), **given: Any
+) -> dict[str, Any]:
     """Reads options of a training configuration from `--training`, and adds the `given` ones that aren't None.
 
-    `epochs` and `save_every` are accepted too, although they aren't fields of the configuration.
-
+    Args:
+        extra: names that are accepted although they aren't fields of the configuration, beside `epochs` and
+            `save_every`.
     Raises:
         ConfigError: the configuration has no such option, or a value isn't a number.
     """
-    known = {f.name for f in fields(config)} - set(given) | {"epochs", "save_every"}
+    known = {f.name for f in fields(config)} - set(given) | {"epochs", "save_every", *extra}
     chosen = parse_settings(settings)
     unknown = sorted(set(chosen) - known)
     if unknown:
@@ -199,14 +203,15 @@ def read_training(config: "type[TrainConfig]", settings: list[str] | None, **giv
 def _read_numbers(name: str, value: Any) -> Any:
     """Returns the number of a training option, or both numbers of `betas`. Raises `ConfigError`."""
     numbers = [_value(part) for part in str(value).split(",")]
-    whole = name in ("save_every", "seed", "warmup")
+    counts = ("save_every", "cache_mb")
+    whole = name in (*counts, "seed", "warmup")
     if len(numbers) != (2 if name == "betas" else 1) or not all(is_number(number) for number in numbers):
         example = "two numbers, e.g. betas=0.9,0.99" if name == "betas" else "a number"
         raise ConfigError(f"--training {name}={value} can't be read.", remedy=f"Write {example}.")
     if whole and type(numbers[0]) is not int:
         raise ConfigError(f"--training {name}={value} can't be read.", remedy="Write a whole number.")
-    if name == "save_every":
-        check_counts(save_every=numbers[0])
+    if name in counts:
+        check_counts(**{name: numbers[0]})
     return tuple(numbers) if name == "betas" else numbers[0]
 
 

@@ -55,6 +55,8 @@ class Fields:
     Attributes:
         template: format string of the prompt; None for the kind's default in `TEMPLATES`.
         choices, answer, label: names of columns.
+        classes: class names in the order of their indices, for classification with labels that are integers. None for
+            the labels in the file.
     """
 
     kind: Kind
@@ -62,6 +64,7 @@ class Fields:
     choices: str = "choices"
     answer: str = "answer"
     label: str = "label"
+    classes: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -91,13 +94,9 @@ class TokenizedQuestion:
         return self.starts[self.answer]
 
 
-def load_questions(
-    source: str, fields: Fields, *, classes: Sequence[str] | None = None, split: str = "train"
-) -> list[Question]:
+def load_questions(source: str, fields: Fields, *, split: str = "train") -> list[Question]:
     """Reads questions from a file or a hub data set (`load_examples`).
 
-    Args:
-        classes: class names in the order of their indices, for classification.
     Raises:
         DataError: columns are missing, rows have no prompt, or answers aren't among the choices.
         ConfigError: the template is invalid.
@@ -109,7 +108,7 @@ def load_questions(
         return [Question("", (text,), 0) for text in prompts]
     if fields.kind == "classification":
         columns = [name for name in _names(template) if name in table.column_names]
-        examples = examples_of(table, source, Columns(columns[0], fields.label), classes)
+        examples = examples_of(table, source, Columns(columns[0], fields.label), fields.classes)
         words = tuple(" " + name for name in examples.classes)
         return [Question(p, words, label) for p, label in zip(prompts, examples.labels or [], strict=True)]
     answers = read_column(table, source, fields.answer)

@@ -63,16 +63,16 @@ def test_gradfree_from_a_file_to_a_peft_checkpoint(cut_server, questions, tmp_pa
 
 
 def test_classes_are_words_that_follow(cut_server, film_examples, tmp_path):
-    labels = [("bad", "good")[int(y)] for y in film_examples.labels]
-    rows = [{"text": t, "label": label} for t, label in zip(film_examples.texts, labels, strict=True)]
+    rows = [{"text": t, "label": int(y)} for t, y in zip(film_examples.texts, film_examples.labels, strict=True)]
     data, out, results = tmp_path / "reviews.jsonl", tmp_path / "out", tmp_path / "results.json"
     data.write_text("\n".join([json.dumps(row) for row in rows if 4 <= len(row["text"].split()) <= 12][:40]))
-    train(cut_server, data, "gradfree", out, "--task", "classification", "--validation", data, "--json", results)
+    task = ["--task", "classification", "--question", "classes=bad,good"]
+    train(cut_server, data, "gradfree", out, *task, "--validation", data, "--json", results)
     scores = json.loads(results.read_text())["validation"]
     assert 0 <= scores["accuracy"] <= 1
     assert scores["loss"] > 0
     fields = json.loads((out / "blindtune.json").read_text())["fields"]
-    assert (fields["kind"], fields["label"]) == ("classification", "label")
+    assert (fields["kind"], fields["label"], fields["classes"]) == ("classification", "label", ["bad", "good"])
     done = run("texts", "deploy", out, "--server", cut_server.url, "--data", data, "--json", results)
     assert "deployed accuracy" in done.stdout
     assert json.loads(results.read_text())["deployed"]["loss"] == pytest.approx(scores["loss"], abs=0.02)  # int8
@@ -235,7 +235,8 @@ def test_a_start_that_is_forgotten_when_a_run_goes_on(cut_server, questions, tmp
         (["--set", "up=int2"], "no codec 'int2'"),
         (["--question", "template={nothing}"], "names 'nothing'"),
         (["--question", "answers=answer"], "There is no option 'answers'"),
-        (["--training", "cache_mb=0"], "MiB are allowed"),
+        (["--training", "cache_mb=0"], "cache_mb = 0 is no count"),
+        (["--training", "cache_mb=much"], "--training cache_mb=much can't be read"),
         (["--training", "momentum=0.9"], "There is no training option 'momentum'"),
         (["--set", "decorrelation=1"], "gradfree has no option 'decorrelation'"),
         (["--design", "sideways"], "There is no design 'sideways'"),
@@ -243,6 +244,8 @@ def test_a_start_that_is_forgotten_when_a_run_goes_on(cut_server, questions, tmp
         (["--tune", "target_modules=query"], "No layer is called"),
         (["--tune", "half"], "--tune half is unknown"),
         (["--tune", "depth=3"], "There is no option 'depth'"),
+        (["--tune", "rank=high"], "rank = 'high' is no count"),
+        (["--tune", "alpha=-1"], "alpha = -1 is no count"),
     ],
 )
 def test_mistakes_in_one_sentence(cut_server, questions, tmp_path, options, says):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 from rich.table import Table
 
+from blindtune.checks import check_counts
 from blindtune.cli import options
 from blindtune.cli.console import console, reporting_errors, write_json
 from blindtune.errors import BlindtuneError, CheckpointError, ConfigError
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from blindtune.texts import Scorer, Trainer
     from blindtune.texts.session import Session, Tuning
 
-QUESTION = {"template": None, "choices": "choices", "answer": "answer", "label": "label"}
+QUESTION = {"template": None, "choices": "choices", "answer": "answer", "label": "label", "classes": None}
 """Options of `--question`, and their defaults."""
 
 
@@ -117,8 +118,10 @@ def train(
             raise CheckpointError(
                 f"{output} holds a checkpoint.", remedy="Use another --output, or go on with --resume."
             )
-        cache_mb, settings = _cache_mb(training)
-        more = options.read_training(TrainConfig, settings, steps=steps, batch_size=batch_size, learning_rate=lr)
+        more = options.read_training(
+            TrainConfig, training, ("cache_mb",), steps=steps, batch_size=batch_size, learning_rate=lr
+        )
+        cache_mb = more.pop("cache_mb", 2048)
         epochs, save_every, seed = more.pop("epochs", 3.0), more.pop("save_every", 10), more.get("seed", 0)
         fields, tuning = make_fields(task, question), read_tuning(tune, start)
         find_device(device)  # raises before anything is sent
@@ -172,21 +175,24 @@ def make_fields(task: str, question: list[str] | None) -> "Fields":
 
     if task not in KINDS:
         raise ConfigError(f"There is no task {task!r}.", remedy=f"Use one of: {', '.join(KINDS)} (--task).")
-    chosen = {name: str(value) for name, value in options.parse_settings(question, QUESTION).items()}
+    chosen: dict[str, Any] = {n: str(value) for n, value in options.parse_settings(question, QUESTION).items()}
     if "template" in chosen:
         chosen["template"] = chosen["template"].replace("\\n", "\n")
+    if "classes" in chosen:
+        chosen["classes"] = options.parse_names(chosen["classes"])
     return Fields(task, **chosen)
 
 
 def read_tuning(tune: list[str] | None, start: Path | None) -> "Tuning":
-    """Reads `--tune` and `--start`. Raises `ConfigError` for an unknown option."""
+    """Reads `--tune` and `--start`. Raises `ConfigError` for an unknown option or a value that isn't a count."""
     from blindtune.texts.session import DEFAULT_RANK, Tuning
 
     kinds = [setting for setting in tune or [] if "=" not in setting]
     if any(kind not in ("lora", "full") for kind in kinds):
         raise ConfigError(f"--tune {kinds[0]} is unknown.", remedy="Use lora, full, or an option such as rank=16.")
     chosen = options.parse_settings([s for s in tune or [] if "=" in s], {"rank": 0, "alpha": 0, "target_modules": ""})
-    targets = chosen.get("target_modules")
+    targets = chosen.pop("target_modules", None)
+    check_counts(**chosen)
     return Tuning(
         cast(Any, kinds[-1] if kinds else "lora"),
         chosen.get("rank", DEFAULT_RANK),
@@ -194,12 +200,6 @@ def read_tuning(tune: list[str] | None, start: Path | None) -> "Tuning":
         None if targets is None else options.parse_names(str(targets)),
         start,
     )
-
-
-def _cache_mb(training: list[str] | None) -> tuple[int, list[str]]:
-    """Returns `cache_mb` from `--training`, and the other settings."""
-    chosen = options.parse_settings([s for s in training or [] if s.partition("=")[0].strip() == "cache_mb"])
-    return int(chosen.get("cache_mb", 2048)), [s for s in training or [] if s.partition("=")[0].strip() != "cache_mb"]
 
 
 def _read(data: str, fields: "Fields", validation: str, seed: int) -> tuple[list["Question"], list["Question"]]:
