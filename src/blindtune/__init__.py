@@ -61,7 +61,6 @@ _HOMES = {
     "privacy.randomness": ("SecureGenerator",),
     "texts.shadow": ("ShadowClient",),
 }
-
 """The public names of each module of this package."""
 
 __all__ = [

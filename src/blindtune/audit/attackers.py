@@ -39,8 +39,8 @@ _LIBRARIES = ThreadpoolController()
 class Finding:
     """Holds the AUC of one attack on one channel at one step, over `texts` examples.
 
-    For each attack on each channel, the step with the highest AUC has a 95% bootstrap interval. Probes with few labels
-    have the mean over draws of the known texts, and the interval over draws.
+    `low` and `high` are the 95% bootstrap interval. For each attack on each channel, only the step with the highest AUC
+    has one. For probes with few labels, `auc` is the mean over draws of the known texts, and the interval is over draws.
     """
 
     operator: str
@@ -64,14 +64,14 @@ class Finding:
 
 @dataclass
 class Plan:
-    """Says what to attack.
+    """Configures the attacks on one server's view.
 
     Attributes:
-        labels: the labels of known texts.
-        points: number of snapshots to attack.
+        labels: label of each text that is scored.
+        points: number of snapshots to attack, spread evenly over the run.
         probe_points: number of snapshots at which expensive attacks run too: the probe with all labels, and averages of
             adapters.
-        max_texts: most texts to attack; all if None.
+        max_texts: maximum number of texts to attack; all if None.
         updates: number of optimizer steps to invert. Each one costs as much as twenty or more training steps.
         control: whether shuffled adapters are attacked too, which takes half of the time.
     """
@@ -86,10 +86,10 @@ class Plan:
 
 @dataclass
 class Attacked:
-    """Holds all findings on one server, and the features that its report draws.
+    """Holds all findings on one server, and the features that its report plots.
 
     Attributes:
-        pictures: channel, and "early" or "late" -> features and labels.
+        pictures: features and labels to plot, by channel and by "early" or "late".
         cached: scores of the attacks without labels, for the null distribution of their maximum.
     """
 
@@ -106,7 +106,7 @@ class Attacked:
     _strongest: dict[tuple[ChannelId, str], tuple[Finding, Scores, NDArray[np.bool_]]] = field(
         default_factory=dict[tuple[ChannelId, str], tuple[Finding, Scores, NDArray[np.bool_]]], repr=False
     )
-    """Channel and attack -> its best finding, the scores, and which texts are of the class with this AUC."""
+    """For each channel and attack: the finding with the highest AUC, its scores, and the texts of the scored class."""
 
     def attack(
         self,
@@ -117,7 +117,7 @@ class Attacked:
         labels: Labels,
         attacks: Sequence[Attack] | None = None,
     ) -> None:
-        """Runs attacks (all if left out) on a channel whose vectors belong to the examples `rows`."""
+        """Runs attacks (all if None) on a channel whose vectors belong to the examples `rows`."""
         features = channel.features
         varies = float(np.abs(features - features.mean(0)).max()) > 1e-6 * max(1e-6, float(np.abs(features).max()))
         if not varies or len(np.unique(labels)) < 2:
@@ -128,7 +128,7 @@ class Attacked:
                 continue
             key = (attack.name, digest)
             if key not in self.memory:  # operators with the same adapters have the same vectors
-                with _LIBRARIES.limit(limits=1):  # threads slow matrices of this size down, up to twenty times
+                with _LIBRARIES.limit(limits=1):  # on matrices of this size, threads are up to 20 times slower
                     self.memory[key] = attack.run(channel, labels)
             scores = self.memory[key]
             if scores is None:
@@ -157,7 +157,10 @@ class Attacked:
 
 
 def audited_checkpoints(view: View, points: int) -> list[Checkpoint]:
-    """Returns evenly spaced moving checkpoints and the last one. The first one counts only if it is the only one."""
+    """Returns up to `points` evenly spaced checkpoints of `view.moving`, with the last one.
+
+    The first checkpoint is left out unless it is the only one.
+    """
     count = len(view.moving)
     if count == 0:
         return []
@@ -166,7 +169,7 @@ def audited_checkpoints(view: View, points: int) -> list[Checkpoint]:
 
 
 def scored_rows(view: View, plan: Plan) -> list[Row]:
-    """Returns texts with a known label, in the order of their first receipt; a random sample of `max_texts`.
+    """Returns texts with a known label, in the order of their first receipt; at most a random sample of `max_texts`.
 
     Raises:
         TranscriptError: too few texts of this server have labels.
@@ -175,7 +178,7 @@ def scored_rows(view: View, plan: Plan) -> list[Row]:
     if len(rows) < MIN_TEXTS or len({plan.labels[row] for row in rows}) < 2:
         raise TranscriptError(
             f"{len(rows)} of the {len(view.first_seen)} texts that {view.operator} saw have a label, "
-            f"of {len({plan.labels[row] for row in rows})} classes; an audit needs {MIN_TEXTS} of two classes.",
+            f"of {len({plan.labels[row] for row in rows})} classes; an audit needs {MIN_TEXTS} texts of two classes.",
             remedy="Give the labels of the texts that were trained on (--labels), with the same --text columns.",
         )
     if plan.max_texts is not None and len(rows) > plan.max_texts:
@@ -189,8 +192,9 @@ def attack_view(
 ) -> Attacked:
     """Attacks every channel that this server could compute, or whose vectors were sent.
 
-    The control is attacked as often: the same channels at the same snapshots, with adapters whose weights are in random
-    order. The best of many attacks exceeds 0.5 by chance, and further if the texts reveal their labels.
+    The same channels of the control are attacked at the same snapshots. The control is the same adapters with their
+    weights in random order. The highest AUC of many attacks exceeds 0.5 by chance, and exceeds it further if the texts
+    alone reveal their labels; the control measures both effects.
     """
     rows = scored_rows(view, plan)
     snapshots = audited_checkpoints(view, plan.points)
@@ -219,7 +223,7 @@ def attack_view(
             few = [a for a in attacks if a.knows in COUNTS.values()] if channel_id in travelled else []
             others = [a for a in attacks if a not in few]
             result.attack(channel_id, snapshot.step, _channel(plan, features), channel_rows, labels, others)
-            if few:  # on the texts of all other channels, in their order, so that the draws are the same
+            if few:  # on the texts of the computed channels, in the same order, so that the draws are the same
                 same, same_rows = _of_rows(features, channel_rows, visible)
                 same_labels = _labels(plan, same_rows)
                 result.attack(channel_id, snapshot.step, _channel(plan, same), same_rows, same_labels, few)
@@ -328,7 +332,7 @@ def _channel(plan: Plan, features: Features) -> Channel:
 
 
 def _random_key(row: Row) -> bytes:
-    """Returns A sort key that is independent of the content and the position of a text."""
+    """Returns a sort key that looks random: it does not depend on the order or the meaning of texts."""
     return hashlib.sha256(repr(row).encode()).digest()
 
 

@@ -1,6 +1,6 @@
-"""The identity of a channel: what an attack observed, as a value, and as the label that reports show.
+"""Identifies a channel, which is what an attack observed, and makes the label that reports show for it.
 
-The label is made in one place, `ChannelId.__str__`. Code compares fields, never labels.
+Only `ChannelId.__str__` makes labels. Code compares fields, never labels.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ OVER_ADAPTERS = frozenset({JOINT, IN_COMMON, SUMMED})
 
 
 class ChannelKind(StrEnum):
-    """Says what the vectors of a channel are."""
+    """Lists the kinds of vectors that a channel can hold."""
 
     ACTIVATION = "activation"
     SHIFT = "shift"
@@ -25,7 +25,7 @@ class ChannelKind(StrEnum):
 
 
 class Control(Enum):
-    """Says why the labels cannot have influenced a channel."""
+    """Lists the reasons why the labels cannot have influenced a channel."""
 
     NONE = ""
     FROZEN = "frozen model"
@@ -56,7 +56,7 @@ class ChannelId:
         return self.control is not Control.NONE
 
     def observes(self, *kinds: ChannelKind) -> bool:
-        """Returns whether it is a channel of one of these kinds, and no control."""
+        """Returns whether the channel is of one of these kinds and is not a control."""
         return not self.is_control and self.kind in kinds
 
     def __str__(self) -> str:

@@ -3,11 +3,11 @@
 | channel | why it may reveal labels |
 |---|---|
 | activation i, shift i | the adapter has learned the labels |
-| shift i since the first step, since the last look | the reference contains the same disguise, and it cancels |
+| shift i since the first step, since the last look | the reference contains the same mask, which cancels |
 | … joint, in common, 0 minus i | several adapters together contain the labels |
 | shift i of the mean adapter, of the recent mean adapter | noise on adapters averages out; what they learned does not |
-| activation of A minus B | operators that collude hold adapters with the same pad, and it cancels |
-| sent activation i, gradient … | vectors that were sent, averaged over messages |
+| activation of A minus B | operators that collude hold adapters with the same pad, which cancels |
+| sent activation i, gradient … | the mean over all messages about a text reduces noise |
 | update inverted | an optimizer step reveals its gradient, under plain SGD or Adam |
 """
 
@@ -29,9 +29,9 @@ from blindtune.audit.recompute import Jacobian, Recomputation
 
 MIN_TEXTS = 50
 MIN_TRAVELLED = 1000
-"""Sent vectors are attacked at a snapshot if there are so many. At the last snapshot `MIN_TEXTS` are enough."""
+"""Least number of texts with sent vectors for an attack at a snapshot. At the last snapshot it is `MIN_TEXTS`."""
 NEIGHBOURS = 4
-"""Number of adapters that are near in time. The one with the nearest weights counts as received at the same step."""
+"""Number of nearest adapters in time. Of these, the one with the nearest weights counts as received at the same step."""
 RECOMBINATIONS = (RECOMBINED, f"{RECOMBINED}, {SUMMED}")
 Travelled = dict[ChannelId, tuple[Features, list[Row]]]
 """Channel -> vectors and their texts."""
@@ -44,10 +44,11 @@ def computed_channels(
     earlier: Mapping[str, tuple[Adapter, ...]],
     rows: Sequence[Row],
 ) -> dict[ChannelId, Features]:
-    """Returns activations, shifts from θ = 0 and from earlier adapters, both for all adapters, and differences.
+    """Returns the activations of each adapter, their shifts, and combinations of the activations of several adapters.
 
     Args:
-        earlier: adapters to compute shifts from, by a name for the label, such as `the first step`.
+        earlier: adapters to compute shifts from, besides θ = 0, by the name that the label of the channel shows, such
+            as `the first step`.
     """
     if len(rows) < MIN_TEXTS:
         return {}
@@ -57,7 +58,7 @@ def computed_channels(
     for name, adapters in earlier.items():
         if adapters != now and len(adapters) == len(hidden):
             start = recompute.hidden(view, adapters, rows)
-            if not np.allclose(start, frozen, atol=1e-4):  # adapters usually begin without effect
+            if not np.allclose(start, frozen, atol=1e-4):  # adapters usually have no effect at the start
                 references[f"since {name}"] = start
     channels: dict[ChannelId, Features] = {}
     for i, vectors in enumerate(hidden):
@@ -77,7 +78,7 @@ def computed_channels(
 
 
 def mean_adapters(view: View, now: Checkpoint) -> dict[str, tuple[Mean, ...]]:
-    """Returns averages of all adapters until now, and of the latter half of them, by name; one for each adapter."""
+    """Returns, by name, the means of all adapters up to `now` and of the latter half; one for each adapter index."""
     same_shape = [
         checkpoint.adapters
         for checkpoint in view.moving
@@ -191,7 +192,7 @@ def _distance(weights: Mapping[str | Mean, Tensor], first: Checkpoint, second: C
 def common_variates(left: Features, right: Features) -> Features:
     """Returns the sum `(N, 1)` of the first canonical variates of two adapters' features `(N, d)`.
 
-    Adapters with independent disguises have little in common except the task.
+    Adapters with independent masks have little in common except the task.
     """
     first, second = _unit_components(left), _unit_components(right)
     u, _, v = np.linalg.svd(first.T @ second)
@@ -233,7 +234,7 @@ def travelled_channels(view: View, labels: Mapping[Row, int], step: int) -> Trav
 def beyond_text_channels(
     view: View, recompute: Recomputation, travelled: Mapping[ChannelId, tuple[Features, list[Row]]]
 ) -> Travelled:
-    """Returns recombined gradients without the part that the texts explain: see `beyond_text`."""
+    """Returns recombined gradients without the part that the texts explain (see `beyond_text`)."""
     channels: Travelled = {}
     for channel, (features, rows) in travelled.items():
         if channel.observes(ChannelKind.GRADIENT) and channel.modifier in RECOMBINATIONS and len(rows) >= MIN_TEXTS:
@@ -245,8 +246,8 @@ def beyond_text_channels(
 def beyond_text(features: Features, frozen: Features) -> Features:
     """Returns residuals `(N, d)` of a regression on the leading principal components of frozen features.
 
-    Decoys move hidden states along functions of the text, which the regression removes. It leaves the task's residual
-    r_b = p_b − y_b, which the text doesn't explain: the head fits as much of y as it can.
+    Decoys move hidden states by functions of the text, and the regression removes these. The task's residual
+    r_b = p_b − y_b remains, because the text doesn't explain it: the head already fits as much of y as it can.
     """
     leading = Channel(frozen).components(COMPONENTS)
     known = np.concatenate([np.ones((len(leading), 1)), leading / leading.std(0)], axis=1)
@@ -254,7 +255,7 @@ def beyond_text(features: Features, frozen: Features) -> Features:
 
 
 def inverted_channels(view: View, labels: Mapping[Row, int], recompute: Recomputation, count: int) -> Travelled:
-    """Returns the result of each attack on updates, from `count` updates of the whole run, or its first ones."""
+    """Returns the results of attacks on `count` updates: the first ones if the attack needs those, else evenly spaced."""
     updates = [update for update in view.updates() if any(row in labels for row in update.rows)]
     if not updates or count < 1:
         return {}

@@ -27,7 +27,7 @@ STEPS, BATCH, TEXTS, RATE = 100, 32, 1000, 2e-3
 def unprotected_control(
     view: View, plan: AttackPlan, recompute: Recomputation, on_step: Callable[[], None] | None = None
 ) -> list[Finding]:
-    """Trains one adapter of the run's shape in the clear on the run's texts, and attacks its activations and shifts."""
+    """Trains one adapter of the run's shape without protection on the run's texts; attacks its activations and shifts."""
     rows = scored_rows(view, plan)
     chosen = np.random.default_rng(0).permutation(len(rows))[:TEXTS]
     rows = [rows[index] for index in chosen]
@@ -52,7 +52,7 @@ def unprotected_control(
 def _train(
     view: View, rows: list[Row], labels: Mapping[Row, int], recompute: Recomputation, on_step: Callable[[], None] | None
 ) -> tuple[LoraLayout, Tensor]:
-    """Trains plain LoRA with a linear head for `STEPS` steps: the layout of the adapter and its weights `(1, P)`."""
+    """Trains plain LoRA with a linear head for `STEPS` steps. Returns the adapter's layout and weights `(1, P)`."""
     backbone = recompute.backbone
     layout = recompute.layout(view)
     rank = layout.spec.rank

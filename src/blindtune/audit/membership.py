@@ -1,11 +1,11 @@
-"""Membership inference and memorization: what tuned weights reveal about the texts that they were tuned on.
+"""Measures membership inference and memorization: what tuned weights reveal about the texts that they were tuned on.
 
 The attacker holds the tuned model and a text, and decides whether the text was among the training texts.
 
 | attack | score of a text | needs |
 |---|---|---|
 | loss | −loss under the tuned model (Yeom et al. 2018, arXiv:1709.01604) | the tuned model |
-| calibrated loss | loss before tuning − loss after it (Watson et al. 2022, arXiv:2111.08440) | the model before, too |
+| calibrated loss | loss before tuning − loss after it (Watson et al. 2022, arXiv:2111.08440) | both models |
 
 Losses are means over the tokens that were learned. Members and other texts must differ in membership only: the other
 texts should be a random part of the same file that was kept out of training. Otherwise the attacks measure the
@@ -47,8 +47,8 @@ class MembershipFinding:
 
     Attributes:
         auc: probability that a random member has a higher score than a random other text.
-        low, high: its 95% interval over texts.
-        found: part of the members that the attack identifies at a false positive rate of 1%.
+        low, high: 95% bootstrap interval of `auc` over texts.
+        found: fraction of the members that the attack identifies at a false positive rate of 1%.
     """
 
     attack: str
@@ -60,14 +60,15 @@ class MembershipFinding:
 
 @dataclass(frozen=True)
 class Membership:
-    """Holds the attacks on one set of tuned weights, and how much of the texts is memorized.
+    """Holds the results of attacks on one set of tuned weights, and how many texts are memorized.
 
     Attributes:
-        memorized: parts of the members and of the other texts that the tuned model would write word for word.
-        memorized_before: the same before tuning.
+        memorized: fractions of the members and of the other texts that the tuned model would write word for word.
+        memorized_before: the same fractions for the model before tuning.
         gap: mean loss of other texts minus that of members, under the tuned model.
-        gap_before: the same before tuning. It should be near zero; otherwise the two groups differ in more than
-            membership.
+        gap_before: the same difference before tuning. It should be near zero; otherwise the two groups differ in more
+            than membership.
+        members, others: numbers of members and of other texts.
     """
 
     findings: list[MembershipFinding]
@@ -85,15 +86,18 @@ class Membership:
 
 
 def attack_membership(tuned: tuple[Scored, Scored], before: tuple[Scored, Scored]) -> Membership:
-    """Attacks `(members, others)`, scored by the tuned model and by the model before tuning.
+    """Computes the results of both attacks.
 
+    Args:
+        tuned: scores of `(members, others)` under the tuned model.
+        before: scores of the same texts under the model before tuning.
     Raises:
         DataError: too few members or others.
     """
     members, others = (len(scored.losses) for scored in tuned)
     if min(members, others) < MIN_TEXTS:
         raise DataError(
-            f"{members} members and {others} other texts say little.", remedy=f"Give at least {MIN_TEXTS} of each."
+            f"{members} members and {others} other texts are too few.", remedy=f"Give at least {MIN_TEXTS} of each."
         )
     losses, losses_before = _losses(tuned), _losses(before)
     is_member = np.arange(members + others) < members
@@ -117,7 +121,7 @@ def _losses(pair: tuple[Scored, Scored]) -> NDArray[np.float64]:
 
 
 def _memorized(pair: tuple[Scored, Scored]) -> tuple[float, float]:
-    """Returns the parts of members and others that a model would write word for word."""
+    """Returns the fractions of members and of others that a model would write word for word."""
     members, others = pair
     return float(np.mean(members.greedy)), float(np.mean(others.greedy))
 

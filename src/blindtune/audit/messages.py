@@ -1,4 +1,4 @@
-"""The calls of a recording: the step of each call, and which shares belong to one gradient.
+"""Reads the calls of a recording: determines the step of each call, and which shares belong to one gradient.
 
 The *step* of a call is the position, from 0, of the newest adapters that had been received before it. Most methods
 train the adapters that they send, so this is a training step. Other methods take all gradients under one public set of
@@ -34,7 +34,7 @@ Batch = tuple[Adapters, tuple[Row, ...]]
 """The adapters and the texts of a call."""
 
 MAX_STEPS_APART = 4
-"""New adapters that two steps bring, with a method that sends its own adapters to each of two operators."""
+"""Number of new adapters in two steps of a method that sends different adapters to each of two operators."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class ShareGroup:
     """Holds all distinct shares `(m, n, B, d)` of one gradient: cotangents for one batch under one set of adapters.
 
     Attributes:
-        step: the step of the last of them.
+        step: step of the last share.
     """
 
     step: int
@@ -66,7 +66,7 @@ class ShareGroup:
 
 
 def read_message(event: Event, tensors: dict[str, Tensor], operator: str) -> Message:
-    """Converts a forward or backward event."""
+    """Returns a forward or backward event as a message."""
     rows = _rows(tensors)
     name = "hidden" if event.kind == "forward" else "cotangents"
     vectors = tensors[name].float().numpy() if name in tensors else None
@@ -110,9 +110,9 @@ class _Exchange:
     """Holds shares for one batch under one set of adapters that one operator received between two new adapters.
 
     Attributes:
-        received: how many distinct sets of adapters the operator had received.
-        step: the step of the last share.
-        shares: the content of each share -> the share.
+        received: number of distinct sets of adapters that the operator had received.
+        step: step of the last share.
+        shares: each distinct share, by its bytes.
     """
 
     operator: str
@@ -158,7 +158,7 @@ def _grouped(exchanges: list[_Exchange], max_steps: int | None) -> list[list[_Ex
     """Groups exchanges with different operators that belong together.
 
     Args:
-        max_steps: most new adapters between any two exchanges of a group; no limit if None.
+        max_steps: maximum number of new adapters between two exchanges of a group; no limit if None.
     """
 
     def pairs() -> Iterator[tuple[int, float, int, int]]:

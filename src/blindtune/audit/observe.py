@@ -1,6 +1,6 @@
-"""The view of a server: the texts, adapters and vectors that it received, sent, or can compute.
+"""Builds the view of a server: the texts, adapters and vectors that it received, sent, or can compute.
 
-A server keeps all texts and all adapters θ_t. It can later run each text through the adapters of any step. So it isn't
+A server keeps all texts and all adapters θ_t. It can later run each text through the adapters of any step, so it isn't
 limited to the pairs (x, θ) that were sent together.
 
 Attacks observe parts of a `View`:
@@ -43,19 +43,19 @@ from blindtune.errors import TranscriptError
 from blindtune.wire import Event, LoraSpec, Pooling, Transcript
 
 AT_THE_BASE = "at the base"
-"""Modifier of activations under fixed adapters."""
+"""Modifier of the channels of activations under fixed adapters."""
 
 
 @dataclass(frozen=True)
 class Mean:
-    """Identifies a synthetic adapter: the average of several received ones."""
+    """Identifies a synthetic adapter: the average of several received adapters."""
 
     of: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Shuffled:
-    """Identifies the adapter of a control: a received one with the weights of each matrix in random order."""
+    """Identifies the adapter of a control: a received adapter with the weights of each matrix in random order."""
 
     of: str
 
@@ -119,14 +119,14 @@ class View:
     calls: list[Message]
     weights: dict[str, StoredWeights]
     types: dict[Row, Row] = field(init=False, default_factory=dict[Row, Row])
-    """Text -> its token types, in the order in which the server received the texts first."""
+    """Token types of each text, in the order in which the server first received the texts."""
     first_seen: dict[Row, int] = field(init=False, default_factory=dict[Row, int])
-    """Text -> the first step at which the server had it."""
+    """First step at which the server had received each text."""
     checkpoints: list[Checkpoint] = field(init=False, default_factory=list[Checkpoint])
     moving: list[Checkpoint] = field(init=False, default_factory=list[Checkpoint])
     """The checkpoints that aren't fixed; all checkpoints if every one is fixed."""
     received: dict[Adapters, dict[str, float]] = field(init=False, default_factory=dict[Adapters, dict[str, float]])
-    """Adapters -> operator -> the time when it received them first. A view that isn't joined has one operator."""
+    """Time when each operator first received each set of adapters. A view that isn't joined has one operator."""
     sightings: list[Sighting] = field(init=False, default_factory=list[Sighting])
     gradients: list[ShareGroup] = field(init=False, default_factory=list[ShareGroup])
 
@@ -204,7 +204,7 @@ class View:
         return self.load([name])[name]
 
     def load(self, names: Iterable[str | Mean]) -> dict[str | Mean, Tensor]:
-        """Returns weights `(P,)` of several adapters. Reads each recorded one once, for itself and for all averages.
+        """Returns weights `(P,)` of several adapters. Reads each recorded adapter once, also if averages contain it.
 
         Raises:
             TranscriptError: the recording lacks an upload.
@@ -241,7 +241,7 @@ def read_view(transcript: Transcript, operator: str, tenant: str | None = None) 
     """Reads the calls of one tenant from a recording.
 
     Raises:
-        TranscriptError: the recording has no calls, or several tenants, models or runs.
+        TranscriptError: the recording has no calls; calls without pooling; or several tenants, models or runs.
     """
     tenants = sorted({event.tenant for event in transcript.events})
     if tenant is None and len(tenants) > 1:
@@ -260,14 +260,14 @@ def read_view(transcript: Transcript, operator: str, tenant: str | None = None) 
     poolings = {event.pooling for event in calls}
     if len(poolings) != 1 or "none" in poolings:
         raise TranscriptError(
-            f"{transcript.folder} holds poolings {sorted(str(p) for p in poolings)}.",
+            f"{transcript.folder} holds calls with the poolings {sorted(str(p) for p in poolings)}.",
             remedy="The label audit needs one pooled vector for each text.",
         )
     weights = {event.adapters[0]: event for event in events if event.kind == "adapter"}
     specs = [event.spec for event in weights.values()]
     if any(spec != specs[0] for spec in specs) or len({len(event.adapters) for event in calls if event.adapters}) > 1:
         raise TranscriptError(
-            f"{transcript.folder} holds adapters of different shapes or numbers, so several runs.",
+            f"{transcript.folder} holds adapters of different shapes or numbers, so it contains several runs.",
             remedy="Record every run into a folder of its own (restart the server with another --record).",
         )
     return View(
@@ -295,7 +295,7 @@ def join_views(views: Sequence[View]) -> View:
     names = " + ".join(view.operator for view in views)
     if any((view.pooling, view.spec) != (first.pooling, first.spec) for view in views):
         raise TranscriptError(
-            f"{names} recorded adapters of different shapes, so several runs.",
+            f"{names} recorded adapters of different shapes, so they belong to several runs.",
             remedy="Name transcripts of one run with --collude.",
         )
     calls = sorted((call for view in views for call in view.calls), key=lambda call: call.time)
@@ -304,7 +304,7 @@ def join_views(views: Sequence[View]) -> View:
 
 
 def _pooling(value: str | None) -> Pooling:
-    """Returns the pooling of a transcript. Raises `TranscriptError` for an unknown one."""
+    """Returns the pooling of a transcript. Raises `TranscriptError` if it is unknown."""
     for pooling in ("cls", "mean", "last", "first"):
         if value == pooling:
             return pooling

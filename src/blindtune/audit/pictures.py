@@ -1,4 +1,4 @@
-"""SVG drawings for the report: two principal components of a channel, and the AUC of attacks over training steps."""
+"""Draws SVG plots for the report: two principal components of a channel, and the AUC of attacks over training steps."""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
-"""How a long audit reports what it does."""
+"""Types of the functions that report the progress of a long audit."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 Advance = Callable[[int], None]
-"""Called with the number of parts that were done."""
+"""Takes the number of parts that were finished since the last call."""
 Begin = Callable[[str, int], Advance]
-"""Begins a task with a description and so many parts, and returns what reports parts that were done."""
+"""Takes the description of a task and its number of parts. Returns a function that reports finished parts."""
 
 
 def silent(description: str, parts: int) -> Advance:
-    """Reports nothing."""
+    """Starts a task whose progress is not reported."""
     return lambda done: None

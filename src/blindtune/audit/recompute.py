@@ -19,7 +19,7 @@ from blindtune.models import FrozenBackbone, LoraLayout, Tokens
 
 TOKENS_IN_A_PASS = 16_384
 Memory = dict[tuple[str, bytes], Scores | None]
-"""`(attack, digest of features and labels) -> scores`."""
+"""Scores by attack and by digest of features and labels."""
 
 
 class Recomputation:
@@ -92,12 +92,12 @@ def adapter_weights(view: View, layout: LoraLayout, names: Sequence[Adapter]) ->
 
 
 def _source(name: Adapter) -> str | Mean:
-    """Returns the part of the recording from which an adapter is made."""
+    """Returns the recorded adapter, or the average of recorded adapters, from which an adapter is made."""
     return name.of if isinstance(name, Shuffled) else name
 
 
 def _shuffled(weights: Tensor, name: str, layout: LoraLayout) -> Tensor:
-    """Shuffles the entries of each matrix, in an order that depends on the adapter's hash alone."""
+    """Returns weights with the entries of each matrix in a random order that depends on the adapter's hash only."""
     random = torch.Generator().manual_seed(int(name[:15], 16))
 
     def reordered(matrix: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ def _shuffled(weights: Tensor, name: str, layout: LoraLayout) -> Tensor:
 
 
 def _portions(rows: list[Row], copies: int) -> Iterator[list[Row]]:
-    """Splits rows into portions whose padded size, times the adapters, is at most `TOKENS_IN_A_PASS`."""
+    """Splits rows into portions whose padded size, times the number of adapters, is at most `TOKENS_IN_A_PASS`."""
     portion: list[Row] = []
     for row in rows:
         if portion and (len(portion) + 1) * len(row) * copies > TOKENS_IN_A_PASS:
@@ -120,7 +120,7 @@ def _portions(rows: list[Row], copies: int) -> Iterator[list[Row]]:
 
 
 def token_batch(view: View, rows: Sequence[Row], backbone: FrozenBackbone) -> Tokens:
-    """Makes a right-padded batch of texts that this server received."""
+    """Returns a right-padded batch of texts that this server received."""
     length = max(len(row) for row in rows)
     ids = torch.full((len(rows), length), backbone.pad_token_id, dtype=torch.int32)
     types = torch.zeros((len(rows), length), dtype=torch.uint8)
@@ -131,7 +131,7 @@ def token_batch(view: View, rows: Sequence[Row], backbone: FrozenBackbone) -> To
 
 
 class Jacobian:
-    """Multiplies J_b = ∂h(x_b, θ_i)/∂θ_i, for a batch of texts and n adapters, with vectors on the CPU."""
+    """Multiplies J_b = ∂h(x_b, θ_i)/∂θ_i with vectors, for a batch of texts and n adapters; inputs are on the CPU."""
 
     def __init__(
         self, backbone: FrozenBackbone, view: View, layout: LoraLayout, weights: Tensor, rows: Sequence[Row]

@@ -32,7 +32,7 @@ KNOWLEDGE = (Knowledge.NOTHING, Knowledge.WHICH_COMPONENT, *COUNTS.values(), Kno
 def write_report(
     path: Path, verdict: Verdict, *, title: str, classes: Sequence[str], facts: Sequence[tuple[str, str]] = ()
 ) -> None:
-    """Writes the report; `facts` are further `(name, value)` lines about the run."""
+    """Writes the report. It also lists `facts`, pairs `(name, value)` about the run."""
     environment = jinja2.Environment(loader=jinja2.PackageLoader("blindtune.audit", ""), autoescape=True)
     page = environment.get_template("report.html.j2").render(
         title=title,
@@ -63,7 +63,7 @@ def _server(result: Attacked) -> dict[str, Any]:
 
 
 def _series(findings: Sequence[Finding]) -> dict[str, list[Finding]]:
-    """Returns the best attack without labels at each step, for each group of channels."""
+    """Returns the strongest finding without labels at each step, for each group of channels."""
     series: dict[str, list[Finding]] = {}
     for name, kinds in GROUPS.items():
         by_step: dict[int, list[Finding]] = {}
@@ -76,12 +76,12 @@ def _series(findings: Sequence[Finding]) -> dict[str, list[Finding]]:
 
 
 def _floor(findings: Sequence[Finding]) -> float:
-    """Returns the best AUC without labels on controls."""
+    """Returns the highest AUC without labels on controls."""
     return max((f.auc for f in findings if f.channel.is_control and f.knows is Knowledge.NOTHING), default=0.5)
 
 
 def _rows(findings: Sequence[Finding]) -> list[tuple[ChannelId, list[Finding | None]]]:
-    """Returns each channel with its best attack for each kind of knowledge."""
+    """Returns each channel with its strongest finding for each kind of knowledge; None if there is none."""
     rows: list[tuple[ChannelId, list[Finding | None]]] = []
     for channel in dict.fromkeys(finding.channel for finding in findings):
         on_channel = [finding for finding in findings if finding.channel == channel]

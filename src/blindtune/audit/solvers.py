@@ -32,7 +32,7 @@ class JacobianProducts:
             (self._pulled,) = torch.autograd.grad(self.output, self._point, self._cotangent, create_graph=True)
 
     def transposed(self, cotangent: Tensor) -> Tensor:
-        """Returns jᵀ c, of the shape of x, for a cotangent of the shape of f(x)."""
+        """Returns Jᵀ c, of the shape of x, for a cotangent of the shape of f(x)."""
         given = cotangent.to(self.output)
         return torch.autograd.grad(self.output, self._point, given, retain_graph=True)[0]
 
@@ -50,7 +50,7 @@ def conjugate_gradients(
     squared_norm: Callable[[Tensor], Tensor],
     iterations: int,
 ) -> Tensor:
-    """Makes a few steps of CGLS from `start` towards the least-squares solution of A x = b.
+    """Returns x after some iterations of CGLS from `start` towards the least-squares solution of A x = b.
 
     Args:
         apply, transpose: A and Aᵀ.
@@ -72,7 +72,7 @@ def conjugate_gradients(
 
 @contextmanager
 def unconverged_fits() -> Generator[None]:
-    """Accepts logistic regressions (L-BFGS) that stop at their limit of iterations, without a warning."""
+    """Suppresses the warning of logistic regressions (L-BFGS) that stop at their limit of iterations."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         yield

@@ -1,4 +1,4 @@
-"""AUC, its uncertainty, and the distribution of the best of many attacks under chance."""
+"""Computes AUCs, their intervals, and the distribution of the highest AUC of many attacks under chance."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def best_auc(scores: Scores, labels: Labels, *, symmetric: bool) -> tuple[float,
 def mean_auc(draws: Scores, labels: Labels) -> tuple[float, float, float]:
     """Returns the mean AUC over R draws `(R, N, S)` for the best class, and its 2.5% and 97.5% quantiles.
 
-    Texts with NaN are left out, because the attacker knows their labels. A single draw has a bootstrap interval over
-    texts.
+    Texts with NaN are left out, because the attacker knows their labels. For a single draw, the interval is a bootstrap
+    interval over texts.
     """
     if len(draws) == 1:
         scored = np.isfinite(draws[0, :, 0])

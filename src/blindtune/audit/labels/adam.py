@@ -11,14 +11,14 @@ equation has one or two solutions; the attack takes the smaller one. The attacke
 |a + b g| ≤ √(a²/c + b²/d) √(c + d g²), so η_t is the largest step of all coordinates, in units of that bound.
 
 The factors stay unknown, so the attack uses signs only. It fits the model of a gradient, Σ_b r_b J_bᵀ u
-(`blindtune.audit.labels.inversion`), to the signs in turns: the model assigns sizes to the signs, and is fitted to the
-result. There are many more signs (n P) than unknowns (B + n d), which compensates for the unknown sizes: on MiniLM with
-real texts the residuals read the labels of the first eight steps at AUC 0.99; the model of plain SGD reads 0.97 from
-the same steps.
+(`blindtune.audit.labels.inversion`), to the signs in several rounds: each round gives the signs the sizes of the fitted
+gradient, and fits the model to the result. There are many more signs (n P) than unknowns (B + n d), which compensates
+for the unknown sizes. On MiniLM with real texts, the residuals of the first eight steps reveal the labels with AUC
+0.99; with the model of plain SGD, the same steps give 0.97.
 
 The attack assumes that the operator receives consecutive adapters from the first step of the optimizer, and that β is
-(0.9, 0.99), the default of blindtune; for other β the first steps are nearly the same. Optimizer moments that start at
-random values prevent the attack until Adam has forgotten them.
+(0.9, 0.99), the default of blindtune; for other β the first steps are nearly the same. Adam moments that start at
+random values prevent the attack until their influence has decayed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The most bimodal of the first ten principal components.
 
-If the classes separate along a component, its distribution has two modes, and so a low kurtosis. The attack chooses the
-component with the lowest kurtosis, without any label. It reads labels that a defence has moved out of the first
-component only.
+If the classes separate along a component, its distribution has two modes, and therefore a low kurtosis. The attack
+chooses the component with the lowest kurtosis, without any label. It succeeds against defences that move the label out
+of the first component only.
 """
 
 import numpy as np

@@ -1,8 +1,8 @@
 """Boosted trees on received gradients (P3EFT, section 4): fitted on one half with labels, scored on the other half.
 
 The attack uses XGBoost, as the paper does, if it is installed (`pip install blindtune[xgboost]`). Otherwise it uses
-scikit-learn's histogram gradient boosting, and is registered under that name. If shares are noise, the trees fit their
-own half perfectly and guess on the other half.
+scikit-learn's histogram gradient boosting, and is registered under that name. If shares are noise, the trees fit the
+first half perfectly, and their scores on the other half are random.
 """
 
 from __future__ import annotations

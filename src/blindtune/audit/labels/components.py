@@ -1,7 +1,7 @@
 """Each of the first ten principal components; the best one counts.
 
 The attacker has to know which component separates the classes. A few known labels can be enough for that. The attack
-detects defences that only move the label out of the first component.
+succeeds against defences that move the label out of the first component only.
 """
 
 from blindtune.audit.labels.registry import COMPONENTS, Channel, Knowledge, attack

@@ -15,7 +15,7 @@ from blindtune.audit.statistics import Labels, Scores
 
 DRAWS = 8
 MIN_SCORED = 50
-"""Fewest texts with unknown labels to score on."""
+"""Minimum number of texts with unknown labels to score on."""
 
 
 def few_labels(count: int, channel: Channel, labels: Labels) -> Scores | None:

@@ -4,7 +4,7 @@ All shares but one are independent noise, and the last one is the gradient plus 
 eigenvector of the shares' m × m Gram matrix with the smallest eigenvalue is that combination, up to a factor. The
 factor follows from how shares are made (`blindtune.privacy.shares`, public): the share that carries the gradient has
 the coefficient 1; the vector of all other coefficients has a length in [1, 1.25), and the noise of the carrier is
-louder than that of the others by this length. If the attack takes a wrong share for the carrier, the sign of the
+larger than that of the others by this factor. If the attack takes a wrong share for the carrier, the sign of the
 gradient may be wrong; wrong signs in some batches hide the labels of all batches. If the noise is weaker than the
 gradient, the combination with the most energy is the gradient. The attack is ours; it applies blind source separation.
 """

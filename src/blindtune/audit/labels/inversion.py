@@ -9,15 +9,15 @@ changes slowly over a run. Plain SGD moves the adapters by
 If the client takes gradients at fixed adapters, the attack takes J_b at these adapters too (`Update.at`).
 
 The equation is linear in r for known u, and linear in u for known r. The attack alternates: it solves for the B
-residuals by least squares, and for u by conjugate gradients. The start is the direction into which the update moved the
-hidden states of the batch; each further update starts from the u of the one before. There are many more equations (n P)
-than unknowns (B + n d).
+residuals by least squares, and for u by conjugate gradients. It starts from the direction in which the update moved the
+hidden states of the batch; for each further update it starts from the u of the one before. There are many more
+equations (n P) than unknowns (B + n d).
 
-Adam divides each coordinate by its running size and adds a running mean (`blindtune.audit.labels.adam`). Padded
-adapters move by their pads, so they have no update to invert.
+Adam divides each coordinate by its running size and adds a running mean; `blindtune.audit.labels.adam` inverts it.
+Padded adapters change by fresh pads at each step, so they have no update to invert.
 
 The attack works for two classes, for a linear head (or any head whose gradients at the hidden states have one
-direction), and for a server that receives consecutive adapters. It does not model regularizers that pull hidden states
+direction), and for a server that receives consecutive adapters. It does not model regularizers that move hidden states
 in other directions.
 """
 
@@ -39,7 +39,7 @@ from blindtune.audit.solvers import TINY, conjugate_gradients
 
 Observed = Callable[[Update], tuple[Jacobian, NDArray[np.float64]]]
 Explain = Callable[[Jacobian, Tensor, Tensor | None], "Explanation"]
-"""Explains a step `(n, P)`, starting from u `(n, d)` if it is given."""
+"""Fits residuals and a direction to a step `(n, P)`, starting from u `(n, d)` if it is given."""
 FIRST_ROUNDS, ROUNDS, CONJUGATE_STEPS = 5, 1, 6
 INVERTED = ChannelId(ChannelKind.UPDATE, modifier="inverted")
 
@@ -54,7 +54,7 @@ def read_residuals(updates: Sequence[Update], observed: Observed, explain_step: 
     """Returns residuals `(N, 1)` of all updates, scaled to a mean size of one in each update.
 
     Args:
-        explain_step: explains one step, starting from the u of the one before.
+        explain_step: fits residuals and a direction to one step, starting from the u of the step before.
     """
     residuals: list[Tensor] = []
     u: Tensor | None = None
@@ -69,14 +69,14 @@ def read_residuals(updates: Sequence[Update], observed: Observed, explain_step: 
 
 @dataclass(frozen=True)
 class Explanation:
-    """Holds residuals r `(B,)`, a direction u `(n, d)`, and their gradient, Σ_b r_b J_bᵀ u, `(n, P)`."""
+    """Holds residuals r `(B,)`, a direction u `(n, d)`, and their gradient Σ_b r_b J_bᵀ u `(n, P)`."""
 
     r: Tensor
     u: Tensor
     gradient: Tensor
 
     def improved(self, jacobian: Jacobian, gradient: Tensor) -> Explanation:
-        """Fits a gradient of the adapters `(n, P)` for one more round."""
+        """Returns the result of one more round of fitting a gradient of the adapters `(n, P)`."""
         gradient = gradient / gradient.norm().clamp_min(TINY)
         return _fit_residuals(jacobian, gradient, _fit_direction(jacobian, gradient, self))
 
@@ -94,7 +94,7 @@ def explain(jacobian: Jacobian, gradient: Tensor, u: Tensor | None) -> Explanati
 
 
 def _moved_direction(jacobian: Jacobian, change: Tensor) -> Tensor:
-    """Returns the direction `(n, d)` into which the change moves the hidden states of the batch most."""
+    """Returns the direction `(n, d)` in which the change moves the hidden states of the batch most."""
     moved = jacobian.push(change)  # (n, B, d)
     n, _, d = moved.shape
     right = torch.linalg.svd(moved.permute(1, 0, 2).flatten(1), full_matrices=False)[2]  # of (B, n d)
@@ -112,7 +112,7 @@ def _fit_residuals(jacobian: Jacobian, change: Tensor, u: Tensor) -> Explanation
 
 
 def _fit_direction(jacobian: Jacobian, change: Tensor, explanation: Explanation) -> Tensor:
-    """Moves u towards the least-squares solution for known r, by a few conjugate gradients; of length one."""
+    """Returns u, of length one, after a few conjugate-gradient steps towards the least-squares solution for known r."""
     weights = explanation.r[None, :, None]
     u = conjugate_gradients(
         apply=lambda direction: jacobian.pull(weights * direction.unsqueeze(1)),

@@ -1,4 +1,4 @@
-"""Attack on the low-order bits of a share: they reveal its gradient, however large the noise is (Mironov 2012).
+"""Attacks the low-order bits of a share: they reveal its gradient, however large the noise is (Mironov 2012).
 
 Earlier versions sent the carrier c = fl32(g - α n), with float32 noise n and one secret coefficient α for a share,
 1 ≤ |α| < 1.25. Float32 numbers are multiples of a unit that depends on their size only. If the gaps of α n are wider
@@ -30,16 +30,16 @@ DECLARATION = Declaration("lattice", "any share", Knowledge.ALL_OTHER_LABELS, ("
 SPAN = (1.0, 1.25)
 """Range of |α| in versions that rounded after they had added noise."""
 EXACT = 2**24
-"""Float32 holds every integer below this."""
+"""Float32 represents every integer below this exactly."""
 
 FLOOR = 2.0**-10
-"""Likelihood of a carrier that no noise gives. It isn't zero: hypotheses contain rounding errors."""
+"""Likelihood of a carrier that no noise gives. It isn't zero, because hypotheses contain rounding errors."""
 TOLERANCE = 2.0**-10
 """Tolerance of the search for α, in units of the last bit of a carrier, for the same reason."""
 CANDIDATES = (2**10, 2**18)
-"""Numbers of the highest peaks of the periodogram that are tested: the larger number if none of the first ones is α."""
+"""Numbers of highest peaks of the periodogram to test: the smaller number first, the larger one if none of these is α."""
 STRONGEST = 8192
-"""Number of coordinates for the search. More coordinates take time and do not help: these fix α up to 10^-10."""
+"""Number of coordinates for the search. More coordinates take time and do not help: these determine α to 10^-10."""
 SURE = 40.0
 """Required evidence for α in nats. There are 10^10 distinguishable values of α, which is 23 nats."""
 VISIBLE = 1.5
@@ -52,7 +52,7 @@ PHASES, FINER = 16, 8
 UNLIKELY = 0.02
 """Least likelihood of a cell."""
 CELLS, MOST_CELLS = 1024, 2**22
-"""Number of values of a coordinate that are considered possible, and most values that are examined."""
+"""Number of values of a coordinate that are considered possible, and maximum number of values that are examined."""
 
 
 def noise_mass(carrier: ArrayLike, gradient: ArrayLike, coefficient: float, *, step: int | None = None) -> Scores:
@@ -107,7 +107,7 @@ def reachable(
 ) -> NDArray[np.bool_]:
     """Returns whether some noise gives exactly this carrier, for every coordinate. For arguments see `noise_mass`.
 
-    The sign of the coefficient has no influence.
+    The result does not depend on the sign of the coefficient.
     """
     return noise_mass(carrier, gradient, coefficient, step=step) > 0
 
@@ -120,8 +120,8 @@ def row_reachable(noisy_row: ArrayLike, row: ArrayLike) -> NDArray[np.bool_]:
 def public_step(share: ArrayLike) -> int | None:
     """Returns e of the largest 2^e that divides all values of a share, if all are less than 2^24 times as large.
 
-    Float32 numbers that were rounded after noise was added have no such step, except if there are fewer than about ten:
-    the last bits of the smallest values are far below those of the largest. A share of zeros has no step either.
+    Float32 numbers that were rounded after noise was added have no such step, unless there are fewer than about ten of
+    them: the last bits of the smallest values are far below those of the largest. A share of zeros has no step either.
 
     Returns:
         e, or None.
@@ -157,7 +157,7 @@ def recover_coefficient(carrier: ArrayLike, gradient: ArrayLike, *, span: tuple[
     """
     low, high = span
     if not 1 <= low < high < 2:
-        raise ValueError(f"span = {span}: |α| is looked for between 1 and 2.")
+        raise ValueError(f"span = {span}: the function searches |α| in [1, 2) only.")
     sent, known = np.asarray(carrier, np.float64).ravel(), np.asarray(gradient, np.float64).ravel()
     if public_step(sent) is not None:
         return None
@@ -180,9 +180,10 @@ def recover_coefficient(carrier: ArrayLike, gradient: ArrayLike, *, span: tuple[
 
 
 def _informative(carrier: Scores, gradient: Scores, high: float) -> Scores:
-    """Returns |g - c| in units of the last bit of c, where the gaps of α n are wider: in [2^23 high, 2^24).
+    """Returns |g - c|, in units of the last bit of c, of the coordinates where it is in [2^23 high, 2^24).
 
-    For these coordinates, n has as many digits before the point as c for every α below `high`.
+    For these coordinates, n has as many digits before the point as c for every α below `high`, so the gaps of α n are
+    wider than the unit of c.
     """
     distance = np.abs(gradient - carrier)
     mantissas, exponents = np.frexp(distance)
@@ -369,7 +370,7 @@ def _periods(
 
 @observes_shares(DECLARATION.name, observes=DECLARATION.observes, needs=DECLARATION.needs, knows=DECLARATION.knows)
 def without_hypotheses(shares: Features) -> dict[ChannelId, NDArray[np.floating]]:
-    """Yields no channel: low-order bits reveal labels only with hypothesised gradients. See `audit_shares`."""
+    """Returns no channel: low-order bits reveal labels only with hypothesised gradients. See `audit_shares`."""
     return {}
 
 
@@ -419,8 +420,8 @@ def audit_shares(shares: Features, hypotheses: ArrayLike, labels: Labels) -> lis
 class OnLattice:
     """Counts the gradients and adapters that an operator received, and those that are multiples of one public step.
 
-    If there was noise, the others were rounded after it had been added. An operator that can compute gradients for each
-    label reads labels from them, whatever the size of the noise.
+    If noise was added to the others, they were rounded after that. An operator that can compute the gradient for each
+    label can read labels from these, however large the noise is.
     """
 
     operator: str
@@ -437,7 +438,7 @@ class OnLattice:
 
 
 def on_lattice(view: View, most_adapters: int = 8) -> OnLattice:
-    """Examines all gradients of a view, and its last adapters."""
+    """Returns the counts over all gradients of a view, and over the adapters of its last checkpoints."""
     shares = [share for group in view.gradients for share in group.shares]
     names = [name for checkpoint in view.moving[-most_adapters:] for name in checkpoint.adapters]
     adapters = [weights.numpy() for weights in view.load(names).values()]

@@ -1,6 +1,6 @@
 """Cross-validated logistic regression that knows the labels of all other folds.
 
-It bounds what a well-informed attacker can do; no real attacker knows so many labels.
+It is an upper bound for attackers with less knowledge; no real attacker knows so many labels.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""The registry of attacks on labels. Each attack declares what it observes and what it needs to know.
+"""Registers attacks on labels. Each attack declares what it observes and what it needs to know.
 
 | attack on | input | output |
 |---|---|---|
@@ -43,11 +43,11 @@ Needs = Literal["the model", "the texts of each step", "Adam's β", "how shares 
 When = Literal["every snapshot", "some snapshots", "last snapshot"]
 """At which snapshots an attack runs."""
 COMPONENTS, MANY_COMPONENTS = 10, 256
-"""Numbers of components that are computed at once: for attacks that use few of them, and for probes."""
+"""Numbers of components that are computed at once: for attacks that use up to ten, and for all others."""
 
 
 class Knowledge(StrEnum):
-    """Says which labels an attacker knows."""
+    """Lists what an attacker can know about the labels."""
 
     NOTHING = "nothing"
     WHICH_COMPONENT = "which component"
@@ -94,9 +94,9 @@ Attacks without labels may return S directions, and get an empty array for label
 for each class. An attack returns None if there are too few texts.
 """
 ShareFunction = Callable[[Features], dict[ChannelId, NDArray[np.floating]]]
-"""Shares `(m, n, B, d)` -> vectors `(B, k)` of each channel."""
+"""Takes shares `(m, n, B, d)`, and returns vectors `(B, k)` for each channel."""
 UpdateFunction = Callable[[Sequence[Update], Callable[[Update], tuple[Jacobian, NDArray[np.float64]]]], "Reconstructed"]
-"""Updates, and a function that gives the Jacobian and θ_{t+1} − θ_t `(n, P)` of one -> vectors and their texts."""
+"""Takes updates, and a function from an update to its Jacobian and θ_{t+1} − θ_t `(n, P)`. Returns vectors and texts."""
 Reconstructed = tuple[Features, list[Row]]
 
 
@@ -106,10 +106,10 @@ class Attack:
 
     Attributes:
         knows: which labels the attacker knows.
-        kinds: the kinds of channels that it attacks; all channels, controls included, if empty.
-        when: at which snapshots it runs. Expensive attacks run at some snapshots only.
-        observes: what it is given.
-        needs: what else it has to know.
+        kinds: the kinds of channels that the attack runs on; if empty, it runs on all channels, controls included.
+        when: at which snapshots the attack runs. Expensive attacks run at some snapshots only.
+        observes: what the attack is given.
+        needs: what the attacker has to know besides labels.
     """
 
     name: str
@@ -131,7 +131,7 @@ class Attack:
         return self.knows in (Knowledge.NOTHING, Knowledge.WHICH_COMPONENT)
 
     def fits(self, channel: ChannelId) -> bool:
-        """Returns whether it attacks this channel."""
+        """Returns whether the attack can run on this channel."""
         return not self.kinds or channel.observes(*self.kinds)
 
     def run(self, channel: Channel, labels: Labels) -> Scores | None:
@@ -141,7 +141,10 @@ class Attack:
 
 @dataclass(frozen=True)
 class ShareAttack:
-    """Reads the shares of a gradient: reconstructs the gradient, or tests labels if the attacker knows some."""
+    """Describes an attack on the shares of a gradient.
+
+    It reconstructs the gradient, or tests labels if the attacker knows some.
+    """
 
     function: ShareFunction
     observes: Observes
@@ -151,10 +154,10 @@ class ShareAttack:
 
 @dataclass(frozen=True)
 class UpdateAttack:
-    """Reconstructs the gradient of an update, without any label.
+    """Describes an attack that reconstructs the gradient of an update without any label.
 
     Attributes:
-        channel: identifies the vectors that it yields.
+        channel: identifies the reconstructed vectors.
     """
 
     channel: ChannelId
@@ -164,7 +167,7 @@ class UpdateAttack:
 
     @property
     def consecutive(self) -> bool:
-        """Returns whether it needs the first updates of the run, without gaps. Otherwise any updates do."""
+        """Returns whether the attack needs the first updates of the run, without gaps. Other attacks accept any updates."""
         return self.observes == "all adapters since the first step"
 
 
@@ -209,7 +212,7 @@ def observes_shares(
 def observes_updates(
     channel: ChannelId, *, observes: Observes, needs: tuple[Needs, ...]
 ) -> Callable[[UpdateFunction], UpdateFunction]:
-    """Registers an attack that observes consecutive adapters, and knows no label, under the label of its channel."""
+    """Registers an attack that observes consecutive adapters and knows no label. Its name is the label of its channel."""
 
     def register(function: UpdateFunction) -> UpdateFunction:
         UPDATE_ATTACKS[str(channel)] = UpdateAttack(channel, function, observes, needs)
@@ -220,7 +223,7 @@ def observes_updates(
 
 @dataclass(frozen=True)
 class Declaration:
-    """Says what an attack observes, which labels it knows, and what else it needs to know."""
+    """Describes what an attack observes, which labels it knows, and what else it needs to know."""
 
     name: str
     observes: Observes
@@ -229,7 +232,7 @@ class Declaration:
 
 
 def catalogue() -> list[Declaration]:
-    """Lists all registered attacks: on vectors, then on shares, then on updates."""
+    """Returns all registered attacks: on vectors, then on shares, then on updates."""
     return [
         *(Declaration(name, a.observes, a.knows, a.needs) for name, a in ATTACKS.items()),
         *(Declaration(name, a.observes, a.knows, a.needs) for name, a in SHARE_ATTACKS.items()),

@@ -1,4 +1,4 @@
-"""A whole audit of labels: read transcripts, attack every view, train a control, and reach a verdict."""
+"""Audits labels: reads transcripts, attacks every view, trains a control, and returns a verdict."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from blindtune.models.tokenizer import Text
 from blindtune.wire import Transcript
 
 MOST_COLLUDING = 4
-"""So many servers have 11 subsets of two or more."""
+"""Maximum number of servers for `collude`. With 4 servers there are 11 subsets of two or more."""
 
 
 @dataclass(frozen=True)
 class AuditSettings:
-    """How thorough an audit is.
+    """Configures an audit of labels.
 
     Attributes:
-        points: in time, spread over the run.
-        probe_points: how many of them also get what costs more.
-        max_texts: a random sample of so many texts is attacked; all if None.
-        model: the pretrained model; the one that the transcript names if None.
-        tenant: whose run, if several tenants were recorded.
-        collude: whether every subset of two or more servers is attacked too, as if they had pooled what they saw.
-        updates: optimizer steps to invert, up to a minute each.
-        device: where texts run under the recorded adapters; attacks on the results run on the CPU.
+        points: number of snapshots to attack, spread evenly over the run.
+        probe_points: number of snapshots at which expensive attacks run too.
+        max_texts: maximum number of texts to attack, as a random sample; all if None.
+        model: name or folder of the pretrained model; if None, the model that the transcript names.
+        tenant: name of the tenant whose run is attacked; required if the recording has several.
+        collude: whether every subset of two or more servers is attacked too, as if they had shared their transcripts.
+        updates: number of optimizer steps to invert. Each one takes up to a minute.
+        device: device that runs texts through the recorded adapters. Attacks on the results run on the CPU.
     """
 
     points: int = 8
@@ -59,23 +59,23 @@ def audit_labels(
     backbone: FrozenBackbone | None = None,
     begin: Begin = silent,
 ) -> Verdict:
-    """Attacks what servers recorded, and scores it against the true labels.
+    """Attacks what servers recorded, and scores the attacks against the true labels.
 
         verdict = audit_labels(["seen-by-a", "seen-by-b"], texts, labels)
         print(verdict.sentence())
         write_report(Path("report.html"), verdict, title="Audit", classes=["no", "yes"])
 
     Args:
-        transcripts: folders that `blindtune serve --record` wrote, one a server; or such folders by the servers' names.
-        texts, labels: the training set, for scoring alone.
+        transcripts: folders that `blindtune serve --record` wrote, one for each server; or these folders by server name.
+        texts, labels: the training set. The attacks do not see it; it serves for scoring only.
         control: transcripts of an unprotected run.
-        control_findings: what was found in an unprotected run; empty for an audit that has its control elsewhere. With
-            neither of the two, a short unprotected run is trained here.
-        backbone: the pretrained model, if it is loaded already.
-        begin: reports progress.
+        control_findings: findings of an earlier audit of an unprotected run; empty if no control is needed. If neither
+            `control` nor `control_findings` is given, the function trains a short unprotected run as the control.
+        backbone: the pretrained model, if it is already loaded.
+        begin: called at the start of each task, to report progress.
     Raises:
-        TranscriptError: a transcript without training, of other weights, or too few texts with a label.
-        ConfigError: more servers than can collude.
+        TranscriptError: a transcript has no training or was recorded on other weights, or too few texts have labels.
+        ConfigError: fewer than two servers, or too many, for `settings.collude`.
     """
     settings = settings or AuditSettings()
     folders = transcripts if isinstance(transcripts, Mapping) else {str(folder): Path(folder) for folder in transcripts}
@@ -102,10 +102,10 @@ def audit_labels(
 
 
 def colluding(views: Sequence[View]) -> list[View]:
-    """The joint view of every subset of two or more servers, the small ones first.
+    """Returns the joint view of every subset of two or more servers, the smaller subsets first.
 
     Raises:
-        ConfigError: fewer than two servers, or so many that their subsets would take too long.
+        ConfigError: fewer than two servers, or more than `MOST_COLLUDING`, whose subsets would take too long.
     """
     if not 2 <= len(views) <= MOST_COLLUDING:
         raise ConfigError(
@@ -118,7 +118,7 @@ def colluding(views: Sequence[View]) -> list[View]:
 def label_rows(
     texts: Sequence[Text], labels: Sequence[int], views: Sequence[View], backbone: FrozenBackbone
 ) -> dict[Row, int]:
-    """Token rows, as the servers saw them, with their labels."""
+    """Returns the label of each text, by the token ids that the servers received."""
     longest = max(len(row) for view in views for row in view.first_seen)
     tokenizer = Tokenizer(backbone.tokenizer, pad_token_id=backbone.pad_token_id, with_types=True)
     rows = tokenizer.rows(texts, max_length=longest)
@@ -126,7 +126,7 @@ def label_rows(
 
 
 def _backbone(views: Sequence[View], settings: AuditSettings, backbone: FrozenBackbone | None) -> FrozenBackbone:
-    """The pretrained model that all views were recorded on. Raises `TranscriptError`."""
+    """Returns the pretrained model of all views. Raises `TranscriptError` if a view was recorded on another one."""
     recorded = views[0].transcript.recording.models[views[0].model]
     if backbone is None:
         backbone = load_backbone(settings.model or recorded.source, device=settings.device, dtype=recorded.dtype)

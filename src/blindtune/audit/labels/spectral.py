@@ -1,4 +1,4 @@
-"""Spectral attack (Sun et al. 2022): projects the centred features on their first right singular vector."""
+"""Spectral attack (Sun et al. 2022): projects the centred features onto their first right singular vector."""
 
 from blindtune.audit.labels.registry import Channel, Knowledge, attack
 from blindtune.audit.statistics import Labels, Scores

@@ -16,7 +16,7 @@ from blindtune.audit.observe import Features
 
 @observes_shares("sum over adapters", observes="any share", needs=())
 def summed(shares: Features) -> dict[ChannelId, NDArray[np.floating]]:
-    """Sums each of the shares `(m, n, B, d)` over n ≥ 2 adapters: `(B, d)`."""
+    """Returns the sum `(B, d)` over n ≥ 2 adapters of each of the shares `(m, n, B, d)`."""
     m, n = shares.shape[:2]
     if n < 2:
         return {}

@@ -1,6 +1,6 @@
-"""What an attacker on texts knows, and what it may compute: the pretrained model, public text, the defence.
+"""Defines what an attacker on texts knows (the pretrained model, public text, the defence), and what it may compute.
 
-A *static* attacker runs the pretrained bottom. An *adaptive* one has trained a bottom of its own with the client's
+A *static* attacker runs the pretrained bottom. An *adaptive* attacker has trained its own bottom with the client's
 recipe, and simulates what the client does to hidden states before it sends them. Neither has the client's weights.
 """
 
@@ -76,11 +76,12 @@ class Attacker:
     Attributes:
         model: the whole pretrained model.
         public: token rows of public texts, preferably about as long as the client's. Texts with one token are ignored.
-        bottom: the bottom that it simulates the client with; the pretrained one if None.
+        bottom: the bottom with which the attacker simulates the client; the pretrained one if None.
         send: maps tokens, of any shape, to the tokens that the client sends instead; None if it sends the texts.
         simulate: what the client does to s_A `(N, d)` before the provider reads it: codec, clipping, noise.
-        expected: the same without randomness. The default is right if nothing is random, or if the mean is s_A.
+        expected: expected value of `simulate`. The default is right if nothing is random, or if the mean is s_A.
         seed: seed of all random draws.
+        budget: limits of the computation.
     """
 
     model: CutModel
@@ -95,7 +96,7 @@ class Attacker:
 
     @cached_property
     def simulated(self) -> Part:
-        """Returns the bottom that it simulates the client with."""
+        """Returns the bottom with which the attacker simulates the client."""
         return self.model.parts["bottom"] if self.bottom is None else self.bottom
 
     @property
@@ -115,30 +116,29 @@ class Attacker:
         return cast(Any, self.model.causal).get_output_embeddings().weight.detach().float()
 
     def remember(self, name: str, make: Callable[[], T]) -> T:
-        """Returns the result of `make`, and computes it once. Its random draws depend on seed and name alone."""
+        """Returns the result of `make`, which runs once. Its random draws depend on seed and name only."""
         if name not in self._remembered:
             self._remembered[name] = self.seeded(name, make)
         return self._remembered[name]
 
     def seeded(self, name: str, make: Callable[[], T]) -> T:
-        """Runs `make` under a random stream of its own. Torch's global stream doesn't change."""
+        """Returns the result of `make`, run with a separate random stream. Torch's global stream doesn't change."""
         with torch.random.fork_rng():
             torch.manual_seed(self.seed * 2**32 + zlib.crc32(name.encode()))
             return make()
 
     def rows(self, count: int) -> list[list[int]]:
-        """Draws public texts at random, and sorts them by length. Raises `ConfigError` if there are none."""
+        """Returns public texts, drawn at random and sorted by length. Raises `ConfigError` if there are none."""
         usable = [list(row) for row in self.public if len(row) > 1]
         if not usable:
-            raise ConfigError("The attacker has no public text.", remedy="Give it some, of at least two tokens each.")
+            raise ConfigError("The attacker has no public text.", remedy="Give public texts of at least two tokens each.")
         return sorted(random.Random(self.seed).sample(usable, min(count, len(usable))), key=len)
 
     def batches(self, rows: Sequence[Sequence[int]], *, replaced: float = 0.0) -> list[PublicBatch]:
-        """Runs rows through the simulated bottom.
+        """Returns rows with their hidden states after the simulated bottom.
 
         Args:
-            replaced: part of the tokens that are replaced by random ones, because public text lacks most of the
-                vocabulary.
+            replaced: fraction of the tokens to replace by random ones, because public text lacks most of the vocabulary.
         """
         result: list[PublicBatch] = []
         for start in range(0, len(rows), CHUNK):

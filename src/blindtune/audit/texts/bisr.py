@@ -1,9 +1,9 @@
 """BiSR: refines the first guess of an inverter with hidden states and with gradients.
 
-- BiSR(f) starts EIA from SIP's candidates and scores. This matches s_A.
-- BiSR(b) multiplies SIP's distribution of each token by TAG's distribution of each label. This matches gradients.
-- BiSR takes the candidates of both, and reads them from left to right in their own context
-  (`blindtune.audit.texts.nearest`). The score of a candidate includes how well it fits g_B.
+- BiSR(f) starts EIA from SIP's candidates and scores, and matches s_A.
+- BiSR(b) multiplies SIP's distribution of each token by TAG's distribution of each label, and so matches gradients.
+- BiSR takes the candidates of both. It chooses among them from left to right, in the context of the tokens chosen
+  before (`blindtune.audit.texts.nearest`). The score of a candidate includes how well it fits g_B.
 """
 
 from __future__ import annotations

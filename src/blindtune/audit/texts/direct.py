@@ -1,6 +1,6 @@
 """Direct Forward: the pretrained top predicts the next token from s_B, so position t gives token t + 1.
 
-The first token of a text is no next token. The attack guesses the most frequent first token of public text.
+No position predicts the first token of a text. For it, the attack guesses the most frequent first token of public text.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ def head_input(observed: Observed, attacker: Attacker) -> Tensor:
 
 
 def after_first(next_tokens: Tensor, observed: Observed, attacker: Attacker) -> Tensor:
-    """Returns guesses `(N,)` from guesses for the next token of each position `(N,)`."""
+    """Returns guesses for each position `(N,)`, given guesses for the next token of each position `(N,)`."""
     guesses = next_tokens.roll(1)
     guesses[observed.positions == 0] = attacker.log_first_frequencies.argmax()
     return guesses
 
 
 def shortlist_after_first(next_tokens: Shortlist, observed: Observed, attacker: Attacker) -> Shortlist:
-    """Returns candidates from candidates for the next token of each position."""
+    """Returns candidates for each position, given candidates for the next token of each position."""
     ids, scores = next_tokens.ids.roll(1, 0), next_tokens.scores.roll(1, 0)
     best = attacker.log_first_frequencies.topk(ids.shape[1])
     first = observed.positions == 0
