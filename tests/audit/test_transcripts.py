@@ -148,6 +148,16 @@ def test_the_report_is_one_file_with_pictures_and_numbers(view, lora_run, minilm
     assert f"{verdict.headline.auc:.2f}" in page
 
 
+def test_an_audit_without_a_control_says_so(lora_run, minilm, tmp_path):
+    folder, examples, *_ = lora_run
+    few = AuditSettings(points=1, probe_points=1, max_texts=60)
+    verdict = bt.audit_labels([folder], examples.texts, examples.labels, few, control_findings=(), backbone=minilm)
+    assert "no control was attacked" in verdict.sentence()
+    assert verdict.to_json()["controls"]["unprotected"] is None
+    write_report(tmp_path / "report.html", verdict, title="Audit", classes=examples.classes)
+    assert "unprotected training" not in (tmp_path / "report.html").read_text()
+
+
 def test_an_audit_is_three_lines_of_python(lora_run, tmp_path):
     """It loads the model that the transcript names, and trains an unprotected run to compare with."""
     folder, examples, *_ = lora_run

@@ -68,18 +68,20 @@ class Verdict:
         return strongest(self._of_frozen_model(Knowledge.ALL_OTHER_LABELS))
 
     @property
-    def control_headline(self) -> Finding:
+    def control_headline(self) -> Finding | None:
         """Returns the best attack without labels on activations and shifts of unprotected training.
 
-        Gradients don't count. In the clear they always reveal labels, so they can't show that the attacks on
-        activations and shifts work.
+        It is None for an audit without a control. Gradients don't count. In the clear they always reveal labels, so
+        they can't show that the attacks on activations and shifts work.
         """
-        return strongest(f for f in self.control if f.knows is Knowledge.NOTHING and f.channel.observes(*COMPUTED))
+        chosen = [f for f in self.control if f.knows is Knowledge.NOTHING and f.channel.observes(*COMPUTED)]
+        return strongest(chosen) if chosen else None
 
     @property
     def valid(self) -> bool:
-        """Returns whether the attacks succeed on unprotected training."""
-        return self.control_headline.auc >= CONTROL_AUC
+        """Returns whether the attacks succeed on unprotected training; True for an audit without a control."""
+        control = self.control_headline
+        return control is None or control.auc >= CONTROL_AUC
 
     @cached_property
     def chance(self) -> Chance:
@@ -129,16 +131,17 @@ class Verdict:
             f"({best.attack} on {best.channel}, {best.operator}, step {best.step})"
         )
         control = self.control_headline
-        if not self.valid:
+        if control is not None and not self.valid:
             return f"{attack}; void: on unprotected training it reaches {control.auc:.2f} only, so it proves nothing."
+        unprotected = "no control was attacked" if control is None else f"{control.auc:.2f} on unprotected training"
         return (
             f"{attack}; guessing would reach up to {self.chance.quantile:.2f} in 95% of cases "
-            f"(p = {self.chance.p:.3f}); "
-            f"{control.auc:.2f} on unprotected training, {self.frozen.auc:.2f} on the frozen model."
+            f"(p = {self.chance.p:.3f}); {unprotected}, {self.frozen.auc:.2f} on the frozen model."
         )
 
     def to_json(self) -> dict[str, Any]:
         """Returns all numbers."""
+        control = self.control_headline
         return {
             "headline": self.headline.to_json(),
             "component": self.component.to_json(),
@@ -149,7 +152,7 @@ class Verdict:
             },
             "chance": asdict(self.chance),
             "controls": {
-                "unprotected": self.control_headline.to_json(),
+                "unprotected": None if control is None else control.to_json(),
                 "frozen": self.frozen.to_json(),
                 "frozen_component": self.frozen_component.to_json(),
                 "frozen_probe": self.frozen_probe.to_json(),

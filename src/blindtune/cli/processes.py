@@ -24,7 +24,13 @@ class ServerProcess:
 
 @contextmanager
 def local_servers(
-    model: str, folders: list[Path], *, threads: int, dtype: str = "float32", more: Sequence[str] = ()
+    model: str,
+    folders: list[Path],
+    *,
+    threads: int,
+    dtype: str = "float32",
+    token_file: Path | None = None,
+    more: Sequence[str] = (),
 ) -> Generator[list[ServerProcess]]:
     """Starts a server process on loopback for each folder, which records there what it sees.
 
@@ -32,6 +38,7 @@ def local_servers(
 
     Args:
         threads: number of torch threads of each server.
+        token_file: file of the tenants' tokens; the servers need no token if None.
         more: further options of `blindtune serve`.
     Raises:
         OperatorUnreachable: a server exited before it listened.
@@ -42,7 +49,8 @@ def local_servers(
         for folder in folders:
             folder.parent.mkdir(parents=True, exist_ok=True)
             log = folder.with_suffix(".log")
-            command = [sys.executable, "-m", "blindtune", "serve", "--model", model, "--port", "0", "--no-auth"]
+            command = [sys.executable, "-m", "blindtune", "serve", "--model", model, "--port", "0"]
+            command += ["--no-auth"] if token_file is None else ["--token-file", str(token_file)]
             command += ["--threads", str(threads), "--dtype", dtype, "--record", str(folder), *more]
             environment = {**os.environ, "COLUMNS": "200", "PYTHONUNBUFFERED": "1"}
             with log.open("w") as errors:

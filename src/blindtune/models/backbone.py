@@ -266,7 +266,7 @@ def load_backbone(
             cut.check(layers_of(config))
             kind = AutoModelForCausalLM
         whole, loading = kind.from_pretrained(
-            source.location, dtype=TORCH_DTYPES[dtype], output_loading_info=True, **source.arguments
+            source.location, config=config, dtype=TORCH_DTYPES[dtype], output_loading_info=True, **source.arguments
         )
         tokenizer: Any = AutoTokenizer.from_pretrained(source.location, **source.arguments)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

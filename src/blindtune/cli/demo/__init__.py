@@ -28,11 +28,11 @@ def demo(
         "out/demo"
     ),
     seed: Annotated[int, typer.Option(help="Seed of batches and initial weights; secrets are always random.")] = 0,
-    steps: Annotated[int, typer.Option(help="Number of training steps of each method.")] = 45,
-    train: Annotated[int, typer.Option(help="Number of training sentences.")] = 1440,
-    test: Annotated[int, typer.Option(help="Number of test sentences.")] = 600,
+    steps: Annotated[int, typer.Option(help="Number of training steps of each method.")] = 36,
+    train: Annotated[int, typer.Option(help="Number of training sentences.")] = 1152,
+    test: Annotated[int, typer.Option(help="Number of test sentences.")] = 400,
     points: Annotated[int, typer.Option(help="Number of snapshots of the run to attack.")] = 2,
-    attacked: Annotated[int, typer.Option(help="Number of training sentences to attack, chosen at random.")] = 400,
+    attacked: Annotated[int, typer.Option(help="Number of training sentences to attack, chosen at random.")] = 300,
     model: Annotated[str, typer.Option(help="Model that the operators host.")] = "minilm",
     decoder: Annotated[
         str, typer.Option(help="Decoder for the part on private texts; an empty name skips that part.")

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from blindtune.cli.console import console
-from blindtune.cli.processes import local_servers
+from blindtune.cli.processes import ServerProcess, local_servers
 
 if TYPE_CHECKING:
     from blindtune.audit import Verdict
     from blindtune.data import Examples
 
 OPERATORS = ("operator A", "operator B")
-MAX_LENGTH = 48
+MAX_LENGTH = 32
 SOME_LABELS = "64 labels"
 TITLES = {"lora": "Plain LoRA", "padded-lora": "Padded LoRA"}
 
@@ -42,9 +42,10 @@ class DemoPlan:
     attacked: int
     output: Path
 
-    def transcripts(self, name: str) -> list[Path]:
-        """Returns the folder of each operator's transcript of a method's run."""
-        return [self.output / name / operator.replace(" ", "-") for operator in OPERATORS]
+    @property
+    def transcripts(self) -> dict[str, Path]:
+        """The folder of each operator's transcript, which holds the runs of both methods, each with its own tenant."""
+        return {operator: self.output / "seen" / operator.replace(" ", "-") for operator in OPERATORS}
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,16 @@ class LabelsPart:
 
 def labels_part(plan: DemoPlan, train_set: "Examples", test_set: "Examples") -> LabelsPart:
     """Trains both methods, attacks what the operators recorded, and prints a table."""
-    runs = {name: _train(name, plan, train_set, test_set) for name in ("lora", "padded-lora")}
+    from blindtune.server.auth import add_token
+
+    token_file = plan.output / "tenants.txt"
+    tokens = {name: add_token(token_file, name) for name in TITLES}
+    console.print("Starting two servers …")
+    threads = max(1, (os.cpu_count() or 2) // len(OPERATORS))
+    with local_servers(plan.model, list(plan.transcripts.values()), threads=threads, token_file=token_file) as servers:
+        for operator, server in zip(OPERATORS, servers, strict=True):
+            console.print(f"{operator}: {server.url} (process {server.process.pid})")
+        runs = {name: _train(name, plan, servers, tokens[name], train_set, test_set) for name in TITLES}
     verdicts = _audit(plan, train_set, runs)
     summary = _summarise(runs, verdicts)
     _print(summary, len(train_set))
@@ -91,46 +101,39 @@ class Run:
     report: dict[str, float]
 
 
-def _train(name: str, plan: DemoPlan, train_set: "Examples", test_set: "Examples") -> Run:
-    """Trains a method over two new server processes, and evaluates it."""
+def _train(
+    name: str, plan: DemoPlan, servers: list[ServerProcess], token: str, train_set: "Examples", test_set: "Examples"
+) -> Run:
+    """Trains a method over the servers as a tenant of its own, and evaluates it."""
     from blindtune.cli.options import connect, make_lora_config
     from blindtune.cli.progress import StepBar, inference_progress, labels_status
     from blindtune.labels import METHODS, LinearHead, PrivateModel, TrainConfig, Trainer, evaluate, make_method
 
     console.rule(f"[bold]{name}")
-    cores = os.cpu_count() or 2
-    threads = (
-        cores if name == "lora" else max(1, cores // len(OPERATORS))
-    )  # with plain LoRA one of them computes at a time
-    with local_servers(plan.model, plan.transcripts(name), threads=threads) as servers:
-        for operator, server in zip(OPERATORS, servers, strict=True):
-            console.print(f"{operator}: {server.url} (process {server.process.pid})")
-        backbone = connect(
-            [server.url for server in servers],
-            token=None,
-            tls_ca=None,
-            wait=60.0,
-            max_length=MAX_LENGTH,
-            num_adapters=0,
-        )
-        method = make_method(name, steps=plan.steps)
-        rank = METHODS[name].default_rank
-        backbone.adapter_config = make_lora_config(
-            backbone.info, rank=rank, alpha=2 * rank, targets=None, layers="upper"
-        )
-        head = LinearHead(backbone.hidden_size, len(train_set.classes))
-        private = PrivateModel(backbone, head, method, seed=plan.seed)
-        config = TrainConfig(steps=plan.steps, seed=plan.seed, learning_rate=METHODS[name].default_lr)
-        trainer = Trainer(private, train_set, config, checkpoint=plan.output / name / "model")
-        begin = time.perf_counter()
-        with inference_progress(backbone, console, "frozen features", len(train_set)):
-            trainer.prepare()
-        frozen = _frozen_accuracy(private, test_set) if name == "lora" else 0.0
-        done = trainer.run([StepBar(console, name, labels_status)])
-        seconds = time.perf_counter() - begin
-        with inference_progress(backbone, console, "test", len(test_set)):
-            accuracy = evaluate(private, test_set)["accuracy"]
-        backbone.close()
+    backbone = connect(
+        [server.url for server in servers],
+        token=[token],
+        tls_ca=None,
+        wait=60.0,
+        max_length=MAX_LENGTH,
+        num_adapters=0,
+    )
+    method = make_method(name, steps=plan.steps)
+    rank = METHODS[name].default_rank
+    backbone.adapter_config = make_lora_config(backbone.info, rank=rank, alpha=2 * rank, targets=None, layers="upper")
+    head = LinearHead(backbone.hidden_size, len(train_set.classes))
+    private = PrivateModel(backbone, head, method, seed=plan.seed)
+    config = TrainConfig(steps=plan.steps, seed=plan.seed, learning_rate=METHODS[name].default_lr)
+    trainer = Trainer(private, train_set, config, checkpoint=plan.output / name / "model")
+    begin = time.perf_counter()
+    with inference_progress(backbone, console, "frozen features", len(train_set)):
+        trainer.prepare()
+    frozen = _frozen_accuracy(private, test_set) if name == "lora" else 0.0
+    done = trainer.run([StepBar(console, name, labels_status)])
+    seconds = time.perf_counter() - begin
+    with inference_progress(backbone, console, "test", len(test_set)):
+        accuracy = evaluate(private, test_set)["accuracy"]
+    backbone.close()
     console.print(f"{name}: test accuracy {accuracy:.3f}")
     traffic = sum(step.bytes_sent + step.bytes_received for step in done) / len(done)
     return Run(frozen, accuracy, seconds, traffic, private.method.report())
@@ -160,8 +163,8 @@ def _audit(plan: DemoPlan, train_set: "Examples", runs: dict[str, Run]) -> dict[
     for name in runs:
         # with fewer snapshots the attack on plain LoRA can only be weaker, which favours it
         points = plan.points if name != "lora" else (plan.points + 1) // 2
-        settings = AuditSettings(points=points, probe_points=1, max_texts=plan.attacked)
-        folders = dict(zip([f"{operator}, {name}" for operator in OPERATORS], plan.transcripts(name), strict=True))
+        settings = AuditSettings(points=points, probe_points=1, max_texts=plan.attacked, tenant=name)
+        folders = {f"{operator}, {name}": folder for operator, folder in plan.transcripts.items()}
         with audit_progress(console) as begin:
             verdict = audit_labels(
                 folders, train_set.texts, train_set.labels or [], settings, control_findings=control or (),
