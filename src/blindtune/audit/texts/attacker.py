@@ -131,14 +131,16 @@ class Attacker:
         """Returns public texts, drawn at random and sorted by length. Raises `ConfigError` if there are none."""
         usable = [list(row) for row in self.public if len(row) > 1]
         if not usable:
-            raise ConfigError("The attacker has no public text.", remedy="Give public texts of at least two tokens each.")
+            raise ConfigError(
+                "The attacker has no public text.", remedy="Give public texts of at least two tokens each."
+            )
         return sorted(random.Random(self.seed).sample(usable, min(count, len(usable))), key=len)
 
     def batches(self, rows: Sequence[Sequence[int]], *, replaced: float = 0.0) -> list[PublicBatch]:
         """Returns rows with their hidden states after the simulated bottom.
 
         Args:
-            replaced: fraction of the tokens to replace by random ones, because public text lacks most of the vocabulary.
+            replaced: fraction of the tokens to replace by random ones, since public text lacks most of the vocabulary.
         """
         result: list[PublicBatch] = []
         for start in range(0, len(rows), CHUNK):
