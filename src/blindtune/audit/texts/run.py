@@ -93,7 +93,8 @@ class TextsAudit:
         return (
             f"The server can read {best.accuracy:.0%} of the tokens ({best.attack}, {best.stage} of the run"
             f"{', adaptive' if best in (self.adaptive or []) else ''}); "
-            f"without looking {floor:.0%}; of undefended hidden states {control.accuracy:.0%}."
+            f"attacks that observe nothing recover {floor:.0%}, attacks on undefended hidden states "
+            f"{control.accuracy:.0%}."
         )
 
     def to_json(self) -> dict[str, Any]:
