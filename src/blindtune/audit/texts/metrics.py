@@ -121,7 +121,7 @@ class Interval:
 def bootstrap_mean(values: Sequence[float], *, weights: Sequence[float], resamples: int = 1000) -> Interval:
     """Returns the weighted mean and its 95% interval over resampled texts. Raises `ValueError` without values."""
     if not values:
-        raise ValueError("There are no values to average.")
+        raise ValueError("There is nothing to average.")
     data, weight = np.asarray(values, dtype=np.float64), np.asarray(weights, dtype=np.float64)
     drawn = np.random.default_rng(0).integers(0, len(data), (resamples, len(data)))
     means = (data * weight)[drawn].sum(1) / weight[drawn].sum(1)
