@@ -263,7 +263,7 @@ class ModelInfo(Message):
     token_type_ids: bool
     pad_token_id: int
     fingerprint: Sha256
-    """SHA-256 over the names, dtypes and values of all weights."""
+    """SHA-256 over the names, dtypes, shapes and values of all weights."""
     base_model_name: str
     """Value of `base_model_name_or_path` in PEFT's configuration."""
     limits: Limits
