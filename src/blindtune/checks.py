@@ -1,4 +1,4 @@
-"""Validation of option values, which may come from a command line. Shared by all methods and designs."""
+"""Checks the values of options, which may come from a command line, for all methods and designs."""
 
 from __future__ import annotations
 

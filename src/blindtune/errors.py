@@ -1,4 +1,4 @@
-"""The exceptions that blindtune raises. Each message says what happened and with which value; the remedy, what to do.
+"""The exceptions that blindtune raises. A message says what happened and with which value; a remedy says what to do.
 
 BlindtuneError
 ├── RequestError                a server refused a request (an RFC 9457 problem document)

@@ -1,4 +1,4 @@
-"""Optional dependencies. A missing package raises an error that names the extra to install."""
+"""Checks optional dependencies: if a package is missing, an exception names the extra to install."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Atomic file writes with explicit permissions, and tensor files."""
+"""Writes files atomically and with explicit permissions, and reads and writes tensor files."""
 
 from __future__ import annotations
 

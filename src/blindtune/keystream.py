@@ -1,4 +1,4 @@
-"""A ChaCha20 keystream and random numbers drawn from it. `blindtune.lattice` draws discrete Gaussian noise from it.
+"""A ChaCha20 keystream, and random numbers that are drawn from it. `blindtune.lattice` uses it for its noise.
 
 Torch's generators are not cryptographic: their state can be reconstructed from their output, so no secret may depend
 on them.

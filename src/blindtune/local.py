@@ -2,9 +2,8 @@
 
     backbone = bt.Backbone(bt.local_operators("minilm"))
 
-Only the sockets are replaced: the application that `blindtune serve` runs answers the same requests, with its engine,
-its caches and its recorder. Operators that share a process can't keep anything from each other, so this gives no
-privacy.
+Only the sockets are replaced: the requests are handled by the same application as that of `blindtune serve`, with its
+engine, caches and recorder. Operators in one process can read each other's memory, so local operators give no privacy.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ class InProcess(httpx2.BaseTransport):
         return httpx2.Response(response.status_code, headers=response.headers, content=await response.aread())
 
     def close(self) -> None:
-        """Closes the application, which completes its files, such as a transcript."""
+        """Closes the application, which then completes its transcript."""
         if self._loop.is_closed():
             return
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -82,7 +81,7 @@ def local_operators(
         count: number of operators. With `record`, it is the number of folders there.
         cut: sizes of the bottom and the top into which a decoder is cut.
         dtype, device: dtype and torch device of the model.
-        record: a folder for each operator, in which it writes what it sees. Closing the pool completes the transcripts.
+        record: a folder for the transcript of each operator. Transcripts are complete when the pool is closed.
         emulators: folders of emulators of the model's trunk.
     Returns:
         A pool that `Backbone(...)` accepts in place of addresses.

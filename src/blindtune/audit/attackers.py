@@ -40,7 +40,7 @@ class Finding:
     """Holds the AUC of one attack on one channel at one step, over `texts` examples.
 
     `low` and `high` are the 95% bootstrap interval. For each attack on each channel, only the step with the highest AUC
-    has one. For probes with few labels, `auc` is the mean over draws of the known texts, and the interval is over draws.
+    has one. For probes with few labels, `auc` is the mean over draws of the known texts; the interval is over draws.
     """
 
     operator: str

@@ -31,7 +31,7 @@ MIN_TEXTS = 50
 MIN_TRAVELLED = 1000
 """Least number of texts with sent vectors for an attack at a snapshot. At the last snapshot it is `MIN_TEXTS`."""
 NEIGHBOURS = 4
-"""Number of nearest adapters in time. Of these, the one with the nearest weights counts as received at the same step."""
+"""Number of adapters nearest in time. Of these, the one with the closest weights counts as received at that step."""
 RECOMBINATIONS = (RECOMBINED, f"{RECOMBINED}, {SUMMED}")
 Travelled = dict[ChannelId, tuple[Features, list[Row]]]
 """Channel -> vectors and their texts."""
@@ -255,7 +255,7 @@ def beyond_text(features: Features, frozen: Features) -> Features:
 
 
 def inverted_channels(view: View, labels: Mapping[Row, int], recompute: Recomputation, count: int) -> Travelled:
-    """Returns the results of attacks on `count` updates: the first ones if the attack needs those, else evenly spaced."""
+    """Returns results of attacks on `count` updates: the first ones if the attack needs those, else evenly spaced."""
     updates = [update for update in view.updates() if any(row in labels for row in update.rows)]
     if not updates or count < 1:
         return {}

@@ -27,7 +27,7 @@ STEPS, BATCH, TEXTS, RATE = 100, 32, 1000, 2e-3
 def unprotected_control(
     view: View, plan: AttackPlan, recompute: Recomputation, on_step: Callable[[], None] | None = None
 ) -> list[Finding]:
-    """Trains one adapter of the run's shape without protection on the run's texts; attacks its activations and shifts."""
+    """Trains one unprotected adapter of the run's shape on the run's texts; attacks its activations and shifts."""
     rows = scored_rows(view, plan)
     chosen = np.random.default_rng(0).permutation(len(rows))[:TEXTS]
     rows = [rows[index] for index in chosen]

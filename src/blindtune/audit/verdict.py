@@ -1,4 +1,4 @@
-"""The result of an audit of labels, for people and for programs."""
+"""Sums up an audit of labels, in a sentence and as JSON."""
 
 from __future__ import annotations
 
@@ -22,15 +22,19 @@ CONTROL_AUC = 0.75
 
 @dataclass(frozen=True)
 class Verdict:
-    """Sums up the strongest attacks of one audit, and its two controls.
+    """Sums up the strongest attacks of one audit, and its two controls: an unprotected run and the frozen model.
 
     `headline` is the best attack without any label; `probe` is the best one that knows all other labels.
+
+    Attributes:
+        attacked: the findings on each server.
+        control: findings on an unprotected run.
     """
 
     attacked: list[Attacked]
     control: list[Finding]
     notes: list[str] = field(default_factory=list[str])
-    """Further observations in sentences, such as whether noise lies on a lattice."""
+    """Further observations, each as a sentence, such as whether noise lies on a lattice."""
 
     @property
     def findings(self) -> list[Finding]:
@@ -64,7 +68,7 @@ class Verdict:
 
     @property
     def frozen_probe(self) -> Finding:
-        """Returns the best attack on the frozen model that knows all other labels."""
+        """Returns the best attack on the frozen model, for an attacker who knows all other labels."""
         return strongest(self._of_frozen_model(Knowledge.ALL_OTHER_LABELS))
 
     @property
@@ -85,7 +89,7 @@ class Verdict:
 
     @cached_property
     def chance(self) -> Chance:
-        """Returns the distribution of the headline if the labels were independent of what the servers received."""
+        """Returns the distribution that the headline would have if labels were independent of what servers received."""
         cached = [entry for result in self.attacked for entry in result.cached]
         labels = {row: label for result in self.attacked for row, label in result.labels.items()}
         return chance_of_maximum(cached, labels)

@@ -51,7 +51,7 @@ def _escape(text: str) -> str:
 
 
 def _quiet_libraries() -> None:
-    """Turns off the progress bars and notices of other libraries, which would break ours."""
+    """Turns off the progress bars and notices of other libraries, which would disturb the command's own output."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
     import stamina.instrumentation
     from transformers.utils import logging as transformers_logging

@@ -59,8 +59,8 @@ def build(
     """Make an emulator: a cut model's trunk with blocks dropped, distilled on public text, and signed.
 
     A server offers it with `blindtune serve --cut 2 --emulator DIR`. Clients download it once and train their ends
-    around it, instead of sending hidden states at every step. It gives away more of the model than the ends do: its
-    blocks are initialised with the model's own. Losses are measured on held-out passages of the public text.
+    around it, instead of sending hidden states at every step. An emulator reveals more of the model than the ends alone
+    do: its blocks are initialised with the model's own. Losses are measured on held-out passages of the public text.
 
     Example: blindtune emulator build --model smollm2 --cut 2 --keep 10 --public news.jsonl.gz --key provider.pem
     --output emulator/

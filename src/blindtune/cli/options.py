@@ -91,7 +91,7 @@ More = Annotated[
     list[str] | None,
     typer.Option(
         "--training",
-        help="Further training option, as name=value; see above. Repeat for more.",
+        help="Further training option, as name=value; the names are listed above. Repeat for more.",
         rich_help_panel=TRAINING,
     ),
 ]
@@ -165,7 +165,9 @@ def read_examples(
     from blindtune.data import Columns, load_examples
 
     if len(text) > 2:
-        raise ConfigError(f"{len(text)} columns of texts.", remedy="Give one --text, or two for pairs of texts.")
+        raise ConfigError(
+            f"There are {len(text)} columns of texts.", remedy="Give one --text, or two for pairs of texts."
+        )
     columns = Columns(text[0], label, text[1] if len(text) > 1 else None)
     return load_examples(data, columns, classes=classes, split=split)
 

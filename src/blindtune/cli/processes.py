@@ -1,4 +1,4 @@
-"""Starts servers as child processes of a command, waits until they listen, and ends them with it."""
+"""Starts servers as child processes of a command, waits until they listen, and stops them when the command ends."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from blindtune.errors import OperatorUnreachable
 
 @dataclass(frozen=True)
 class ServerProcess:
-    """A running `blindtune serve`: its address, its process, and the file of its log."""
+    """A running `blindtune serve`: its address, its process, and its log file."""
 
     url: str
     process: subprocess.Popen[str]
@@ -32,9 +32,9 @@ def local_servers(
     token_file: Path | None = None,
     more: Sequence[str] = (),
 ) -> Generator[list[ServerProcess]]:
-    """Starts a server process on loopback for each folder, which records there what it sees.
+    """Starts a server process on loopback for each folder. The server writes its transcript to the folder.
 
-    At the end the servers get SIGTERM, so that they complete their transcripts.
+    When the context ends, the servers get SIGTERM, so that they complete their transcripts.
 
     Args:
         threads: number of torch threads of each server.
@@ -44,7 +44,7 @@ def local_servers(
         OperatorUnreachable: a server exited before it listened.
     """
     started: list[tuple[subprocess.Popen[str], Path]] = []
-    before = signal.signal(signal.SIGTERM, _leave)  # so that servers end with a command that is killed
+    before = signal.signal(signal.SIGTERM, _leave)  # so that the servers are stopped if this command gets SIGTERM
     try:
         for folder in folders:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 def _await(process: subprocess.Popen[str], output: Iterable[str], log: Path) -> ServerProcess:
-    """Reads the lines that a server prints until it listens."""
+    """Reads the lines that a server prints until it listens. Raises `OperatorUnreachable` if it exits before."""
     for line in output:
         if line.startswith("Serving") and " on " in line:
             return ServerProcess(line.split(" on ")[1].split()[0], process, log)

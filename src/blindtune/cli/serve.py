@@ -45,8 +45,8 @@ def serve(
     cut: Annotated[
         str | None,
         typer.Option(
-            help="Cut decoders: let clients download the first and the last blocks, e.g. 2 of both or 2,4, with "
-            "embeddings and LM head, so that their texts can stay with them."
+            help="Cut decoders: let clients download the first and the last blocks (e.g. 2 for both, or 2,4) with "
+            "embeddings and LM head, so that texts can stay with the clients."
         ),
     ] = None,
     emulator: Annotated[
@@ -65,7 +65,7 @@ def serve(
     max_adapters: Annotated[int, typer.Option(help="Largest number of adapters in a request.")] = 16,
     max_rank: Annotated[int, typer.Option(help="Largest LoRA rank.")] = 256,
     max_queue: Annotated[
-        int, typer.Option(help="Number of requests that may wait; clients have to repeat further ones later.")
+        int, typer.Option(help="Number of requests that may wait or run; clients have to repeat further ones later.")
     ] = 64,
     graph_mb: Annotated[int, typer.Option(help="Memory for retained autograd graphs in MiB.")] = 2048,
     adapter_mb: Annotated[int, typer.Option(help="Memory for uploaded adapters in MiB.")] = 1024,

@@ -73,7 +73,7 @@ class Channel(Protocol):
     """Decides what each operator is sent, and combines their answers."""
 
     def choose(self, operators: int, step: int) -> tuple[int, ...]:
-        """Returns the indices of the operators, of so many, that take part in this training step."""
+        """Returns the indices of the operators, below `operators`, that take part in this training step."""
         ...
 
     def holders(self, operators: int, step: int) -> tuple[int, ...]:

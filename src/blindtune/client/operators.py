@@ -1,4 +1,4 @@
-"""Operators: the servers that compute for one client. Requests to one of them, and checks and calls across all."""
+"""Operators: the servers that compute for one client. `Operator` calls one of them, `OperatorPool` calls all."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ D = TypeVar("D", bound=BaseModel)
 ANSWER_LIMITS = Limits(max_body_bytes=2**31)
 """Limits of the responses that a client accepts."""
 KNOWN_ADAPTERS = 64
-"""Number of uploaded adapters that the client remembers for each operator."""
+"""Number of uploaded adapters, the most recent ones, that the client assumes to be in each operator's cache."""
 UPLOAD_ATTEMPTS = 5
 
 
@@ -169,7 +169,7 @@ class Operator:
             raise not_blindtune(self.transport.url) from None
 
     def _with_adapters(self, uploads: Sequence[Upload], path: str, body: bytes) -> bytes:
-        """Posts a request that names adapters. Uploads adapters that the server hasn't got, or no longer has."""
+        """Posts a request that names adapters. Uploads adapters that the server doesn't have, or no longer has."""
         self._upload(upload for upload in uploads if upload.sha256 not in self._uploaded)
         for _ in range(UPLOAD_ATTEMPTS - 1):
             try:
@@ -179,7 +179,7 @@ class Operator:
         return self.transport.post(path, body)
 
     def _upload(self, uploads: Iterable[Upload]) -> None:
-        """Uploads adapters and remembers the last ones."""
+        """Uploads adapters, and records the most recent ones as uploaded."""
         for upload in uploads:
             self.transport.put(f"/v1/adapters/{upload.sha256}", upload.body)
             self._uploaded[upload.sha256] = None

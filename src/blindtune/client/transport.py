@@ -1,4 +1,4 @@
-"""HTTP to one server: a connection pool with timeouts, retries with identical bytes, and problem documents as errors.
+"""Sends HTTP requests to one server, with timeouts and retries, and raises its problem documents as exceptions.
 
 A retry resends exactly the bytes that were sent before. A share that was drawn again for a retry would give the server
 a second view of the same gradient.
@@ -42,11 +42,11 @@ class Timeout:
     """Time limits in seconds."""
 
     connect: float = 5.0
-    """To open a connection."""
+    """Limit for opening a connection."""
     answer: float = 300.0
-    """To receive the response to one attempt."""
+    """Limit for receiving the response to one attempt."""
     total: float = 600.0
-    """For one request with all its retries."""
+    """Limit for one request with all its retries."""
 
 
 class Transport:
@@ -58,8 +58,8 @@ class Transport:
         verify: certificate checks: True, or a context that trusts a private authority.
         timeout: time limits.
         on_wait: callback invoked with `(url, attempt)` before each retry.
-        insecure: allows plain http to other machines. Whoever sees the traffic of two operators then has both shares.
-        http: carries the requests in place of a network, such as `blindtune.local.InProcess`.
+        insecure: allows plain http to other machines. An observer of the traffic to two operators has both shares then.
+        http: HTTP transport that is used instead of the network, such as `blindtune.local.InProcess`.
     Raises:
         ConfigError: the URL is no server address, or plain http to another machine.
     """
@@ -86,7 +86,7 @@ class Transport:
         self.url = url.rstrip("/")
         self.timeout = timeout or Timeout()
         self.traffic = Traffic()
-        """Of this transport so far."""
+        """Traffic of this transport so far."""
         self._on_wait = on_wait
         secret = SecretStr(token) if isinstance(token, str) else token
         self._http = httpx2.Client(

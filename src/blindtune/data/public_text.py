@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from blindtune.models.tokenizer import TokenRow
 
 HELD_OUT = 48
-"""Number of passages that are held out for evaluation; a tenth of all if there are fewer than 480."""
+"""Number of passages that are held out for evaluation; with fewer than 480 passages, a tenth of them is held out."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class PublicText:
         """
         rows = [row for path in paths for row in passages(read_lines(path), tokenizer, max_length)]
         if len(rows) < 2:
-            raise DataError(f"The public text makes {len(rows)} passages.", remedy="Give more of it (--public).")
+            raise DataError(f"The public text makes {len(rows)} passages.", remedy="Give more text (--public).")
         order = np.random.default_rng(seed).permutation(len(rows)).tolist()
         count = min(HELD_OUT, max(1, len(rows) // 10))
         held_out, training = [rows[i] for i in order[:count]], [rows[i] for i in sorted(order[count:])]

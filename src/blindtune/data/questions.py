@@ -8,8 +8,9 @@
     | text           | the template's                 | the text itself, after its first token |
 
 A template is a format string over the file's columns, e.g. `Question: {question}\\nAnswer:`. A continuation follows the
-prompt after a space. Training uses the right continuation. Evaluation compares the likelihoods that the model gives to
-all continuations, as the LM evaluation harness does. Plain text is for decorrelating a bottom before there is a task.
+prompt after a space. Training uses the right continuation. Evaluation compares the likelihoods that the model assigns
+to all continuations, as the LM evaluation harness does. Plain text is for decorrelating a bottom before the training on
+a task.
 """
 
 from __future__ import annotations

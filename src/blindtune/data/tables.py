@@ -125,7 +125,7 @@ def _read_file(path: Path) -> Table:
     kind = _kind(path)
     if not kind:
         raise DataError(
-            f"{path} is of no known format.", remedy="Use .csv, .tsv, .jsonl or .parquet (text files also with .gz)."
+            f"{path} has no known format.", remedy="Use .csv, .tsv, .jsonl or .parquet (text files also with .gz)."
         )
     try:
         if kind == ".parquet":
@@ -145,7 +145,7 @@ def _read_file(path: Path) -> Table:
         return pyarrow.json.read_json(pa.BufferReader(content))
     except pa.ArrowException as error:
         raise BadEncoding(
-            f"{path} can't be read as {kind[1:]}: {str(error).splitlines()[0]}", remedy="Repair the rows it names."
+            f"{path} can't be read as {kind[1:]}: {str(error).splitlines()[0]}", remedy="Repair the rows that it names."
         ) from None
 
 

@@ -1,4 +1,7 @@
-"""Describes what each operator will see of a run, and what it can learn from that. Printed before training."""
+"""Describes what each operator will see of a run, and what it can learn from that.
+
+The command line prints these descriptions before training.
+"""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 LARGEST = 1e3
 """Bound on the absolute value of standardised features in the fit.
 
-No model gives larger ones. The bound keeps the fit from failing because of an operator's answers.
+No model gives larger ones. With the bound, an operator's responses can't make the fit fail.
 """
 
 

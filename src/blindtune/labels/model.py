@@ -41,7 +41,7 @@ PROBE_TEXTS = 16
 """Number of training texts on which `prepare` measures the method's precision."""
 Loss = Callable[[Tensor, Tensor], Tensor]
 _ATTACHING = Lock()
-"""Held while a model attaches its method to a backbone, so that two models can't take the same one."""
+"""Lock held while a model attaches its method to a backbone, so that two models can't do it at the same time."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class PrivateModel(nn.Module):
             try:
                 self._attach(predict_only, ledger)
             except BaseException:
-                backbone.channel = before  # the model that the backbone belonged to keeps it
+                backbone.channel = before  # the backbone still belongs to its previous model
                 raise
             self._holds = (backbone.channel, backbone.adapters)
         self.auxiliary = method.auxiliary  # as a submodule, so that the optimizer gets its parameters too
@@ -280,7 +280,7 @@ class PrivateModel(nn.Module):
         method.load_state_dict(secret)
         if method.ledger is not None:
             method.ledger.resume(folder, summary.run)
-        # with a bound on what labels reveal, NaN isn't an error, which would reveal something: zeros are sent instead
+        # if labels have a privacy bound, NaN raises no error, which would reveal something: zeros are sent instead
         bounded = math.isfinite(method.label_mu)
         folders = adapter_folders(folder, summary.adapters)
         for adapter, path in zip(backbone.lora_adapters(), folders, strict=True):

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from blindtune.client import Channel
 
 MAX_STEPS = 1000
-"""Number of steps that are examined at most. The operators' turns repeat after far fewer."""
+"""Maximum number of steps that are examined. The operators' turns repeat after far fewer steps."""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ _WITHOUT_EFFECT = {
     *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "runtime_config", "megatron_core", "loftq_config", "qalora_group_size"),
 }
-"""Options of `LoraConfig` that have no effect, at least not without another option, which is rejected."""
+"""Options of `LoraConfig` that have no effect, or have one only together with another option, which is rejected."""
 PEFT_PREFIX = "base_model.model."
 
 

@@ -70,7 +70,7 @@ class Tokens:
 
 
 class FrozenBackbone:
-    """A pretrained model whose weights never change, and which runs n LoRA adapters in one pass.
+    """A pretrained model with frozen weights that runs n LoRA adapters in one pass.
 
     It is not thread-safe.
     """
@@ -202,14 +202,14 @@ class FrozenBackbone:
             )
         if int(ids.min()) < 0 or int(ids.max()) >= self.vocabulary_size:
             raise InvalidTensor(
-                f"Token ids reach from {int(ids.min())} to {int(ids.max())}; the vocabulary: {self.vocabulary_size}.",
+                f"Token ids range from {int(ids.min())} to {int(ids.max())}; the vocabulary: {self.vocabulary_size}.",
                 remedy="Use the tokenizer that the server offers.",
             )
         types = tokens.token_type_ids
         if types is not None and int(types.max()) >= max(self._type_vocabulary, 1):
             count = max(self._type_vocabulary, 1)
             raise InvalidTensor(
-                f"A token type of {int(types.max())}; the model knows {count}.",
+                f"There is a token type of {int(types.max())}; the model has {count}.",
                 remedy=f"Send token types from 0 to {count - 1}.",
             )
 
@@ -336,7 +336,7 @@ def _max_length(config: Any) -> int:
 
 
 _SEEDED = Lock()
-"""Held during a pass with dropout: torch's default generator is shared by all threads of the process."""
+"""Lock held during a pass with dropout, because all threads of the process share torch's default generator."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Device names of the command line and of the library, checked before use."""
+"""Checks the names of torch devices, from the command line and from the library's arguments, before use."""
 
 from __future__ import annotations
 

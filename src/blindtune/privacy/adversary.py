@@ -60,7 +60,7 @@ class Adversary:
         Returns:
             One penalty for each channel, `(c,)`, differentiable in `hidden`.
         """
-        # a new list, so that states that were saved before don't change
+        # a new list, so that earlier results of `state_dict` don't change
         self._recent = [*self._recent, (hidden.detach(), labels)][-self.buffer :]
         past = torch.cat([batch for batch, _ in self._recent], dim=1)  # (c, N, d)
         past_labels = torch.cat([batch_labels for _, batch_labels in self._recent])

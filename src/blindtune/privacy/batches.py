@@ -75,7 +75,7 @@ _THETAS = np.geomspace(1e-4, 8.0, 48)
 """Values of |θ|."""
 _GROWTH = 1.2
 _REMEDY = (
-    "Shuffle without looking at labels (torch's RandomSampler), or weigh classes in the loss: that stays on this "
+    "Shuffle independently of labels (torch's RandomSampler), or weigh classes in the loss, which stays on this "
     "machine."
 )
 
@@ -296,9 +296,9 @@ class BatchMonitor:
             k = int(self._whole.argmax())
             name = self._classes.names[int(np.flatnonzero(self._group == k)[0])]
             raise LabelDependentBatches(
-                f"{name} varies by {math.sqrt(squares[k] / self._new):.1f} texts from its share in {self._new} "
-                f"batches; chance makes that {math.sqrt(expected[k] / self._new):.1f}. The batches look stratified by "
-                "label.",
+                f"{name} deviates by {math.sqrt(squares[k] / self._new):.1f} texts from its share in {self._new} "
+                f"batches; random batches deviate by {math.sqrt(expected[k] / self._new):.1f}. The batches seem to be "
+                "stratified by label.",
                 remedy=_REMEDY,
             )
         k = int(self._exponents().argmax())
@@ -346,7 +346,7 @@ class BatchMonitor:
         if identity != self._identity():
             raise CheckpointError(
                 "The record of batches belongs to another training set.",
-                remedy="Resume with the texts and labels, in the order, that the run began with.",
+                remedy="Resume with the same texts and labels, in the same order, as at the start of the run.",
             )
         for name, value in values.items():
             setattr(self, name, value)
@@ -413,7 +413,7 @@ def _percentages(*parts: float) -> list[str]:
 
 
 def _groups(sizes: Floats) -> Ints:
-    """Returns the group of each class: each frequent class is a group; all other classes share the last group."""
+    """Returns the group of each class: each of the most frequent classes has its own; all others share the last one."""
     rank = np.empty(len(sizes), dtype=np.int64)
     rank[np.argsort(-sizes, kind="stable")] = np.arange(len(sizes))
     return np.minimum(rank, min(GROUPS, np.count_nonzero(sizes)) - 1)

@@ -1,4 +1,4 @@
-"""A record of earlier runs on the same labels. Their privacy losses add up, over seeds, searches and methods.
+"""Keeps a record of earlier runs on the same labels. Their privacy losses add up, over seeds, searches and methods.
 
 Each run on this machine is registered with its budget and hashes of its texts before it sends anything that depends on
 labels. Its ledger keeps a journal in the same folder (`Ledger.follow`). Two runs count as runs on the same labels if

@@ -95,8 +95,8 @@ def read_journal_of(path: Path, run: str | None) -> list[dict[str, Any]]:
         raise damaged(path)
     if run not in (None, lines[0]["run"]):
         raise CheckpointError(
-            f"{path} counts what operators have seen of another run than the one that is saved beside it: a run "
-            "was begun in this folder, and broken off before it saved anything.",
+            f"{path} counts what operators have seen of another run than the one that is saved beside it: that run "
+            "was started in this folder, and interrupted before its first save.",
             remedy=f"Put the journal of this run back.{back}",
         )
     return lines
@@ -123,7 +123,7 @@ def writing(path: Path) -> Generator[None]:
     except OSError as error:
         raise CheckpointError(
             f"{path} can't be written: {error}.",
-            remedy="Make it writable: it counts what operators have seen, before they see it.",
+            remedy="Make it writable: every message is recorded there before it is sent.",
         ) from None
 
 

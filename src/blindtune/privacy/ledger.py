@@ -74,7 +74,7 @@ class Message:
 
 @dataclass
 class _Account:
-    """What one operator has been sent: sums of allowances and costs, and the number of messages of each kind."""
+    """The allowances and costs of all messages to one operator, summed, and the number of messages of each kind."""
 
     allowance: float = 0.0
     cost: float = 0.0
@@ -154,8 +154,8 @@ class Ledger:
             raise BudgetSpent(
                 f"The next message would take one operator to μ = {mu_of(most):.4f}; the budget is "
                 f"{mu_of(self.limit):.4g}.",
-                remedy="What was learned stays. Plan more steps (steps, batch_size) or another budget (max_mu) before "
-                "a run begins.",
+                remedy="The model keeps what it has learned. Plan more steps (steps, batch_size) or another budget "
+                "(max_mu) before a run begins.",
             )
 
     def record(self, message: Message) -> None:
@@ -192,7 +192,7 @@ class Ledger:
         return max((account.allowance for account in self._accounts.values()), default=0.0)
 
     def used(self) -> float:
-        """Returns the fraction of its allowance that messages have cost, at the operator where it is largest."""
+        """Returns the sum of costs as a fraction of the sum of allowances, at the operator where it is largest."""
         return max((a.cost / a.allowance for a in self._accounts.values() if a.allowance > 0), default=0.0)
 
     def seen(self, url: str) -> Counter[str]:
@@ -246,7 +246,7 @@ class Ledger:
         path = Path(folder).resolve() / JOURNAL
         lines = read_journal_of(path, run)
         self.run = lines[0]["run"]
-        # `attach` renames a run's journal if another run uses the folder in between
+        # if another run has used the folder since, `attach` has renamed this run's journal
         for renamed in sorted(path.parent.glob(f"{path.stem}-{self.run}*.jsonl")):
             lines += read_lines(renamed)[1:]
         if path not in self.journals:

@@ -43,9 +43,10 @@ def randomize(label: int, epsilon: float, classes: int, *, generator: SecureGene
 
 
 class LabelRandomizer:
-    """Randomises each example's label once, when the example is first seen, and returns the same label ever after.
+    """Randomises each example's label once, in the first call with this example, and returns the same label later.
 
-    A second draw for the same example would be a second view of its label, and many draws would average the noise away.
+    A second draw for the same example would be a second observation of its label, and many draws would average the
+    randomness away.
     So the outcomes are stored, and are part of the state. Each is drawn from a stream keyed by the example, so that a
     step that is repeated from an older state draws the same label. Examples with equal names count as one, with the
     label of the first: if each were randomised independently, a comparison of the two could reveal both labels.

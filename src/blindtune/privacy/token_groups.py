@@ -2,7 +2,7 @@
 
     token ──▶ its group's first member ──▶ bottom ──▶ s_A
 
-Nobody can distinguish the members of a group by the messages. Groups are disjoint sets of tokens with similar
+The messages don't distinguish the members of a group. Groups are disjoint sets of tokens with similar
 embeddings, computed from the public embeddings. This is generalisation, as in k-anonymity (Sweeney 2002), of each token
 of a text. An attacker can still use a language model to guess which member of a group fits the context, which reveals
 much. Unlike noise on hidden states, grouping covers the whole text: rows of later tokens depend on earlier tokens only

@@ -1,4 +1,4 @@
-"""Gaussian noise on every token's hidden state: the only defence of smashed data here that has a formal guarantee.
+"""Adds Gaussian noise to every token's hidden state: the only defence of hidden states that has a formal guarantee.
 
     s' = s · min(1, C / |s|) + N(0, (ν C)²), on a public lattice (`blindtune.lattice`)
 

@@ -1,4 +1,4 @@
-"""The provider's side: hosts frozen models and computes forward and backward for its tenants' adapters."""
+"""The provider's side: hosts frozen models, and computes forward and backward passes for its tenants' adapters."""
 
 from blindtune.extras import requires
 

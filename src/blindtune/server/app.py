@@ -1,7 +1,8 @@
-"""Puts together the provider's HTTP API, version 1 (see `blindtune.wire.schema` for the messages).
+"""Builds the provider's HTTP API, version 1 (see `blindtune.wire.schema` for the messages).
 
-request ──▶ tenant ──▶ a slot in the queue ──▶ body, within limits ──▶ handler, on the model's thread ──▶ answer
-errors ──▶ problem documents; every request ──▶ a count and a line in the log, without its content
+request ──▶ tenant ──▶ queue slot ──▶ body, within the limits ──▶ handler, on the model's thread ──▶ response
+
+Errors become problem documents. Every request is counted and logged, without its content.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from blindtune.server.routes import ROUTERS
 
 
 def create_app(models: dict[str, FrozenBackbone], settings: ServerSettings | None = None) -> FastAPI:
-    """The ASGI application that hosts `models` (name -> backbone).
+    """Returns an ASGI application that hosts `models` (name -> backbone).
 
     Raises:
-        EmulatorError, TranscriptError: as `Host`.
+        EmulatorError, TranscriptError: see `Host`.
     """
     host = Host(models, settings or ServerSettings())
 

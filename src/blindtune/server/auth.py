@@ -1,6 +1,7 @@
-"""Bearer tokens. The token file has a line `name sha256:<hex>` for each tenant and never holds a token itself.
+"""Creates and checks bearer tokens. A token file has a line `name sha256:<hex>` for each tenant, and no tokens.
 
-A token is 256 random bits, so a plain hash is as good as a slow one. Each token has its own tenant.
+A token has 256 random bits, so it can't be guessed from its hash, and no slow hash function is needed. Each tenant has
+one token.
 """
 
 from __future__ import annotations
@@ -19,14 +20,18 @@ ANONYMOUS = "anonymous"
 
 
 class TokenStore:
-    """The tenants of a server: name -> SHA-256 of the token in hexadecimal. None asks for no token."""
+    """The tenants of a server.
+
+    Args:
+        hashes: name of a tenant -> SHA-256 of its token in hexadecimal. None: no token is required.
+    """
 
     def __init__(self, hashes: dict[str, str] | None) -> None:
         self._hashes = hashes
 
     @staticmethod
     def open_to_all() -> TokenStore:
-        """A store that asks for no token and calls every tenant `anonymous`."""
+        """Returns a store that requires no token, and in which all requests belong to the tenant `anonymous`."""
         return TokenStore(None)
 
     @staticmethod
@@ -55,7 +60,7 @@ class TokenStore:
         return TokenStore(hashes)
 
     def tenant(self, authorization: str | None) -> str:
-        """The tenant of an `Authorization` header. Each known hash is compared, in constant time.
+        """Returns the tenant that an `Authorization` header belongs to. All hashes are compared in constant time.
 
         Raises:
             Unauthenticated: the header holds no bearer token, or an unknown one.
@@ -73,17 +78,17 @@ class TokenStore:
 
 
 def hash_token(token: str) -> str:
-    """The SHA-256 of a token in hexadecimal, as the token file holds it."""
+    """Returns the SHA-256 of a token in hexadecimal, as in the token file."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 
 def add_token(path: Path, name: str) -> str:
-    """Makes a token for a new tenant and appends the tenant to the file, which is created with mode 600.
+    """Generates a token for a new tenant, and appends the tenant to the file. A new file gets mode 600.
 
     Returns:
         The token. The file keeps only its hash, so it can't be shown again.
     Raises:
-        ConfigError: the name is taken or empty, begins with `#` or has blanks.
+        ConfigError: the name already exists, is empty, begins with `#` or contains white space.
     """
     if not name or name.split() != [name] or name.startswith("#"):
         raise ConfigError(f"{name!r} is no tenant name.", remedy="Use a word without blanks.")

@@ -1,4 +1,4 @@
-"""A cache that drops what was used least recently when it has too many bytes."""
+"""A cache with a limit in bytes. When it is full, it drops the least recently used items."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ class ByteLRU(Generic[K, V]):
     """Maps keys to values whose sizes add up to at most `capacity` bytes. Safe to use from several threads.
 
     Args:
-        on_change: is called with the number of bytes after each change.
+        capacity: largest total size of the values in bytes.
+        on_change: callback invoked with the total size in bytes after each change.
     """
 
     def __init__(self, capacity: int, on_change: Callable[[int], None] | None = None) -> None:
@@ -26,14 +27,14 @@ class ByteLRU(Generic[K, V]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all values together."""
+        """Total size of all values in bytes."""
         return self._bytes
 
     def __len__(self) -> int:
         return len(self._items)
 
     def put(self, key: K, value: V, nbytes: int) -> bool:
-        """Stores a value of `nbytes` bytes and drops the least recently used ones until all fit.
+        """Stores a value of `nbytes` bytes, and drops the least recently used values until the rest fits.
 
         Returns:
             False if the value is larger than the whole cache and was not stored.
@@ -50,7 +51,7 @@ class ByteLRU(Generic[K, V]):
             return fits
 
     def get(self, key: K) -> V | None:
-        """The value, which then counts as used, or None."""
+        """Returns the value, which then counts as used; None if it isn't in the cache."""
         with self._lock:
             item = self._items.get(key)
             if item is None:
@@ -59,7 +60,7 @@ class ByteLRU(Generic[K, V]):
             return item[0]
 
     def pop(self, key: K) -> V | None:
-        """Takes the value out of the cache; None if it isn't there."""
+        """Removes and returns the value; None if it isn't in the cache."""
         with self._lock:
             item = self._remove(key)
             self._report()

@@ -15,13 +15,13 @@ def load_emulators(folders: Sequence[Path], models: Mapping[str, FrozenBackbone]
     """Loads emulators and finds their models by fingerprint.
 
     Args:
-        folders: made by `blindtune emulator build`.
-        models: name -> backbone, all that the server hosts.
+        folders: folders that `blindtune emulator build` wrote.
+        models: all hosted models: name -> backbone.
     Returns:
-        Name -> emulator, for the models that have one.
+        The emulators by the name of the hosted model.
     Raises:
-        EmulatorError: a folder holds no emulator, or one that is damaged, or no model is cut as its manifest says, or
-            a model has two.
+        EmulatorError: a folder holds no emulator or a damaged one, no hosted model has the weights and the cut in the
+            manifest, or a model has two emulators.
     """
     found: dict[str, StoredEmulator] = {}
     sources = {
@@ -32,18 +32,18 @@ def load_emulators(folders: Sequence[Path], models: Mapping[str, FrozenBackbone]
         if not sources:
             raise EmulatorError(f"No model is cut here, for the emulator {folder}.", remedy="Serve with --cut.")
         of_it = [name for name, (fingerprint, _) in sources.items() if fingerprint == emulator.manifest.fingerprint]
-        for name in of_it or list(sources)[:1]:  # no model fits: `verify` says how the first one differs
+        for name in of_it or list(sources)[:1]:  # if none fits, the error is about the first model
             fingerprint, cut = sources[name]
             emulator.verify(fingerprint=fingerprint, cut=cut)
             if name in found:
                 raise EmulatorError(f"{folder} is a second emulator of {name!r}.", remedy="Serve one for each model.")
             found[name] = emulator
-        emulator.part()  # builds it once: a client would meet its errors later
+        emulator.part()  # builds it once, so that an error occurs here and not at a client
     return found
 
 
 def with_emulator(info: ModelInfo) -> ModelInfo:
-    """The description of a cut model, with an emulator among its parts. Raises `ValueError` if it isn't cut."""
+    """Returns the description of a cut model with `emulator` among its parts. Raises `ValueError` if it isn't cut."""
     if info.cut is None:
         raise ValueError(f"{info.name} is not cut")
     cut = info.cut.model_copy(update={"parts": [*info.cut.parts, "emulator"]})

@@ -1,7 +1,7 @@
 """Runs forward and backward passes for n adapters at once, and retains autograd graphs.
 
-Adapters and graphs lie in caches, which may drop them at any time. A client uploads a dropped adapter again. A backward
-call that finds no graph runs the forward pass again and gets the identical answer.
+Adapters and graphs are in caches, which may drop them at any time. A client uploads a dropped adapter again. If the
+graph of a backward call was dropped, the forward pass runs again, and the response is identical.
 
 B: examples; L: tokens; n: adapters; m: cotangents; d: hidden size; P: weights of an adapter.
 """
@@ -23,7 +23,7 @@ from blindtune.wire import LoraSpec, Pooling
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """An upload for one model: its weights `(P,)` float32, and the layout that says where each matrix lies in them."""
+    """An adapter uploaded for one model: its weights `(P,)`, float32, and the positions of its matrices in them."""
 
     model: str
     layout: LoraLayout
@@ -34,8 +34,9 @@ class StoredAdapter:
 class RetainedGraph:
     """A forward pass whose autograd graph is kept for a backward pass.
 
-    `hidden` is its output: `(n, B, d)`, `(n, B, L, d)` or, of a trunk, `(N, d)` for N packed tokens. `leaf` is what
-    gradients are taken of: the weights `(n, P)`, or the trunk's input `(N, d)`.
+    Attributes:
+        hidden: output of the pass: `(n, B, d)`, `(n, B, L, d)`, or `(N, d)` for a trunk and N packed tokens.
+        leaf: tensor with respect to which gradients are computed: the weights `(n, P)`, or the trunk's input `(N, d)`.
     """
 
     hidden: Tensor
@@ -44,9 +45,11 @@ class RetainedGraph:
 
 @dataclass(frozen=True)
 class Call:
-    """All that the result of a forward pass depends on, apart from the model.
+    """Everything that determines the result of a forward pass, apart from the model.
 
-    `adapters` are SHA-256 hashes of uploads. Without a `seed` there is no dropout.
+    Attributes:
+        adapters: SHA-256 hashes of uploads.
+        seed: seed of dropout, which is off if it is None.
     """
 
     tenant: str
@@ -56,7 +59,7 @@ class Call:
     tokens: Tokens
 
     def key(self) -> str:
-        """The SHA-256 of the call in hexadecimal, under which its graph is kept."""
+        """Returns the SHA-256 of the call in hexadecimal, under which its graph is cached."""
         digest = hashlib.sha256(repr((self.tenant, self.adapters, self.pooling, self.seed)).encode())
         for name, tensor in self.tokens.tensors().items():
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
@@ -65,12 +68,13 @@ class Call:
 
 
 class Engine:
-    """Runs one hosted model. It is not thread-safe: the host gives each engine a thread of its own.
+    """Runs one hosted model. It is not thread-safe: the host runs each engine in a thread of its own.
 
     Args:
-        name: the hosted model's.
-        adapters: the cache (tenant, SHA-256) -> adapter, which all models share.
-        graphs: the cache (model, `Call.key()`) -> graph, which all models share.
+        name: name of the hosted model.
+        backbone: the hosted model.
+        adapters: cache of adapters by tenant and SHA-256, shared by all models.
+        graphs: cache of graphs by model and `Call.key()`, shared by all models.
     """
 
     def __init__(
@@ -84,16 +88,22 @@ class Engine:
         self._adapters, self._graphs = adapters, graphs
 
     def layout(self, spec: LoraSpec) -> LoraLayout:
-        """Where the matrices of an adapter lie in its weights. Raises `UnknownTargetModule` or `AdapterMismatch`."""
+        """Returns the positions of an adapter's matrices in its weight vector.
+
+        Raises:
+            UnknownTargetModule, AdapterMismatch: see `LoraLayout`.
+        """
         return LoraLayout(spec, self.backbone.lora.shapes)
 
     def forward(self, call: Call, *, retain: bool) -> Tensor:
-        """Computes h(x, θ_i). `retain` keeps the graph for `backward`.
+        """Computes hidden states h(x, θ_i).
 
+        Args:
+            retain: whether to keep the graph for `backward`.
         Returns:
             `(n, B, d)`, or `(n, B, L, d)` for the pooling `none`; float32, on the CPU. Without adapters n is 1.
         Raises:
-            UnknownAdapter: an adapter isn't in the cache, or is another model's.
+            UnknownAdapter: an adapter isn't in the cache, or belongs to another model.
             AdapterMismatch: the adapters differ in shape.
         """
         if not call.adapters:
@@ -107,7 +117,11 @@ class Engine:
         return graph.hidden.detach().float().cpu()
 
     def answer_bytes(self, call: Call, cotangents: int) -> int:
-        """Bytes of the gradients for a number of cotangents. Raises `UnknownAdapter` or `AdapterMismatch`."""
+        """Returns the size in bytes of the gradients for a number of cotangents.
+
+        Raises:
+            UnknownAdapter, AdapterMismatch: see `forward`.
+        """
         layout, _ = self._stored(call)
         return cotangents * len(call.adapters) * layout.size * self._precision.itemsize
 
@@ -115,10 +129,10 @@ class Engine:
         """Computes vector-Jacobian products (P3EFT, eq. 1) for cotangents `(m, n, B, d)` or `(m, n, B, L, d)`.
 
         Returns:
-            Gradients `(m, n, P)` on the CPU, float32 (float64 from a model in float64), and whether the graph had been
-            retained.
+            Gradients `(m, n, P)` on the CPU, float32 (float64 from a model in float64), and whether the graph was in
+            the cache.
         Raises:
-            UnknownAdapter: an adapter isn't in the cache, or is another model's.
+            UnknownAdapter: the graph isn't in the cache, and an adapter isn't either, or belongs to another model.
             AdapterMismatch: the adapters differ in shape, or the cotangents don't have the hidden states' shape.
         """
         graph = self._graphs.pop((self.name, call.key()))
@@ -126,7 +140,7 @@ class Engine:
         if graph is None:
             layout, weights = self._stack(call)
             expected = (len(call.adapters), len(call.tokens))
-            if tuple(cotangents.shape[1:3]) != expected:  # before any work is done for it
+            if tuple(cotangents.shape[1:3]) != expected:  # checked before the forward pass
                 raise _misfit(cotangents, expected)
             graph, _ = self._graph(call, layout, weights)
         if cotangents.shape[1:] != graph.hidden.shape:
@@ -148,12 +162,12 @@ class Engine:
         return torch.float64 if self.backbone.dtype == torch.float64 else torch.float32
 
     def _stack(self, call: Call) -> tuple[LoraLayout, Tensor]:
-        """The adapters' common layout and their weights `(n, P)`, where the model is."""
+        """Returns the adapters' common layout and their weights `(n, P)`, on the model's device."""
         layout, weights = self._stored(call)
         return layout, torch.stack(weights).to(self.backbone.device, self._precision)
 
     def _stored(self, call: Call) -> tuple[LoraLayout, list[Tensor]]:
-        """The adapters' common layout and their weights as they came, `(P,)` each."""
+        """Returns the adapters' common layout and their weights as uploaded, `(P,)` each."""
         stored: list[StoredAdapter] = []
         for sha256 in call.adapters:
             adapter = self._adapters.get((call.tenant, sha256))
@@ -167,12 +181,12 @@ class Engine:
             if adapter.layout.spec != first.spec:
                 raise AdapterMismatch(
                     "The adapters of one request differ in rank, scaling, dropout or target modules, or in fixed A.",
-                    remedy="Send adapters of different shape in requests of their own.",
+                    remedy="Send adapters of different shapes in requests of their own.",
                 )
         return first, [adapter.weights for adapter in stored]
 
     def _graph(self, call: Call, layout: LoraLayout, weights: Tensor) -> tuple[RetainedGraph, int]:
-        """The forward pass with its graph, and the bytes that the graph holds beyond the model's own weights."""
+        """Runs the forward pass. Returns its graph, and the size of the graph in bytes without the model's weights."""
         leaf = weights.detach().requires_grad_()
         return keep_graph(
             self.backbone.model,
@@ -185,10 +199,10 @@ def keep_graph(model: nn.Module, leaf: Tensor, run: Callable[[], Tensor]) -> tup
     """Calls `run` and keeps its autograd graph.
 
     Args:
-        model: its weights don't count as the graph's.
-        leaf: the tensor that `run` computes its result from, and that gradients are taken of.
+        model: model whose weights aren't counted in the size of the graph.
+        leaf: tensor from which `run` computes its result, and with respect to which gradients are computed.
     Returns:
-        The graph, and its bytes without the model's weights.
+        The graph, and its size in bytes.
     """
     owned = {p.untyped_storage().data_ptr() for p in model.parameters()}
     held: dict[int, int] = {}
@@ -197,7 +211,7 @@ def keep_graph(model: nn.Module, leaf: Tensor, run: Callable[[], Tensor]) -> tup
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in owned:
             held[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # the tensor and its graph would keep each other alive
+        return tensor.detach()  # otherwise the tensor and its graph would keep each other alive
 
     with torch.autograd.graph.saved_tensors_hooks(pack, _same):
         hidden = run()

@@ -1,6 +1,6 @@
-"""What all routes share: the models with their threads, the caches, the limits, the metrics and the recorder.
+"""Holds the state that all routes share: models with their threads, caches, limits, metrics and the recorder.
 
-`Host` knows nothing of requests; `blindtune.server.routes` has what each of them does.
+`Host` doesn't handle requests; the handlers in `blindtune.server.routes` do.
 """
 
 from __future__ import annotations
@@ -32,35 +32,35 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """How a server behaves, apart from the models that it hosts."""
+    """Settings of a server, apart from the models that it hosts."""
 
     tokens: TokenStore = field(default_factory=TokenStore.open_to_all)
     limits: Limits = field(default_factory=Limits)
     graph_bytes: int = 2 * 2**30
-    """Bytes of retained autograd graphs, of all tenants together."""
+    """Largest size in bytes of the retained autograd graphs of all tenants together."""
     adapter_bytes: int = 2**30
-    """Bytes of uploaded adapters, of all tenants together."""
+    """Largest size in bytes of the uploaded adapters of all tenants together."""
     tuned_parts_bytes: int = 2**30
-    """Bytes of tuned parts that clients deployed here, of all tenants together."""
+    """Largest size in bytes of the tuned parts that all tenants together have deployed."""
     max_queue: int = 64
-    """Requests that may wait or run at the same time."""
+    """Largest number of requests that wait or run at the same time."""
     record: Path | None = None
+    """Folder of the transcript; None: nothing is recorded."""
     log_requests: bool = True
-    """Whether each request is a line in the log."""
-    """The folder of the transcript; None records nothing."""
+    """Whether each request is logged."""
     emulators: Sequence[Path] = ()
-    """Folders of emulators of hosted models, made by `blindtune emulator build`."""
+    """Folders of emulators of hosted models, which `blindtune emulator build` wrote."""
 
 
 class Host:
     """The state of one server.
 
     Args:
-        models: name -> backbone.
-        settings: how the server behaves.
+        models: the hosted models: name -> backbone.
+        settings: settings of the server.
     Raises:
-        EmulatorError: an emulator is damaged, or no hosted model is the one that it was made from.
-        TranscriptError: the transcript's folder records other models.
+        EmulatorError: an emulator is damaged, or wasn't made from a hosted model.
+        TranscriptError: the transcript in the folder `settings.record` is of other models.
     """
 
     def __init__(self, models: dict[str, FrozenBackbone], settings: ServerSettings) -> None:
@@ -83,7 +83,7 @@ class Host:
         self._waiting = 0
 
     def engine(self, model: str) -> Engine:
-        """The engine of a hosted model. Raises `UnknownModel`."""
+        """Returns the engine of a hosted model. Raises `UnknownModel` for another model."""
         if model not in self.engines:
             raise UnknownModel(
                 f"This server doesn't host {model!r}.", remedy=f"It hosts: {', '.join(self.engines) or 'nothing'}."
@@ -91,7 +91,7 @@ class Host:
         return self.engines[model]
 
     def cut_backbone(self, model: str) -> FrozenBackbone:
-        """A model whose ends clients may hold. Raises `UnknownModel` or `UnknownPart`."""
+        """Returns a hosted model that is cut. Raises `UnknownModel`, or `UnknownPart` if it isn't cut."""
         backbone = self.engine(model).backbone
         if backbone.cut_model is None:
             raise UnknownPart(f"{model!r} is not cut here.", remedy="The provider has to serve it with --cut.")
@@ -99,7 +99,7 @@ class Host:
 
     @contextmanager
     def queue_slot(self) -> Generator[None]:
-        """Holds one of the queue's `max_queue` slots while its block runs. Raises `TooBusy` if none is free."""
+        """Occupies one of the `max_queue` queue slots within this context. Raises `TooBusy` if none is free."""
         if self._waiting >= self.settings.max_queue:
             raise TooBusy(f"{self._waiting} requests are waiting.", remedy="Try again in a few seconds.")
         self._waiting += 1
@@ -111,11 +111,11 @@ class Host:
             self.metrics.queue.set(self._waiting)
 
     async def on_engine(self, model: str, work: Callable[[], T]) -> T:
-        """Runs `work` on the model's thread and gives its result."""
+        """Runs `work` on the model's thread and returns its result."""
         return await asyncio.get_running_loop().run_in_executor(self._threads[model], work)
 
     def with_room(self, work: Callable[[], T]) -> T:
-        """Runs `work`; if memory runs out, drops the retained graphs and runs it again.
+        """Runs `work` and returns its result. If memory runs out, drops the retained graphs and runs `work` again.
 
         Raises:
             OutOfMemory: memory runs out again.

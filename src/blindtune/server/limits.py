@@ -1,7 +1,7 @@
-"""The limits of a request, each checked here before the server sets memory aside for it.
+"""Checks the limits of a request before the server allocates memory for it.
 
-The functions take the limits of the model that the request is for (`ModelInfo.limits`), or those of the server.
-`blindtune.wire.decode` checks the limits of a message's own format: header bytes and tensors.
+The functions take the limits of the requested model (`ModelInfo.limits`), or those of the server.
+`blindtune.wire.decode` checks the limits of the message format: the size of the header and the number of tensors.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from blindtune.errors import AdapterMismatch, BodyTooLarge, EmptyBatch, InvalidT
 from blindtune.wire import Limits
 
 MAX_TUNED_TENSORS = 4096
-"""Tensors in one upload of tuned parts. It holds one or two for each layer, so more than other messages have."""
+"""Largest number of tensors in an upload of tuned parts, which has one or two for each layer, so more than others."""
 
 
 def for_tuned_parts(limits: Limits) -> Limits:
-    """The limits of an upload of tuned parts."""
+    """Returns the limits of an upload of tuned parts."""
     return limits.model_copy(update={"max_tensors": MAX_TUNED_TENSORS})
 
 
 def check_body(size: int, limits: Limits) -> None:
-    """Raises `BodyTooLarge` for a request body of `size` bytes or more."""
+    """Raises `BodyTooLarge` if a request body of at least `size` bytes is over the limit."""
     if size > limits.max_body_bytes:
         raise BodyTooLarge(
             f"The body has {size} bytes or more; the limit is {limits.max_body_bytes}.", remedy="Send a smaller batch."
@@ -29,7 +29,7 @@ def check_body(size: int, limits: Limits) -> None:
 
 
 def check_rank(rank: int, limits: Limits) -> None:
-    """Raises `AdapterMismatch` for an adapter of too high a rank."""
+    """Raises `AdapterMismatch` if the rank of an adapter is over the limit."""
     if rank > limits.max_rank:
         raise AdapterMismatch(f"Rank {rank} is over the limit of {limits.max_rank}.", remedy="Lower the rank.")
 
@@ -40,7 +40,7 @@ def check_batch(batch: int, length: int, adapters: int, limits: Limits) -> None:
     Raises:
         EmptyBatch: the batch has no example or no token.
         AdapterMismatch: the request names too many adapters.
-        SequenceTooLong: an example has too many tokens, or all examples under all adapters have.
+        SequenceTooLong: an example has too many tokens, or the batch has too many, counted once for each adapter.
     """
     if batch == 0 or length == 0:
         raise EmptyBatch(f"The batch has shape {(batch, length)}.", remedy="Send at least one example.")
@@ -64,11 +64,11 @@ def check_batch(batch: int, length: int, adapters: int, limits: Limits) -> None:
 
 
 def check_lengths(lengths: Tensor, limits: Limits) -> None:
-    """Checks a packed batch, whose examples have `lengths (B,)` tokens; the server pads it to the longest one.
+    """Checks a packed batch of examples with `lengths (B,)` tokens. The server pads it to the longest example.
 
     Raises:
-        EmptyBatch: there is no example, or one without tokens.
-        SequenceTooLong: an example has too many tokens, or the padded batch has.
+        EmptyBatch: there is no example, or an example without tokens.
+        SequenceTooLong: an example, or the padded batch, has too many tokens.
     """
     if len(lengths) == 0 or int(lengths.min()) < 1:
         raise EmptyBatch(
@@ -99,7 +99,7 @@ def check_cotangents(count: int, limits: Limits) -> None:
 
 
 def check_gradients(size: int, limits: Limits) -> None:
-    """Raises `BodyTooLarge` before the server computes gradients of `size` bytes."""
+    """Raises `BodyTooLarge` if gradients of `size` bytes are over the limit. Called before they are computed."""
     if size > limits.max_answer_bytes:
         raise BodyTooLarge(
             f"The gradients would have {size} bytes; the limit is {limits.max_answer_bytes}.",
@@ -111,6 +111,6 @@ def check_continuation(length: int, new: int, limits: Limits) -> None:
     """Raises `SequenceTooLong` if a text of `length` tokens and `new` generated ones are too long together."""
     if length + new > limits.max_length:
         raise SequenceTooLong(
-            f"{length} tokens and {new} new ones; the limit is {limits.max_length}.",
-            remedy="Ask for fewer, or shorten the text.",
+            f"The text has {length} tokens, and {new} new ones are requested; the limit is {limits.max_length}.",
+            remedy="Request fewer new tokens, or shorten the text.",
         )

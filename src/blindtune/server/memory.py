@@ -1,4 +1,4 @@
-"""Makes room and tries once more when memory runs out, on a GPU or on the CPU."""
+"""Frees memory and tries a computation once more when memory runs out, on a GPU or on the CPU."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from blindtune.errors import OutOfMemory
 
 T = TypeVar("T")
 WORDS = ("can't allocate memory", "out of memory", "_ALLOC_FAILED")
-"""Texts of errors that have no class of their own: of torch's CPU allocator, of CUDA and of its libraries."""
+"""Words in the messages of errors without a class of their own: of torch's CPU allocator, of CUDA and its libraries."""
 
 
 def with_room(work: Callable[[], T], make_room: Callable[[], None]) -> T:
-    """Runs `work` and gives its result. If memory runs out, calls `make_room` and runs `work` again.
+    """Runs `work` and returns its result. If memory runs out, calls `make_room` and runs `work` again.
 
     Raises:
         OutOfMemory: memory runs out again.
@@ -26,7 +26,7 @@ def with_room(work: Callable[[], T], make_room: Callable[[], None]) -> T:
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
             if not ran_out(error):
                 raise
-        # the `except` block has ended, so the error no longer holds frames with tensors
+        # outside the `except` block, so that the error no longer refers to frames with tensors
         if before_last:
             make_room()
         if torch.cuda.is_available():
@@ -38,5 +38,5 @@ def with_room(work: Callable[[], T], make_room: Callable[[], None]) -> T:
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether an error means that memory has run out."""
+    """Returns whether an error means that memory has run out."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in WORDS)

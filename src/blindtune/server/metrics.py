@@ -1,4 +1,4 @@
-"""The metrics that Prometheus reads: counts, times and sizes, and never content."""
+"""Defines the metrics that Prometheus reads: counts, times and sizes, but no content of requests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 
 class Metrics:
-    """The metrics of one server, in a registry of their own, so that one process can hold several servers."""
+    """The metrics of one server. Each server has its own registry, so that one process can run several servers."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()

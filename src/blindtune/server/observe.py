@@ -1,4 +1,4 @@
-"""Counts and logs requests by route, size and status, and never by content."""
+"""Counts and logs requests by route, size and status, without their content."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from blindtune.server.problems import fault
 
 log = structlog.get_logger("blindtune.server")
 UNSEEN_PATH = "other"
-"""The route of requests that fit none."""
+"""Name under which requests that match no route are counted."""
 
 Next = Callable[[Request], Awaitable[Response]]
 Middleware = Callable[[Request, Next], Awaitable[Response]]
 
 
 def observer(metrics: Metrics, *, log_requests: bool = True) -> Middleware:
-    """The middleware that counts, times and logs every request.
+    """Returns the middleware that counts, times and logs every request.
 
-    It turns an exception that no handler knows, which is a bug, into a problem document and logs the trace.
+    An exception without a handler is a bug. The middleware logs its traceback, and responds with a problem document.
 
     Args:
-        log_requests: whether requests without a bug are logged.
+        log_requests: whether each request is logged. Bugs are always logged.
     """
 
     async def observe(request: Request, call_next: Next) -> Response:

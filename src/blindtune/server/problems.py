@@ -1,4 +1,4 @@
-"""Errors as problem documents (RFC 9457)."""
+"""Converts errors to problem documents (RFC 9457)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ PROBLEM_TYPE = "application/problem+json"
 
 
 def add_problem_handlers(app: FastAPI) -> None:
-    """Makes the application answer refusals, unknown routes and parameters that don't fit with problem documents."""
+    """Registers handlers that return problem documents for refused requests, unknown routes and invalid parameters."""
     app.exception_handler(RequestError)(_refused)
     app.exception_handler(HTTPException)(_no_route)
     app.exception_handler(RequestValidationError)(_no_fit)
 
 
 def problem(error: RequestError) -> Response:
-    """The answer to a request that the server refuses."""
+    """Returns the response to a request that the server refuses."""
     headers = {"Retry-After": "1"} if isinstance(error, TooBusy) else {}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
@@ -28,7 +28,7 @@ def problem(error: RequestError) -> Response:
 
 
 def fault(error: Exception) -> Response:
-    """The answer to a request that met a bug. It names the error's class and hides its details."""
+    """Returns the response to a request that failed because of a bug. It names the error's class, without details."""
     return problem(ServerFault(f"{type(error).__name__} on the server.", remedy="Tell the provider."))
 
 
@@ -52,7 +52,7 @@ async def _no_route(_: Request, error: Exception) -> Response:
 
 
 async def _no_fit(_: Request, error: Exception) -> Response:
-    """Says what doesn't fit, and nothing of the server's source, which the error's own text names."""
+    """Responds with the invalid parameters. The error's own text is left out, because it names the server's source."""
     if not isinstance(error, RequestValidationError):
         raise error
     wrong = "; ".join(f"{'.'.join(map(str, part['loc']))}: {part['msg']}" for part in error.errors())

@@ -1,4 +1,4 @@
-"""`--record DIR`: writes what this server sees as a transcript, which audits attack."""
+"""Records the calls of a server as a transcript for audits (`blindtune serve --record DIR`)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from blindtune.wire import AdapterUpload, Event, RecordedModel, Recording, Trans
 
 
 class Recorder:
-    """Turns calls into the events of a transcript.
+    """Writes the calls of a server as the events of a transcript.
 
     Args:
-        folder: where the transcript is, or will be.
-        operator_id: the server's random name.
-        models: name -> backbone, all that the server hosts.
+        folder: folder of the transcript, which may exist already.
+        operator_id: the server's random id.
+        models: all hosted models: name -> backbone.
     Raises:
         TranscriptError: the folder holds a transcript of other models.
     """
@@ -33,7 +33,7 @@ class Recorder:
         self._add("adapter", tenant, upload.model, {"weights": weights}, adapters=[sha256], spec=upload.spec)
 
     def forward(self, model: str, call: Call, hidden: Tensor | None) -> None:
-        """Records a forward call; `hidden (n, B, d)` or `(n, B, L, d)` is what was sent back, if anything was."""
+        """Records a forward call, and the response `hidden (n, B, d)` or `(n, B, L, d)`; None if none was requested."""
         self._add_call("forward", model, call, _with(call.tokens, "hidden", hidden))
 
     def backward(self, model: str, call: Call, cotangents: Tensor) -> None:
@@ -54,9 +54,9 @@ class Recorder:
         """Records a pass through a trunk.
 
         Args:
-            forward: SHA-256 of the body of the forward call: this one, or the one that a backward call names.
-            received, sent: packed tensors as they travelled, in the request's codecs.
-            backward: whether it was a backward call.
+            forward: SHA-256 of the body of the forward call: of this call, or of the one that a backward call names.
+            received, sent: packed tensors of the request and the response, in the request's codecs.
+            backward: whether this is a backward call.
         """
         kind = "trunk-backward" if backward else "trunk-forward"
         answer = {"answer." + name.split(".", 1)[1]: tensor for name, tensor in sent.items()}
@@ -64,11 +64,12 @@ class Recorder:
         self._add(kind, tenant, model, tensors, up=request.up, down=request.down, forward=forward)
 
     def tuned(self, tenant: str, model: str, kind: str, tuned_parts: str | None, tensors: Mapping[str, Tensor]) -> None:
-        """Records tuned parts that were uploaded (`plugin`), or what they were asked (`score`, `generate`).
+        """Records an upload of tuned parts (`plugin`), or a request that uses them (`score`, `generate`).
 
         Args:
-            tuned_parts: SHA-256 of the upload; None means the model as it is.
-            tensors: the tuned weights by name, or the request's `input_ids (B, L)`, `lengths (B,)` and `starts (B,)`.
+            tuned_parts: SHA-256 of the upload; None for a request to the pretrained model.
+            tensors: tuned weights by name, or the request's `input_ids (B, L)`, `lengths (B,)` and, for `score`,
+                `starts (B,)`.
         """
         self._add(kind, tenant, model, tensors, adapters=[] if tuned_parts is None else [tuned_parts])
 
@@ -80,7 +81,7 @@ class Recorder:
         self._add(kind, call.tenant, model, tensors, adapters=call.adapters, pooling=call.pooling, seed=call.seed)
 
     def _add(self, kind: str, tenant: str, model: str, tensors: Mapping[str, Tensor], **fields: Any) -> None:
-        """Adds one event. The writer sets its number and its time, whatever they are here."""
+        """Adds one event. The writer replaces the number and the time that are set here."""
         known = {"event": 0, "time": 0, "kind": kind, "tenant": tenant, "model": model}
         self._writer.add(Event.model_validate({**known, **fields}), tensors)
 

@@ -1,4 +1,4 @@
-"""Runs a server in this process: its socket, TLS, threads and logs. A shutdown finishes the requests under way."""
+"""Runs a server in this process: socket, TLS, threads and logs. A shutdown waits for the requests in progress."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 @dataclass(frozen=True)
 class Address:
-    """Where a server listens, and with which certificate (PEM) and key. Port 0 takes a free port."""
+    """The address that a server listens on, and its certificate and key (PEM). Port 0 selects a free port."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -32,17 +32,17 @@ class Address:
     tls_key: Path | None = None
 
     def url(self, port: int) -> str:
-        """The address as a client writes it, with the port that was taken."""
+        """Returns the URL for clients, with the port on which the server really listens."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{'https' if self.tls_cert else 'http'}://{host}:{port}"
 
 
 def check_exposure(address: Address, *, no_auth: bool, insecure: bool = False) -> None:
-    """Refuses addresses at which strangers could use the server or read its traffic.
+    """Checks that strangers can neither use the server at this address nor read its traffic.
 
     Args:
-        no_auth: the server asks for no tokens.
-        insecure: the operator accepts traffic without TLS outside loopback.
+        no_auth: whether the server requires no tokens.
+        insecure: whether to accept addresses other than loopback without TLS.
     Raises:
         ConfigError: the address isn't loopback and lacks tokens or TLS, or a certificate or its key is missing.
     """
@@ -68,15 +68,17 @@ def serve(
     threads: int | None = None,
     on_listen: Callable[[str], None] = print,
 ) -> None:
-    """Serves until SIGINT or SIGTERM. Requests that are under way then get their answers.
+    """Serves until SIGINT or SIGTERM, and then completes the requests in progress, for up to 30 seconds.
 
     Args:
-        models: name -> backbone.
-        threads: torch's threads; None leaves their number as it is.
-        on_listen: is called with the server's URL once its socket listens.
+        models: the hosted models: name -> backbone.
+        settings: settings of the server.
+        address: address to listen on.
+        threads: number of torch threads; None: it isn't changed.
+        on_listen: callback invoked with the server's URL when its socket listens.
     Raises:
-        ConfigError: the address is in use, or isn't one of this machine's.
-        EmulatorError, TranscriptError: as `create_app`.
+        ConfigError: the address is in use, or isn't an address of this machine.
+        EmulatorError, TranscriptError: see `create_app`.
     """
     listener = _listen(address)
     _configure_logs()
@@ -116,7 +118,7 @@ def _listen(address: Address) -> socket.socket:
 
 
 def _configure_logs() -> None:
-    """Writes logs as JSON lines to stderr, those of libraries too: uvicorn warns of bytes that are no HTTP."""
+    """Configures logs as JSON lines on stderr, also those of libraries: uvicorn logs invalid HTTP."""
     shared: list[Any] = [
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),

@@ -1,6 +1,6 @@
-"""Runs the middle of a cut model: hidden states forward, cotangents back.
+"""Runs forward and backward passes of a cut model's trunk.
 
-s_A is the trunk's input and s_B its output, packed `(N, d)`: the N tokens of a batch without padding.
+s_A is the trunk's input and s_B its output, both packed `(N, d)`: the N tokens of a batch without padding.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from blindtune.server.engine import RetainedGraph, keep_graph
 from blindtune.wire import TrunkRequest, TrunkResponse, dequantize, quantize
 
 Answer = tuple[TrunkResponse, dict[str, Tensor]]
-"""The message, and its tensors in the codec that the request asked for."""
+"""The response's message, and its tensors in the codec `down` of the request."""
 
 
 class Trunk:
-    """Runs one model's trunk. It is not thread-safe and shares the engine's thread.
+    """Runs one model's trunk. It is not thread-safe; the host runs it in the engine's thread.
 
     Args:
-        name: the hosted model's.
-        backbone: the model, which must be cut.
-        graphs: the cache of retained graphs, which all models share.
+        name: name of the hosted model.
+        backbone: the hosted model, which must be cut.
+        graphs: cache of retained graphs, shared by all models.
     Raises:
         UnknownPart: the model isn't cut.
     """
@@ -39,10 +39,11 @@ class Trunk:
         self._graphs = graphs
 
     def forward(self, tenant: str, body_sha: str, request: TrunkRequest, received: Mapping[str, Tensor]) -> Answer:
-        """Computes s_B from s_A. If the request says `retain`, the graph is kept for `backward`.
+        """Computes s_B from s_A. If `request.retain` is true, the graph is kept for `backward`.
 
         Args:
-            body_sha: SHA-256 of the request's body, under which the graph is kept.
+            tenant: name of the tenant.
+            body_sha: SHA-256 of the request's body, under which the graph is cached.
             received: `lengths (B,)` int32, and s_A as `hidden`, in the codec `request.up`.
         Returns:
             s_B as `hidden`, in the codec `request.down`.
@@ -65,12 +66,13 @@ class Trunk:
         """Computes gradients with respect to s_A from cotangents with respect to s_B.
 
         Args:
-            body_sha: SHA-256 of the request's body, which seeds the rounding of the gradients.
+            tenant: name of the tenant.
+            body_sha: SHA-256 of the request's body, the seed of the stochastic rounding of the gradients.
             received: `lengths (B,)` int32, and `cotangents` and, if sent again, `hidden` in the codec `request.up`.
         Returns:
             `gradients (N, d)`, in the codec `request.down`.
         Raises:
-            GraphLost: the forward pass isn't in memory, and the request doesn't hold s_A.
+            GraphLost: the graph of the forward pass isn't in the cache, and the request doesn't contain s_A.
             InvalidTensor, CodecMismatch: a tensor doesn't fit the lengths, the codec or the forward pass.
         """
         lengths = received["lengths"]

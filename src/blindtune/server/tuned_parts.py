@@ -1,6 +1,6 @@
-"""Tuned parts that clients deploy here, around the real trunk: scoring and generation with the whole model.
+"""Scores and generates texts with a hosted model and the tuned parts that clients have deployed.
 
-The provider sees the texts of whoever uses them, and the tuned parts depend on the data that they were tuned on.
+The provider sees the texts in these requests. The tuned parts depend on the data that they were tuned on.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from blindtune.wire import GenerateRequest, TunedPartsReceipt, TunedPartsUpload
 
 
 class TunedPartsStore:
-    """The tuned parts of all tenants, up to `capacity` bytes. Safe to use from several threads."""
+    """Stores the tuned parts of all tenants, up to `capacity` bytes. Safe to use from several threads."""
 
     def __init__(self, capacity: int) -> None:
         self._kept = ByteLRU[tuple[str, str, str], nn.Module](capacity)
@@ -27,22 +27,22 @@ class TunedPartsStore:
     def put(
         self, tenant: str, sha256: str, backbone: FrozenBackbone, upload: TunedPartsUpload, tensors: dict[str, Tensor]
     ) -> TunedPartsReceipt:
-        """Checks tuned parts, merges them into the weights of their blocks and keeps the result.
+        """Checks tuned parts, merges them into the weights of their blocks, and stores the result.
 
         Args:
-            sha256: of the upload; the name under which `causal` finds them.
-            tensors: as a checkpoint holds them.
+            sha256: SHA-256 of the upload, under which `causal` finds the tuned parts.
+            tensors: the tensors of a checkpoint, by name.
         Raises:
-            UnknownPart: the model isn't cut, or they were tuned for another one.
-            InvalidTensor: they don't fit the model's ends.
-            BodyTooLarge: they have more than `capacity` bytes.
+            UnknownPart: the model isn't cut, or the parts were tuned for other weights.
+            InvalidTensor: the tensors don't fit the model.
+            BodyTooLarge: the merged blocks have more than `capacity` bytes.
         """
         cut_model = backbone.require_cut()
         if upload.fingerprint != backbone.fingerprint:
             raise UnknownPart(
                 f"These ends were tuned for other weights (fingerprint {upload.fingerprint[:12]}…) than are hosted "
                 f"here ({backbone.fingerprint[:12]}…).",
-                remedy="Tune them again, for this model.",
+                remedy="Tune the parts again, for this model.",
             )
         causal = with_tuned_parts(cut_model, tensors, upload.scaling)
         shared = {id(parameter) for parameter in cut_model.causal.parameters()}
@@ -52,11 +52,13 @@ class TunedPartsStore:
         return TunedPartsReceipt(sha256=sha256, parameters=sum(tensor.numel() for tensor in tensors.values()))
 
     def causal(self, tenant: str, model: str, backbone: FrozenBackbone, name: str | None) -> Any:
-        """The whole causal model, with the tuned parts that a tenant named, or without them if `name` is None.
+        """Returns the whole causal model with a tenant's tuned parts, or the pretrained one if `name` is None.
 
+        Args:
+            name: SHA-256 of the upload.
         Raises:
             UnknownPart: the model isn't cut.
-            UnknownTunedParts: the tenant has no such parts here; they may have made room for others.
+            UnknownTunedParts: the tenant hasn't uploaded these parts, or the store has dropped them for others.
         """
         if name is None:
             return backbone.require_cut().causal
@@ -67,15 +69,15 @@ class TunedPartsStore:
 
 
 def score_texts(causal: Any, backbone: FrozenBackbone, tokens: Tokens, starts: Tensor) -> dict[str, Tensor]:
-    """Scores each text's tokens from its start on.
+    """Computes the likelihood of each text's tokens from its start on.
 
     Args:
         causal: the whole causal model, on the backbone's device.
         tokens: B texts.
-        starts: `(B,)` int32, each at least 1 and below its text's length.
+        starts: index of the first scored token of each text, `(B,)` int32; at least 1 and below the text's length.
     Returns:
-        On the CPU: `log_likelihoods (B,)` float32, the sum of log p of those tokens in nats, and `greedy (B,)` uint8,
-        1 if each of them is the likeliest one at its place.
+        On the CPU: `log_likelihoods (B,)` float32, the sum of log p of the scored tokens in nats, and `greedy (B,)`
+        uint8, 1 if greedy decoding would generate all of them.
     """
     ids, lengths = (t.to(backbone.device, torch.long) for t in (tokens.input_ids, tokens.lengths))
     mask = padding_mask(lengths, ids.shape[1])
@@ -89,10 +91,10 @@ def score_texts(causal: Any, backbone: FrozenBackbone, tokens: Tokens, starts: T
 
 
 def generate_tokens(causal: Any, backbone: FrozenBackbone, input_ids: Tensor, request: GenerateRequest) -> Tensor:
-    """Continues one text, `input_ids (1, L)`.
+    """Generates a continuation of one text, `input_ids (1, L)`.
 
     Returns:
-        The new tokens `(T,)` int32 on the CPU, up to the one that ends the text, which is left out.
+        The new tokens `(T,)` int32 on the CPU, up to but without the end-of-text token.
     """
     ids = input_ids.to(backbone.device, torch.long)
     sampled = request.temperature > 0

@@ -1,5 +1,6 @@
-"""Training with private texts: the client holds a decoder's ends, the trunk runs elsewhere, and texts never leave the
-client as such.
+"""Training with private texts: the client holds a decoder's ends, and the trunk runs elsewhere.
+
+Training sends the server hidden states, their gradients and the lengths of texts at most, never tokens.
 
 | file | content |
 |---|---|

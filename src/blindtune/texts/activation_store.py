@@ -1,7 +1,7 @@
 """Stores the trunk's output s_B of each example. With a frozen bottom it never changes, so each example is sent once.
 
 It is stored in fp16, or in fp32 if it was sent in fp32: rounding int8 a second time, on another grid, would double the
-error. With a folder it is stored on disk too, so that a resumed run doesn't send an example again.
+error. If the store has a folder, s_B is also written to disk, so that a resumed run doesn't send an example again.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class ActivationStore:
             raise CacheFull(
                 f"The store has {self.nbytes / MEGABYTE:.1f} of {self.max_bytes / MEGABYTE:.1f} MiB; "
                 f"{len(row)} tokens don't fit.",
-                remedy="Raise --training cache_mb. What is stored already isn't sent again.",
+                remedy="Raise --training cache_mb. Texts that are stored already aren't sent again.",
             )
         key = _key(row)
         self._stored[key] = tensors

@@ -29,7 +29,7 @@ ATTENTION_ON_CPU = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
-"""Attention on the CPU, which torch's counter of operations doesn't include: it knows only the kernels of GPUs."""
+"""Attention on the CPU. Torch's counter of operations includes only attention kernels of GPUs."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Costs:
 
 
 def reset_peak_memory() -> bool:
-    """Resets the peak that `peak_memory` returns. Returns whether that is possible, which it is on Linux only."""
+    """Resets the peak that `peak_memory` returns. Returns whether it could be reset, which works on Linux only."""
     try:
         (PROCESS / "clear_refs").write_text("5")
     except OSError:
@@ -72,7 +72,7 @@ def reset_peak_memory() -> bool:
 def peak_memory() -> int:
     """Returns the process's peak memory in bytes, Python and its libraries included, since `reset_peak_memory`.
 
-    If that isn't possible, it is the peak since the process started; 0 if even that is unknown.
+    If the peak can't be reset, it is the peak since the process started; 0 if the platform doesn't report one.
     """
     try:
         status = (PROCESS / "status").read_text()

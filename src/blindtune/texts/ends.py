@@ -111,7 +111,7 @@ class Ends:
         if not chosen:
             some = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
             raise ConfigError(f"No layer is called {list(self.targets or ())}.", remedy=f"Choose among: {some}.")
-        # PEFT gets the blocks alone: in a whole model it looks for embeddings, and a part may have none
+        # PEFT gets the blocks alone: it would search a whole model for embeddings, and a part may have none
         inject_adapter_in_model(LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=chosen), blocks, _NAME)
         for name, parameter in blocks.named_parameters():
             if f".{_NAME}." in name:

@@ -40,7 +40,7 @@ def _silent(_: str) -> None:
 
 
 class ShadowClient:
-    """The adaptive attacker of an audit: it knows a run's `blindtune.json`, and trains on public text instead of the
+    """The adaptive attacker of an audit: it has a run's `blindtune.json`, and trains on public text instead of the
     run's data.
 
     Args:
@@ -150,7 +150,7 @@ def _stages(summary: TextsSummary) -> list[TextsSummary]:
     if summary.unknown_start:
         raise ConfigError(
             "The run started from a checkpoint that doesn't say how it was made: it had no blindtune.json.",
-            remedy="Leave out --run: without knowing the start, nobody can train a shadow client.",
+            remedy="Leave out --run: a shadow client has to start from the same weights.",
         )
     return [*(_stages(summary.start) if summary.start else []), summary]
 

@@ -37,7 +37,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if min(self.steps, self.batch_size) < 1 or not self.learning_rate > 0:
             raise ConfigError(
-                f"{self.steps} steps of {self.batch_size} at rate {self.learning_rate}.",
+                f"steps = {self.steps}, batch_size = {self.batch_size}, learning_rate = {self.learning_rate}.",
                 remedy="Use at least one step, one example and a positive learning rate.",
             )
 

@@ -1,4 +1,4 @@
-"""Handling of Ctrl-C: a run stops after the current step."""
+"""Handles Ctrl-C: a run stops after the current step."""
 
 from __future__ import annotations
 

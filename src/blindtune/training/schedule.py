@@ -1,4 +1,4 @@
-"""Learning rates as a function of the step, so that runs can be resumed, and the number of steps of a run."""
+"""Computes learning rates from the number of a step, so that runs can be resumed, and the number of steps of a run."""
 
 from __future__ import annotations
 
@@ -17,5 +17,5 @@ def linear_rate(step: int, steps: int, warmup: int, floor: float) -> float:
 
 
 def steps_for(examples: int, batch_size: int, epochs: float) -> int:
-    """Returns the number of steps in so many epochs, at least 1."""
+    """Returns the number of steps in `epochs` epochs, at least 1."""
     return max(1, math.ceil(epochs * math.ceil(examples / batch_size)))

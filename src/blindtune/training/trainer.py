@@ -106,7 +106,7 @@ class Trainer(ABC, Generic[C, S]):
 
     @abstractmethod
     def _identity(self) -> dict[str, object]:
-        """Returns everything that determines the results of the steps, by a name that an error message can show."""
+        """Returns everything that determines the results of the steps, by names that an error message can show."""
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Returns the tensors and texts that a resumed run needs besides parameters and Adam moments."""

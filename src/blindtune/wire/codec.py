@@ -71,7 +71,7 @@ def decode(body: bytes, kind: type[M], limits: Limits | None = None) -> tuple[M,
     version = metadata.get(_VERSION_KEY)
     if version != str(API_VERSION):
         raise UnsupportedVersion(
-            f"The message has API version {version!r}, this side speaks {API_VERSION}.",
+            f"The message has API version {version!r}; this version of blindtune uses {API_VERSION}.",
             remedy="Use matching versions of blindtune.",
         )
     raw = metadata.get(_MESSAGE_KEY)
@@ -87,7 +87,7 @@ def decode(body: bytes, kind: type[M], limits: Limits | None = None) -> tuple[M,
         ) from None
     try:
         return message, load(body)
-    except Exception as error:  # a check of the library's own that `_read_header` should have covered
+    except Exception as error:  # the library found an error that `_read_header` should have found
         raise _malformed(f"The tensors can't be read: {error}.") from None
 
 

@@ -38,7 +38,7 @@ MEDIA_TYPE = "application/vnd.blindtune.v1+safetensors"
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Pooling = Literal["cls", "mean", "last", "first", "none"]
-"""How hidden states `[B, L, d]` are reduced to the head's input: the first token (cls), the mean over tokens, the last
+"""Reduction of hidden states `[B, L, d]` to the head's input: the first token (cls), the mean over tokens, the last
 token, the decoder's first position (first), or no reduction (none)."""
 Codec = Literal["fp32", "fp16", "int8", "int4"]
 """Number format of hidden states and their gradients on the wire (`blindtune.wire.quantize`)."""
@@ -94,7 +94,7 @@ class ForwardRequest(Message):
     retain: bool = False
     """Whether the server keeps the autograd graph for a following backward request."""
     return_hidden: bool = True
-    """False: the server computes the forward pass, and keeps the graph if asked, but sends no hidden states back."""
+    """False: the server computes the forward pass, and keeps the graph if `retain` is set, but sends no tensor."""
 
 
 class ForwardResponse(Message):
@@ -245,7 +245,7 @@ class CutInfo(Message):
 
 
 class ModelInfo(Message):
-    """Describes a hosted model to clients: names and shapes of its layers, never weights."""
+    """Describes a hosted model to clients: names and shapes of its layers, without weights."""
 
     name: Name
     architecture: Architecture
@@ -263,7 +263,7 @@ class ModelInfo(Message):
     token_type_ids: bool
     pad_token_id: int
     fingerprint: Sha256
-    """SHA-256 over the names, dtypes and values of all weights."""
+    """SHA-256 over the names, dtypes, shapes and values of all weights."""
     base_model_name: str
     """Value of `base_model_name_or_path` in PEFT's configuration."""
     limits: Limits
@@ -278,7 +278,7 @@ class ModelList(Message):
 
     api_version: int = API_VERSION
     operator_id: str
-    """Drawn at random when a server starts. Equal ids mean that two addresses lead to one server."""
+    """Random id that a server draws when it starts. If two addresses have equal ids, they lead to one server."""
     models: list[str]
 
 

@@ -37,7 +37,7 @@ FORMAT = 1
 
 
 class RecordedModel(BaseModel):
-    """The source of a hosted pretrained model, and the fingerprint by which the audit verifies that it is the same."""
+    """The source of a hosted pretrained model, and its fingerprint, with which an audit checks that it has the same."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     source: str
@@ -85,7 +85,12 @@ class Event(BaseModel):
 
 
 class TranscriptWriter:
-    """Appends events to a transcript's folder. At most `flush_bytes` are lost if the process is killed."""
+    """Appends events to a transcript's folder.
+
+    Args:
+        flush_bytes: number of bytes of tensors after which pending events are written. If the process is killed, the
+            pending events are lost.
+    """
 
     def __init__(self, folder: Path, recording: Recording, *, flush_bytes: int = 4 * 2**20) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -156,7 +161,7 @@ class Transcript:
             self.recording = Recording.model_validate_json(lines[0])
             self.events = [Event.model_validate_json(line) for line in lines[1:]]
         except ValueError as error:
-            raise TranscriptError(f"{index} is not a transcript: {error}.", remedy="Record it again.") from None
+            raise TranscriptError(f"{index} is not a transcript: {error}.", remedy="Record the run again.") from None
 
     def tensors(self, event: Event) -> dict[str, Tensor]:
         """Returns all tensors of one event by name."""

@@ -37,7 +37,7 @@ FLOOR = 2.0**-10
 TOLERANCE = 2.0**-10
 """Tolerance of the search for α, in units of the last bit of a carrier, for the same reason."""
 CANDIDATES = (2**10, 2**18)
-"""Numbers of highest peaks of the periodogram to test: the smaller number first, the larger one if none of these is α."""
+"""Numbers of highest peaks of the periodogram to test. The larger number is used only if α is none of the first."""
 STRONGEST = 8192
 """Number of coordinates for the search. More coordinates take time and do not help: these determine α to 10^-10."""
 SURE = 40.0

@@ -96,7 +96,7 @@ for each class. An attack returns None if there are too few texts.
 ShareFunction = Callable[[Features], dict[ChannelId, NDArray[np.floating]]]
 """Takes shares `(m, n, B, d)`, and returns vectors `(B, k)` for each channel."""
 UpdateFunction = Callable[[Sequence[Update], Callable[[Update], tuple[Jacobian, NDArray[np.float64]]]], "Reconstructed"]
-"""Takes updates, and a function from an update to its Jacobian and θ_{t+1} − θ_t `(n, P)`. Returns vectors and texts."""
+"""Takes updates and a function from an update to its Jacobian and θ_{t+1} − θ_t `(n, P)`. Returns vectors and texts."""
 Reconstructed = tuple[Features, list[Row]]
 
 
@@ -167,7 +167,7 @@ class UpdateAttack:
 
     @property
     def consecutive(self) -> bool:
-        """Returns whether the attack needs the first updates of the run, without gaps. Other attacks accept any updates."""
+        """Returns whether the attack needs the first updates of the run, without gaps. Others accept any updates."""
         return self.observes == "all adapters since the first step"
 
 
@@ -212,7 +212,7 @@ def observes_shares(
 def observes_updates(
     channel: ChannelId, *, observes: Observes, needs: tuple[Needs, ...]
 ) -> Callable[[UpdateFunction], UpdateFunction]:
-    """Registers an attack that observes consecutive adapters and knows no label. Its name is the label of its channel."""
+    """Registers an attack that observes adapters of consecutive steps and knows no label, under `str(channel)`."""
 
     def register(function: UpdateFunction) -> UpdateFunction:
         UPDATE_ATTACKS[str(channel)] = UpdateAttack(channel, function, observes, needs)

@@ -66,7 +66,7 @@ def audit_labels(
         write_report(Path("report.html"), verdict, title="Audit", classes=["no", "yes"])
 
     Args:
-        transcripts: folders that `blindtune serve --record` wrote, one for each server; or these folders by server name.
+        transcripts: folders that `blindtune serve --record` wrote, one for each server; or a mapping from server names.
         texts, labels: the training set. The attacks do not see it; it serves for scoring only.
         control: transcripts of an unprotected run.
         control_findings: findings of an earlier audit of an unprotected run; empty if no control is needed. If neither

@@ -140,7 +140,7 @@ class Attacker:
         """Returns rows with their hidden states after the simulated bottom.
 
         Args:
-            replaced: fraction of the tokens to replace by random ones, because public text lacks most of the vocabulary.
+            replaced: fraction of the tokens to replace by random ones, since public text lacks most of the vocabulary.
         """
         result: list[PublicBatch] = []
         for start in range(0, len(rows), CHUNK):

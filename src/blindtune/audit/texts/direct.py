@@ -23,7 +23,7 @@ def direct_forward(observed: Observed, attacker: Attacker) -> Tensor:
 
 
 def head_input(observed: Observed, attacker: Attacker) -> Tensor:
-    """Returns the input of the LM head, `(N, e)`, for s_B."""
+    """Returns the output of the pretrained top for s_B, which is the input of the LM head, `(N, e)`."""
     top = attacker.model.parts["top"]
     dtype = next(top.parameters()).dtype
     lengths = observed.lengths.to(attacker.device)

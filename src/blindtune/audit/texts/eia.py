@@ -1,11 +1,11 @@
-"""EIA: gradient steps on token logits until the output of the bottom equals s_A.
+"""EIA: optimises token logits by gradient steps, so that the output of the bottom approaches s_A.
 
 Logits over candidates give a mixture of their embeddings. A falling temperature reduces each mixture to one token.
 
     min over logits z   Σ_t |f(softmax(z / τ) E)_t − s_A,t|² / |s_A,t|²
 
-Values are in units of their standard deviation over the vocabulary. The candidates are those of the table, with equal
-logits at the start. BiSR(f) gives other candidates and starting logits.
+Values are in units of their standard deviation over the vocabulary. The attack takes its candidates from the table
+(`blindtune.audit.texts.table`), with equal logits at the start. BiSR(f) starts from other candidates and logits.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def eia(observed: Observed, attacker: Attacker) -> Tensor:
 
 
 def match_forward(start: Shortlist, observed: Observed, attacker: Attacker) -> Shortlist:
-    """Returns the same candidates, with the scores for which the output of the bottom is nearest to s_A."""
+    """Returns the same candidates with scores that are optimised so that the output of the bottom is near s_A."""
     lengths = observed.lengths.to(attacker.device)
     logits: list[Tensor] = []
     for (ids, part), (scores, _), (states, _) in zip(

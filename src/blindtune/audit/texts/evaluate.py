@@ -1,7 +1,7 @@
-"""Runs attacks at the start, in the middle and at the end of training, and scores them. The best one counts.
+"""Runs attacks on texts from the start, the middle and the end of training, and scores them.
 
 Only the scoring reads the ground truth. Attacks receive what the provider received. The headline is the attack that
-recovers most tokens at their positions, over all stages and all attacks except floors.
+recovers the most tokens at their positions, over all stages and all attacks except floors.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ Decode = Callable[[Sequence[int]], str]
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Says how well one attack reconstructed the texts of one stage.
+    """Holds the result of one attack on the texts of one stage.
 
     Attributes:
         floor: whether the attack observes nothing.
-        seconds: run time, including learning from public text if no earlier attack had done that.
-        metrics: name -> mean over texts (for accuracy, over tokens) with its 95% interval.
-        guesses: token ids, for reports.
+        seconds: run time, including the training on public text unless an earlier attack has done it.
+        metrics: mean of each metric over texts (for accuracy, over tokens) with its 95% interval, by name.
+        guesses: guessed token ids of each text, for reports.
     """
 
     attack: str
@@ -42,7 +42,7 @@ class Reconstruction:
 
     @property
     def accuracy(self) -> float:
-        """Returns part of the tokens that were recovered at their positions."""
+        """Returns the fraction of the tokens that were recovered at their positions."""
         return self.metrics["accuracy"].mean
 
 
@@ -61,12 +61,12 @@ def attack_texts(
 
     Args:
         attacks: names in the registry; all if None.
-        sequences: number of texts for each stage. If there are too few for three stages, equal stages count once.
-        part: attack only calls of this part of the ground truth, such as `train`; all if None.
+        sequences: number of texts for each stage. If two stages would have the same calls, only the first one is run.
+        part: part of the data, such as `train`, to which the attacked calls belong; all parts if None.
         decode: maps tokens to text. If given, ROUGE and METEOR compare words.
-        progress: callback invoked before each attack, and with its result.
+        progress: callback invoked with a line of text before each attack, and with its result after it.
     Raises:
-        TranscriptError: the ground truth lacks a call, or has other lengths; no call is of this part.
+        TranscriptError: the ground truth lacks a call, or has other lengths; no call belongs to this part.
         ConfigError: there is no such attack.
     """
     chosen = _chosen(attacks)
@@ -105,7 +105,7 @@ def headline(results: Sequence[Reconstruction]) -> Reconstruction:
 def score(
     texts: Sequence[Sequence[int]], guesses: Sequence[Sequence[int]], decode: Decode | None
 ) -> dict[str, Interval]:
-    """Averages each metric over texts. Accuracy is weighted by length, so that it is a mean over tokens."""
+    """Returns the mean of each metric over texts. Accuracy is weighted by length, so that it is a mean over tokens."""
     result: dict[str, Interval] = {}
     for name, metric in METRICS.items():
         pairs: list[tuple[Tokens, Tokens]] = list(zip(texts, guesses, strict=True))
@@ -128,7 +128,7 @@ Call = tuple[Exchange, TrueCall]
 
 
 def _stages(calls: Sequence[Call], sequences: int) -> list[tuple[str, Sequence[Call]]]:
-    """Returns the first calls, the calls around the middle, and the last calls; equal stages once."""
+    """Returns the first calls, the calls around the middle, and the last calls. Stages with equal calls count once."""
     start = first_calls(calls, sequences)
     end = list(reversed(first_calls(list(reversed(calls)), sequences)))
     centre = max((len(calls) - len(start)) // 2, 0)
@@ -142,7 +142,7 @@ def _stages(calls: Sequence[Call], sequences: int) -> list[tuple[str, Sequence[C
 
 
 def first_calls(calls: Sequence[Call], sequences: int) -> list[Call]:
-    """Returns the first calls that have at least so many texts together."""
+    """Returns the first calls that together have at least `sequences` texts; all calls if they have fewer."""
     taken: list[Call] = []
     count = 0
     for exchange, call in calls:

@@ -1,4 +1,4 @@
-"""Floors: guesses from nothing but the lengths. An attack that isn't better than a floor has learned nothing."""
+"""Floors: attacks that observe only the lengths. An attack that isn't better than a floor has recovered nothing."""
 
 from __future__ import annotations
 

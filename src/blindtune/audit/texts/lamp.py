@@ -1,11 +1,11 @@
-"""LAMP: changes TAG's text step by step, to match the gradient better and to be likelier under the model.
+"""LAMP: changes TAG's text in small steps that improve the match with the gradient and the likelihood of the text.
 
     cost of a text = 1 − cos(Jᵀ u(text), g_B) + λ · (mean −log p of its tokens under the pretrained model)
 
-In each round every text gets one random change: it replaces a token with another one of TAG's candidates, preferably at
-an uncertain position, swaps two neighbours, moves one token, or exchanges two halves. A change that lowers the cost is
-kept. The gain is small: the gradients of a decoder depend on positions, so TAG's order is mostly right, and TAG's p_t
-contains most of the prior.
+Each round makes one random change to every text: it replaces a token with another one of TAG's candidates, preferably
+at an uncertain position, swaps two neighbours, moves one token, or swaps two segments. A change that lowers the cost is
+kept. The gain over TAG is small: the gradients of a decoder depend on positions, so TAG's order is mostly right, and
+TAG's p_t contains most of the prior.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def lamp(observed: Observed, attacker: Attacker) -> Tensor:
 
 
 def move(text: Tensor, candidates: Shortlist) -> Tensor:
-    """Makes one random change to a text `(L,)`. The first token stays, because gradients don't depend on it."""
+    """Returns a text `(L,)` with one random change. The first token stays, because gradients don't depend on it."""
     length, text = len(text), text.clone()
     if length < 3:
         return text
@@ -87,7 +87,7 @@ def surprise(texts: list[Tensor], attacker: Attacker) -> Tensor:
 
 
 class _GradientMatch:
-    """Computes 1 − cos(Jᵀ u, g_B) of texts. The weight of each position's loss is fitted to TAG's labels."""
+    """Computes 1 − cos(Jᵀ u, g_B) of texts, where the weight of each position's loss is fitted to TAG's labels."""
 
     def __init__(self, observed: Observed, labels: Tensor, attacker: Attacker) -> None:
         self._lengths = observed.lengths.to(attacker.device)
@@ -101,7 +101,7 @@ class _GradientMatch:
         self._weights = along.clamp_min(0.0).unsqueeze(1)
 
     def costs(self, texts: list[Tensor]) -> Tensor:
-        """Returns the cost of each text, `(B,)`."""
+        """Returns 1 − cos(Jᵀ u, g_B) of each text, `(B,)`."""
         following = torch.cat([torch.cat([text[1:], text[:1]]) for text in texts])
         last = torch.cumsum(self._lengths, 0) - 1
         pulls = self._weights * (self._means - self._head[following])

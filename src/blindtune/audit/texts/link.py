@@ -1,8 +1,8 @@
 """Links messages of the same text that were sent under fresh noise, and averages them.
 
 Two copies of one text differ by noise only. So the mean square of their difference is 2 s² for noise of standard
-deviation s, which the many values of a text give to 1%. Two different texts differ by more. The average of v copies has
-noise of s / √v.
+deviation s; a text has so many values that the estimate is accurate to about 1%. Two different texts differ by more.
+The average of v copies has noise of standard deviation s / √v.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch import Tensor
 from blindtune.audit.texts.observe import Exchange, Observed
 
 DEVIATIONS = 3.0
-"""Two messages hold the same text if the mean square of their difference is within so many standard errors of 2 s²."""
+"""Number of standard errors by which the mean square difference of two copies of a text may exceed 2 s²."""
 DRIFT = 0.05
-"""Additional tolerance, as a part of 2 s², because bottoms change a little between two messages."""
+"""Additional tolerance, as a fraction of 2 s², because the client's bottom changes a little between two messages."""
 
 
 @dataclass(frozen=True)
 class Linked:
-    """Exchanges with averaged s_A, and the number of copies of a text, as a median over texts."""
+    """Holds exchanges with averaged s_A, and the number of copies of a text, as a median over texts."""
 
     exchanges: list[Exchange]
     copies: float

@@ -1,4 +1,4 @@
-"""Metrics of reconstruction: six numbers in [0, 1] that compare a guessed sequence with the ground truth.
+"""Defines six metrics of reconstruction in [0, 1], which compare a guessed sequence with the ground truth.
 
 | metric | counts |
 |---|---|
@@ -25,7 +25,7 @@ Tokens = Sequence[Hashable]
 
 
 def accuracy(ground_truth: Tokens, guess: Tokens) -> float:
-    """Returns the part of positions with equal tokens. Raises `ValueError` for lengths that differ, or are 0."""
+    """Returns the fraction of positions with equal tokens. Raises `ValueError` for lengths that differ, or are 0."""
     if len(ground_truth) != len(guess) or not ground_truth:
         raise ValueError(f"{len(guess)} guesses for {len(ground_truth)} tokens")
     return sum(a == b for a, b in zip(ground_truth, guess, strict=True)) / len(ground_truth)
@@ -55,7 +55,7 @@ def set_f1(ground_truth: Tokens, guess: Tokens) -> float:
 
 
 def meteor(ground_truth: Tokens, guess: Tokens) -> float:
-    """Computes Fmean (1 − penalty), Fmean = 10PR / (R + 9P), penalty = 0.5 (chunks / matches)³."""
+    """Returns Fmean (1 − penalty), where Fmean = 10PR / (R + 9P) and penalty = 0.5 (chunks / matches)³."""
     aligned = _align(ground_truth, guess)
     matches = len(aligned)
     if not matches:
@@ -121,7 +121,7 @@ class Interval:
 def bootstrap_mean(values: Sequence[float], *, weights: Sequence[float], resamples: int = 1000) -> Interval:
     """Returns the weighted mean and its 95% interval over resampled texts. Raises `ValueError` without values."""
     if not values:
-        raise ValueError("There is nothing to take the mean of.")
+        raise ValueError("There is nothing to average.")
     data, weight = np.asarray(values, dtype=np.float64), np.asarray(weights, dtype=np.float64)
     drawn = np.random.default_rng(0).integers(0, len(data), (resamples, len(data)))
     means = (data * weight)[drawn].sum(1) / weight[drawn].sum(1)

@@ -1,14 +1,15 @@
 """Nearest token: chooses the token whose hidden state is nearest to the received one.
 
-The first attack takes hidden states in one context for all texts, from a table (`blindtune.audit.texts.table`). The
-second attack takes them in the context of the text itself, from left to right: it runs the attacker's bottom on the
-recovered tokens and on each candidate, and takes the candidate that fits best. The candidates also show what this
-context adds to all states of the table, which gives further candidates.
+The first attack compares with hidden states from a table (`blindtune.audit.texts.table`), which were computed in one
+context for all texts. The second attack computes them in the context of the text itself, from left to right: it runs
+the attacker's bottom on the recovered tokens and on each candidate, and takes the candidate that fits best. The
+difference between the states of these candidates and their states in the table estimates what this context adds to
+every state of the table. With that correction, the table gives further candidates.
 
 How well the right token fits depends on the scatter of s_A around the output of the attacker's bottom. The attacker
-knows the scatter of a defence that it can simulate. It can't simulate what the client's bottom has learned; this
-appears in the residuals of a first reading, and a second reading uses the scatter of these residuals. If they are
-large, the language model decides.
+knows the scatter of a defence that it can simulate. It can't simulate what the client's bottom has learned. That shows
+in the residuals of a first pass over the texts; if they are large, a second pass uses the scatter of these residuals.
+The larger the scatter, the more the language model decides.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from blindtune.models.cut.parts import pack, unpack
 FROM_MODEL = 16
 """Number of candidates that the language model adds to those of an attack."""
 KEPT = 0.5
-"""A scatter is fitted on this part of the residuals, the smallest ones. The others may come from wrong guesses."""
+"""Fraction of the residuals (the smallest ones) to which a scatter is fitted. Others may come from wrong guesses."""
 AS_EXPECTED = 2.0
-"""Residuals of up to this multiple of the expected variance need no second reading."""
+"""Residuals of up to this multiple of the expected variance need no second pass."""
 
 
 @attack("nearest token", observes=("s_A",), needs=("bottom", "public text"))
@@ -45,10 +46,10 @@ def nearest_left_to_right(observed: Observed, attacker: Attacker) -> Tensor:
 def read_in_context(
     observed: Observed, attacker: Attacker, candidates: Shortlist, evidence: Shortlist | None = None
 ) -> Tensor:
-    """Guesses among the candidates, `(N,)`. Reads twice if the first reading doesn't fit the simulated defence.
+    """Returns the guesses `(N,)`. Makes a second pass if the residuals of the first exceed the simulated scatter.
 
     Args:
-        evidence: further scores of tokens, from other attacks.
+        evidence: scores of tokens from other attacks, which are added to those of this attack.
     """
     expected = simulated_scatter(attacker)
     guess = left_to_right(observed, attacker, candidates, expected, evidence)
@@ -56,7 +57,7 @@ def read_in_context(
     if float(-2 * expected.log_density(residuals).mean()) < AS_EXPECTED * observed.s_a.shape[1]:
         return guess
     without_context = smallest(residuals_of(candidates.best, observed, attacker), attacker)
-    if without_context.norm() < residuals.norm():  # of two bad readings, the better one estimates the scatter better
+    if without_context.norm() < residuals.norm():  # of two poor guesses, the better one estimates the scatter better
         residuals = without_context
     return left_to_right(observed, attacker, candidates, scatter_around(residuals, attacker), evidence)
 
@@ -78,7 +79,7 @@ def residuals_of(guess: Tensor, observed: Observed, attacker: Attacker) -> Tenso
 
 
 def smallest(residuals: Tensor, attacker: Attacker) -> Tensor:
-    """Returns the smaller residuals, in units of each value's standard deviation."""
+    """Returns the fraction `KEPT` of the residuals with the smallest norm in units of each value's deviation."""
     sizes = (residuals / (tables(attacker)[1].states.std(0) + 1e-6)).norm(dim=1)
     return residuals[sizes <= sizes.quantile(KEPT)]
 

@@ -1,9 +1,9 @@
-"""The messages of a cut model's training that a provider recorded, and the ground truth, which only scoring reads.
+"""Reads the messages of a cut model's training that a provider recorded, and the ground truth for scoring.
 
     s_A  hidden states that it received    g_B  gradients with respect to s_B that it received
     s_B  hidden states that it sent        g_A  gradients with respect to s_A that it sent
 
-A call is an `Exchange`. Its tensors are read when an attack needs them, because a run has gigabytes of them.
+A call is an `Exchange`. Its tensors are read only when they are needed, because a run may have gigabytes of them.
 
 The client writes the ground truth as JSON lines, one for each forward call:
 `{"forward": sha256 of its body, "ids": [[token ids of example 0], …], "part": "train"}`. Attacks don't receive it.
@@ -49,7 +49,7 @@ class Observed:
     )
 
     def remember(self, name: str, attacker: Hashable, make: Callable[[], T]) -> T:
-        """Returns the result of `make`, and computes it once for each attacker, because several attacks share steps."""
+        """Returns the result of `make`, which runs once for each attacker and name: several attacks share steps."""
         key = (attacker, name)
         if key not in self._remembered:
             self._remembered[key] = make()
@@ -68,7 +68,7 @@ class Observed:
         return torch.cat([torch.arange(length) for length in self.lengths.tolist()]).to(self.s_a.device)
 
     def only(self, visible: Sequence[Visible]) -> Observed:
-        """Copies what is visible. Of the rest, hidden states have no columns, and gradients are None."""
+        """Returns a copy without invisible tensors: such hidden states have no columns, and such gradients are None."""
         return Observed(
             self.lengths,
             self.s_a if "s_A" in visible else self.s_a[:, :0],
@@ -86,7 +86,7 @@ class Observed:
         return Observed(self.lengths[:count], self.s_a[:tokens], self.s_b[:tokens], g_b, g_a)
 
     def to(self, device: torch.device) -> Observed:
-        """Copies everything to another device, except the lengths."""
+        """Returns a copy on another device; the lengths stay on theirs."""
         return replace(
             self,
             s_a=self.s_a.to(device),
@@ -128,7 +128,7 @@ def read_exchanges(transcript: Transcript, model: str, *, dim: int) -> list[Exch
     """Returns all calls of the trunk of one model, in order.
 
     Args:
-        dim: the hidden size of the model. Messages in int4 have more values than that.
+        dim: the hidden size of the model. Messages in int4 are padded, so their width is no substitute for it.
     Raises:
         TranscriptError: there is no call.
     """
@@ -166,7 +166,7 @@ def _read(transcript: Transcript, forward: Event, backward: Event | None, dim: i
 
 def _codec(codec: Codec | None) -> Codec:
     if codec is None:
-        raise TranscriptError("A trunk's message doesn't say how it was encoded.", remedy="Record it again.")
+        raise TranscriptError("A trunk's message doesn't say how it was encoded.", remedy="Record the run again.")
     return codec
 
 
@@ -189,7 +189,7 @@ class GroundTruth:
     def read(path: Path) -> GroundTruth:
         """Reads a file. Raises `TranscriptError` if there is no such file, or for a line that isn't a `TrueCall`."""
         if not path.is_file():
-            raise TranscriptError(f"There is no file {path}.", remedy="Name the truth that the client wrote.")
+            raise TranscriptError(f"There is no file {path}.", remedy="Name the file that the client wrote.")
         calls: list[TrueCall] = []
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             try:

@@ -1,6 +1,7 @@
 """Runs a decoder token by token, and computes hidden states of possible next tokens, with a cache of keys and values.
 
-With the cache, one more token costs the same for every context. A bottom is a decoder of a few blocks.
+With the cache, the earlier tokens of a text aren't computed again for each next token. The decoder may be a whole model
+or a bottom, which has only the first blocks.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Reader:
         self._decoder, self._cache, self._sent = decoder_of(causal), DynamicCache(), sent
 
     def read(self, tokens: Tensor) -> Tensor:
-        """Reads one more token of each text: its hidden states `(B, d)`."""
+        """Appends one token to each text, and returns its hidden states `(B, d)`."""
         return self._run(tokens, self._cache)
 
     def imagine(self, candidates: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The registry of attacks on texts. Each attack declares what it observes and what it needs to know.
+"""Registers attacks on texts. Each attack declares what it observes and what it needs to know.
 
 | attack | observes | method |
 |---|---|---|
@@ -7,10 +7,10 @@
 | nearest token | s_A | the token whose hidden state in one context is nearest |
 | nearest, left to right | s_A | the same in the recovered context, with the model's prediction as prior |
 | SIP, SIP on s_B | s_A, s_B | an inverter that was trained on public text |
-| EIA | s_A | gradient steps on token logits until the bottom gives s_A |
+| EIA | s_A | gradient steps on token logits, so that the output of the bottom approaches s_A |
 | TAG | s_B, gradients | labels that give g_B: the *next* tokens of positions with a loss |
 | LAMP | s_B, gradients | TAG, then random changes that improve the match and the likelihood |
-| BiSR(f), BiSR(b), BiSR | all | SIP, refined by s_A, by g_B, by both |
+| BiSR(f), BiSR(b), BiSR | s_A; all; all | SIP, refined by s_A, by g_B, by both |
 
 Gradients give no information about positions without a loss, nor about the first token of a text.
 """
@@ -42,15 +42,15 @@ class Attack:
 
     @property
     def floor(self) -> bool:
-        """Returns whether it observes nothing. Other attacks must be better than a floor."""
+        """Returns whether the attack observes nothing. Other attacks must be better than a floor."""
         return not self.observes
 
     def applies(self, observed: Observed) -> bool:
-        """Returns whether everything that it observes was sent."""
+        """Returns whether everything that the attack observes was sent."""
         return "gradients" not in self.observes or observed.g_b is not None
 
     def run(self, observed: Observed, attacker: Attacker) -> Tensor:
-        """Guesses tokens `(N,)` from what the attack declares to observe. Equal seeds give equal guesses."""
+        """Returns guesses `(N,)` from what the attack declares to observe. Equal seeds give equal guesses."""
         visible = observed.only(self.observes).to(attacker.device)
         return attacker.seeded(self.name, lambda: self.function(visible, attacker)).cpu()
 

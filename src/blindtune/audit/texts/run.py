@@ -1,4 +1,4 @@
-"""A whole audit of texts: read a transcript of a cut model, attack it, attack an undefended control, and sum it up."""
+"""Audits texts: attacks a recorded cut model and an undefended control, and sums up the results."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from blindtune.models.cut.parts import pad_rows
 from blindtune.wire import Codec, RecordedModel, Transcript, dequantize, quantize
 
 CONTROL_MUST = 0.8
-"""Part of the tokens that the strongest attack must recover from undefended hidden states for an audit to count."""
+"""Fraction of the tokens that the strongest attack must recover from undefended hidden states for a valid audit."""
 MOST_PUBLIC = 20_000
-"""Public texts that attackers learn from."""
+"""Maximum number of public texts that attackers learn from."""
 
 
 class Adaptive(Protocol):
-    """An attacker who knows the defence: `blindtune.texts.ShadowClient`."""
+    """Describes an attacker who knows the defence, such as `blindtune.texts.ShadowClient`."""
 
     def link(self, exchanges: Sequence[Exchange]) -> Linked:
-        """Averages what a text's messages have in common."""
+        """Returns the exchanges with s_A averaged over all messages of the same text, if the design allows that."""
         ...
 
     def attacker(
@@ -43,18 +43,28 @@ class Adaptive(Protocol):
         seed: int,
         say: Callable[[str], None],
     ) -> Attacker:
-        """An attacker who simulates the client."""
+        """Returns an attacker who simulates the client.
+
+        Args:
+            cut_model: the pretrained model.
+            rows: token rows of public texts.
+            codec: encoding of s_A in the transcript.
+            copies: number of messages over which s_A was averaged (`Linked.copies`).
+            seed: seed of all random draws.
+            say: callback invoked with lines of progress.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class TextsAudit:
-    """Attacks on what was recorded, and the same ones on what undefended split learning would have sent.
+    """Holds the results of attacks on a recorded run, and of the same attacks on undefended hidden states.
 
     Attributes:
-        results: of the static attacker, who has the pretrained bottom and knows the codec.
-        control: of the same attacker on undefended hidden states.
-        adaptive: of the attacker who knows the design, its options and how long the client trains; None without one.
+        results: results of the static attacker, who has the pretrained bottom and knows the codec.
+        control: results of the static attacker on undefended hidden states.
+        adaptive: results of the attacker who knows the design, its options and how long the client trains; None if
+            there was no such attacker.
     """
 
     results: list[Reconstruction]
@@ -63,16 +73,16 @@ class TextsAudit:
 
     @property
     def best(self) -> Reconstruction:
-        """Of both attackers."""
+        """Returns the result with the highest accuracy, of both attackers."""
         return headline([*self.results, *(self.adaptive or [])])
 
     @property
     def valid(self) -> bool:
-        """Whether the attacks succeed on undefended hidden states."""
+        """Returns whether the attacks succeed on undefended hidden states."""
         return max(result.accuracy for result in self.control if not result.floor) >= CONTROL_MUST
 
     def sentence(self) -> str:
-        """The result in one sentence."""
+        """Returns the result in one sentence."""
         best, control = self.best, headline(self.control)
         floor = max(result.accuracy for result in self.results if result.floor)
         if not self.valid:
@@ -83,11 +93,12 @@ class TextsAudit:
         return (
             f"The server can read {best.accuracy:.0%} of the tokens ({best.attack}, {best.stage} of the run"
             f"{', adaptive' if best in (self.adaptive or []) else ''}); "
-            f"without looking {floor:.0%}; of undefended hidden states {control.accuracy:.0%}."
+            f"attacks that observe nothing recover {floor:.0%}, attacks on undefended hidden states "
+            f"{control.accuracy:.0%}."
         )
 
     def to_json(self) -> dict[str, Any]:
-        """All numbers."""
+        """Returns all numbers."""
         return {
             "valid": self.valid,
             "sentence": self.sentence(),
@@ -121,7 +132,9 @@ def audit_texts(
     seed: int = 0,
     say: Callable[[str], None] = lambda _: None,
 ) -> TextsAudit:
-    """Attacks a cut model's transcript, and a control that is made here, and scores both against the true texts.
+    """Attacks a cut model's transcript and an undefended control, and scores both against the true texts.
+
+    The control consists of hidden states that the pretrained bottom computes here for the same texts.
 
         audit = audit_texts("seen-by-server", "sent.jsonl", ["news.txt"], adaptive=ShadowClient("out/"))
         print(audit.sentence())
@@ -130,15 +143,15 @@ def audit_texts(
         transcript: a folder that `blindtune serve --record` wrote.
         ground_truth: the file that `blindtune texts train --ground-truth` wrote.
         public: files of public text that attackers learn from.
-        model: the pretrained model; the one that the transcript names if None.
+        model: name or folder of the pretrained model; if None, the model that the transcript names.
         adaptive: an attacker who knows the defence, such as `blindtune.texts.ShadowClient`; none if None.
-        sequences: texts to attack at each of three stages of the run.
-        device: where the attacks run.
-        seed: of everything that is drawn.
+        sequences: number of texts to attack at each of three stages of the run.
+        device: device that runs the attacks.
+        seed: seed of all random draws.
         say: callback invoked with lines of progress.
     Raises:
-        TranscriptError: a transcript without a cut model's messages, or the ground truth of another run.
-        ConfigError: no public text, or no such device.
+        TranscriptError: the transcript has no messages of a cut model, or the ground truth belongs to another run.
+        ConfigError: there is no public text, or no such device.
     """
     if not public:
         raise ConfigError(
@@ -177,12 +190,12 @@ def audit_texts(
 
 
 def through_codec(codec: Codec, hidden: Tensor) -> Tensor:
-    """Hidden states `(N, d)` as they arrive."""
+    """Returns hidden states `(N, d)` as the receiver decodes them."""
     return dequantize("hidden", quantize("hidden", hidden, codec), codec, hidden.shape[1])
 
 
 def _cut_model(transcript: Transcript) -> tuple[str, RecordedModel]:
-    """The cut model that was called. Raises `TranscriptError`."""
+    """Returns the name and the record of the first cut model that was called. Raises `TranscriptError` without one."""
     recorded = transcript.recording.models
     cut = [name for name, m in recorded.items() if m.bottom is not None and m.top is not None]
     called = [name for name in cut if any(e.kind == "trunk-forward" and e.model == name for e in transcript.events)]
@@ -207,7 +220,7 @@ def _load(
 
 
 def _public_rows(paths: Sequence[Path], backbone: FrozenBackbone, longest: int, seed: int) -> list[list[int]]:
-    """Token rows of public lines, no longer than the client's."""
+    """Returns token rows of random public lines, truncated to the length of the client's longest text."""
     tokenizer = Tokenizer(backbone.tokenizer, pad_token_id=backbone.pad_token_id, with_types=False)
     lines = [line for path in paths for line in read_lines(path)]
     random.Random(seed).shuffle(lines)
@@ -215,13 +228,13 @@ def _public_rows(paths: Sequence[Path], backbone: FrozenBackbone, longest: int, 
 
 
 def _codec_of(transcript: Transcript, model: str) -> Codec:
-    """How s_A travelled."""
+    """Returns the codec in which s_A was sent."""
     events = (e for e in transcript.events if e.kind == "trunk-forward" and e.model == model)
     return cast("Codec", next(event.up for event in events))
 
 
 def _undefended(exchange: Exchange, truth: GroundTruth, attacker: Attacker) -> Exchange:
-    """The same texts as plain split learning would have sent them with the pretrained bottom."""
+    """Returns what split learning without a defence would have sent for the same texts, with the pretrained bottom."""
     ids, lengths = pad_rows(truth.of(exchange).ids)
 
     def read() -> Observed:

@@ -41,7 +41,7 @@ class Shortlist:
         return Shortlist(torch.cat(ids), torch.cat(scores))
 
     def find(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns scores of `ids (N, K')`, and which are listed. Others have the score of the worst listed token."""
+        """Returns scores of `ids (N, K')`, and which of them are listed. The others get the lowest listed score."""
         ordered = self.ids.sort(dim=1)
         index = torch.searchsorted(ordered.values, ids.contiguous()).clamp_max(self.ids.shape[1] - 1)
         listed = ordered.values.gather(1, index) == ids
@@ -49,7 +49,7 @@ class Shortlist:
         return torch.where(listed, scores, self.scores[:, -1:]), listed
 
     def times(self, other: Shortlist, count: int) -> Shortlist:
-        """Returns the best `count` tokens of the product of both distributions, as for independent evidence."""
+        """Returns the best `count` tokens of the product of both distributions, which assumes independent evidence."""
         own_scores, repeated = self.find(other.ids)
         ids = torch.cat([self.ids, other.ids], dim=1)
         scores = torch.cat([self.scores + other.find(self.ids)[0], own_scores + other.scores], dim=1)

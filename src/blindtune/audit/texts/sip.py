@@ -1,4 +1,4 @@
-"""SIP: trains an inverter on public text. A GRU layer of 256 maps hidden states to the expected embedding.
+"""SIP: trains an inverter on public text. A GRU layer of width 256 maps hidden states to the expected embedding.
 
     logits_t = E (W GRU(s)_t + b) / std(E)
 
@@ -29,7 +29,7 @@ WIDTH = 256
 RATE = 3e-3
 REPLACED = 0.5
 LIMIT = 5.0
-"""Standardised hidden states are clipped to this value, because a few values of the first token are thousands."""
+"""Standardised hidden states are clipped to ± this value, because a few values of a text's first token are huge."""
 
 
 class Inverter(nn.Module):
@@ -83,12 +83,12 @@ def learn(batches: list[PublicBatch], observe: Observe, attacker: Attacker) -> I
 
 
 def _rate(done: float) -> float:
-    """Returns the factor of the learning rate, which rises in the first tenth, and then falls as a cosine."""
+    """Returns the factor of the learning rate: a short linear warm-up, then half a cosine down to zero."""
     return min(10 * done + 0.1, 0.5 + 0.5 * math.cos(math.pi * min(done, 1.0)))
 
 
 def inverter_of_s_a(attacker: Attacker) -> Inverter:
-    """Trains the inverter of s_A once."""
+    """Returns the inverter of s_A, which is trained once."""
 
     def make() -> Inverter:
         batches = attacker.batches(attacker.rows(attacker.budget.public_rows), replaced=REPLACED)
@@ -98,7 +98,10 @@ def inverter_of_s_a(attacker: Attacker) -> Inverter:
 
 
 def inverter_of_s_b(attacker: Attacker) -> Inverter:
-    """Trains the inverter of s_B once. The trunk runs once for each public text, with one draw of noise."""
+    """Returns the inverter of s_B, which is trained once.
+
+    The trunk runs once for each public text, so all epochs see the same draw of noise.
+    """
 
     def make() -> Inverter:
         plain = attacker.batches(attacker.rows(attacker.budget.deep_rows))

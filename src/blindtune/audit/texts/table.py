@@ -1,4 +1,4 @@
-"""Hidden states of every token of the vocabulary in one context, and the scatter of real hidden states around them.
+"""Computes hidden states of the whole vocabulary in one context, and the scatter of real hidden states around them.
 
     s_A ≈ f(token after a fixed context) + r,   r ~ N(m, C) fitted on public text, with the client's perturbation
 
@@ -24,7 +24,7 @@ CONTEXT = 6
 """Number of public tokens before each token of the table."""
 AT_ONCE = 2048
 FLOOR = 1e-6
-"""Part of a table's variance that is added to that of residuals, which is zero if the bottom is known exactly."""
+"""Fraction of a table's variance that is added to that of residuals, which may be zero."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Table:
         """Returns log densities `(n, V)` of each token, up to a constant, for s_A `(n, d)`.
 
         Args:
-            offset: what another context adds to all states, `(n, d)`; the mean of the scatter if None.
+            offset: what the context adds to all states, `(n, d)`; the mean of the scatter if None.
         """
         centre = self.states.mean(0) + (self.scatter.mean if offset is None else offset)
         given, table = (observed - centre) @ self.scatter.whiten, self._whitened  # (n, d), (V, d)
@@ -80,7 +80,7 @@ class Table:
 
 
 def tables(attacker: Attacker) -> tuple[Table, Table]:
-    """Computes the tables for the first token of a text and for later tokens, once."""
+    """Returns the tables for the first token of a text and for later tokens, which are computed once."""
     return attacker.remember("tables", lambda: _tables(attacker))
 
 
@@ -110,7 +110,7 @@ def _states(attacker: Attacker, context: list[int]) -> Tensor:
 
 
 def scatter_around(residuals: Tensor, attacker: Attacker) -> Scatter:
-    """Returns the scatter of residuals `(N, d)`, which may be zero."""
+    """Returns the scatter that is fitted to residuals `(N, d)`; the residuals may be zero."""
     return Scatter.of(residuals, FLOOR * tables(attacker)[1].states.var(0) + 1e-12)
 
 

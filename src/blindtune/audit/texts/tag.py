@@ -26,8 +26,8 @@ from blindtune.audit.texts.shortlist import Shortlist
 from blindtune.models.cut.parts import pack, unpack
 
 DIRECTIONS = 64
-"""Number of independent values of a direction: its weight relative to the prior. It is less than e, because the errors
-of u aren't independent."""
+"""Effective number of independent values of u, which sets the weight of the direction relative to the prior. It is less
+than e, because the errors of u aren't independent."""
 
 
 @attack("TAG", observes=("s_B", "gradients"), needs=("top", "public text"))
@@ -50,7 +50,7 @@ class TopGradient:
         return self._products.output.shape[-1]
 
     def backward(self, head_gradient: Tensor) -> Tensor:
-        """Returns jᵀ u `(n, d)` for u `(n, e)`."""
+        """Returns Jᵀ u `(n, d)` for u `(n, e)`."""
         return pack(self._products.transposed(unpack(head_gradient, self._lengths)), self._lengths).float()
 
     def forward(self, direction: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class TopGradient:
 
 
 def solve(observed: Observed, attacker: Attacker) -> Tensor:
-    """Solves for u `(N, e)`, the gradient at the head for which the pretrained top would have sent g_B (CGLS)."""
+    """Returns u `(N, e)`: the gradient at the head whose Jᵀ u is nearest to g_B, by conjugate gradients (CGLS)."""
     return observed.remember("gradient at the head", attacker, lambda: _solve_all(observed, attacker))
 
 

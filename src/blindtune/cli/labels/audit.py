@@ -40,7 +40,7 @@ def audit(
         int | None, typer.Option(help="Number of texts to attack, chosen at random. Default: all.")
     ] = None,
     collude: Annotated[
-        bool, typer.Option("--collude", help="Also attack what any two or more of these servers know together.")
+        bool, typer.Option("--collude", help="Also attack any two or more of these servers as if they had colluded.")
     ] = False,
     updates: Annotated[int, typer.Option(help="Number of optimizer steps to invert, up to a minute each.")] = 0,
     device: options.Device = "cpu",

@@ -36,7 +36,7 @@ def predict(
     insecure: options.Insecure = False,
     json: Annotated[Path | None, typer.Option("--json", help="Also write scores to this file.")] = None,
 ) -> None:
-    """Predict classes with a trained checkpoint over the servers that host its model.
+    """Predict classes with a trained checkpoint, on the servers that host its model.
 
     The command writes one row for each text: the predicted class and the probability of every class. Servers see texts
     and adapters; the head, and so the predictions, stay here. A checkpoint of padded-lora needs the operators that

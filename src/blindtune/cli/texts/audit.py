@@ -46,8 +46,8 @@ def audit(
     """Attack what a cut model's server really received, and report how much of the texts it could read.
 
     The static attacker has the pretrained model and knows the codec. With --run an adaptive attacker also knows the
-    design and its options. As a control, the same attacks read what undefended split learning would have sent; they
-    must succeed there.
+    design and its options. As a control, the same attacks run on what undefended split learning would have sent, where
+    they must succeed.
 
     Example: blindtune texts audit seen-by-a --ground-truth sent.jsonl --public news.txt --run out/
     """
@@ -81,7 +81,7 @@ def print_audit(audit: "TextsAudit") -> None:
         accuracy = result.metrics["accuracy"]
         same = [c.accuracy for c in audit.control if c.attack == result.attack]
         table.add_row(
-            result.attack + (" (looks at nothing)" if result.floor else ""),
+            result.attack + (" (observes nothing)" if result.floor else ""),
             "–" if result.floor else attacker,
             result.stage,
             f"{accuracy.mean:.1%} [{accuracy.low:.1%}, {accuracy.high:.1%}]",

@@ -74,7 +74,7 @@ def deploy(
         if data is not None:
             fields = chosen_fields(trained, task, question)
             questions = read_questions(operator, data, fields, "test", 128 if trained is None else trained.max_length)
-            result["zero_shot"] = evaluate(DeployedScorer(DeployedModel(operator)), questions, "model as it is")
+            result["zero_shot"] = evaluate(DeployedScorer(DeployedModel(operator)), questions, "pretrained model")
             result["deployed"] = evaluate(DeployedScorer(deployed), questions, "tuned parts")
             print_result({key: result[key] for key in ("zero_shot", "deployed")})
         result["texts"] = [_write(operator, deployed, text, max_new_tokens, temperature, seed) for text in prompt or []]
@@ -82,7 +82,7 @@ def deploy(
 
 
 def read_summary_if_any(checkpoint: Path) -> "TextsSummary | None":
-    """Reads the run's summary; None for a checkpoint of other tools. Raises `CheckpointError` as `read_summary`."""
+    """Returns the run's summary; None for a checkpoint of other tools. Raises `CheckpointError` as `read_summary`."""
     from blindtune.files import SUMMARY
     from blindtune.training import TextsSummary, read_summary
 

@@ -35,8 +35,8 @@ def membership(
     around: Annotated[
         str,
         typer.Option(
-            help="What to use the parts with: emulator (no text is sent), or trunk (the tuned parts and the texts are "
-            "sent to the server, as after `deploy`; only for texts that it may see)."
+            help="Part of the model between the ends: emulator (no text is sent), or trunk (the tuned parts and the "
+            "texts are sent to the server, as after `deploy`; only for texts that it may see)."
         ),
     ] = "emulator",
     limit: Annotated[
@@ -55,7 +55,7 @@ def membership(
 ) -> None:
     """Attack tuned parts before you hand them over: which texts were they tuned on, and which are memorized?
 
-    Whoever holds the tuned parts can compare the likelihood of a text with them and without them. Members and others
+    Anyone who has the tuned parts can compare the likelihoods of a text with and without them. Members and others
     should be random parts of the same data; the difference before tuning, which is printed too, should be near zero.
 
     Example: blindtune texts membership out/ --server https://a.example --members train.jsonl
@@ -120,7 +120,7 @@ def _print(result: "Membership", around: str) -> None:
     )
     best = result.strongest
     console.print(
-        f"Whoever holds these weights tells members from others with AUC {best.auc:.2f} ({best.attack}; 0.50 is "
+        f"Anyone who has these weights tells members from others with AUC {best.auc:.2f} ({best.attack}; 0.50 is "
         f"guessing).",
         soft_wrap=True,
     )

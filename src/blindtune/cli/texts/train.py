@@ -1,4 +1,4 @@
-"""`blindtune texts train`: fine-tunes a hosted decoder on texts that stay here, while its trunk runs elsewhere."""
+"""`blindtune texts train`: fine-tunes a hosted decoder on private texts, with its ends here and its trunk elsewhere."""
 
 import json as json_module
 import math

@@ -2,11 +2,11 @@
 
 In a random one of k training steps, several operators of the step are sent the same three requests: for hidden states
 under one adapter of pure noise, for h(x, 0), and for the gradient at θ = 0 of one share of pure noise. None of them
-depends on labels, so they reveal nothing about labels. The requests of a check are about the work of a step, so checks
-add about 1/k to the time of a run.
+depends on labels, so they reveal nothing about labels. A check takes about as long as a step, so checks lengthen a run
+by a fraction of about 1/k.
 
-An operator that recognises these requests, because they repeat the same texts, can answer them honestly and lie
-elsewhere. That can spoil the model; it can't loosen the bound on what is revealed of labels, which doesn't assume
+An operator that recognises these requests, because they repeat the same texts, can answer them correctly and all others
+incorrectly. That can spoil the model, but it doesn't weaken the bound on what labels are revealed, which doesn't assume
 honest operators.
 """
 

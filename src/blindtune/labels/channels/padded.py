@@ -22,7 +22,10 @@ from blindtune.privacy.randomness import SecureGenerator
 SMALLEST_RESOLUTION = 0.5
 """Smallest fraction of an adapter's allowance that rounding to the lattice has to leave."""
 LOG = logging.getLogger(__name__)
-"""Reports what must not become an error, as a warning might: stopping at a certain step would reveal something."""
+"""Logger for problems that must not stop a run, since the step at which it stops would reveal something about labels.
+
+It is used instead of `warnings`, because Python can turn warnings into errors.
+"""
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Precision:
 
 @dataclass(frozen=True)
 class _Pad:
-    """One update as it is sent.
+    """The two padded adapters that are sent for one update.
 
     Attributes:
         plus, minus: the padded adapters p + δ/2s and p − δ/2s, `(P,)`.
@@ -86,7 +89,7 @@ class PaddedAdapters:
     A new period begins with each call of `gradients`, each step of an optimizer, and each write to the adapters that
     torch registers. A write that torch doesn't register takes effect in the next period. In each period δ is sent under
     a new pad, and counts, even if δ hasn't changed: whether it changed depends on labels. Within a period δ is sent as
-    the same bytes, so that evaluations and the step after them count as one message. Other processes aren't known here:
+    the same bytes, so that evaluations and the step after them count as one message. Processes don't share periods:
     each process that predicts with a loaded model sends a message of its own.
 
     Attributes:

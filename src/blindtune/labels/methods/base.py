@@ -1,8 +1,8 @@
 """The base class of methods for private labels, with neutral defaults, and their registry.
 
 A method decides what operators are sent (its channel), how the adapters' outputs are mixed into the head's input, and
-which terms are added to the loss. It also describes what an operator can learn (`Method.exposure`). Thanks to the
-registry, a new method is one file.
+which terms are added to the loss. It also describes what an operator can learn (`Method.exposure`). Methods register
+themselves, so a new method needs one new file only.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class PaddedLoRA(Method):
             change how the model computes; small ones need more precision of the operators' floating point.
         max_norm: bound on the trained update |scaling · B|, as a root mean square over all updates that were sent so
             far. An update that would exceed it is scaled down.
-        clip_norm: C, such a bound on one example's gradient at the hidden states.
+        clip_norm: C, a bound of the same kind on one example's gradient at the hidden states.
         gradient_part: fraction of the budget for gradients. The rest is for adapters.
         check_every: average number of steps between comparisons of operators' responses to label-free requests; 0 for
             none.

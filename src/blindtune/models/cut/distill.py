@@ -1,4 +1,4 @@
-"""Distillation of a trunk into an emulator, on public text (Xiao et al. 2023, Offsite-Tuning).
+"""Distills a trunk into an emulator, on public text (Xiao et al. 2023, Offsite-Tuning).
 
     tokens ──▶ bottom ──▶ s_A ──▶ emulator ──▶ ŝ_B ──▶ top ──▶ logits
                                   trunk ─────▶ s_B

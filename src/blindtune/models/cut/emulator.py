@@ -37,13 +37,15 @@ WEIGHTS_FILE, MANIFEST_FILE = "emulator.safetensors", "manifest.json"
 def kept_layers(n: int, j: int) -> list[int]:
     """Returns the indices of the j layers to keep of n: round(i (n − 1) / (j − 1)), which includes the first and last.
 
-    For j = 1 it is the first alone.
+    For j = 1 it returns the first one alone.
 
     Raises:
         ConfigError: `j` is outside 1 … n.
     """
     if not 1 <= j <= n:
-        raise ConfigError(f"An emulator of {j} layers, of a trunk of {n}.", remedy=f"Keep 1 to {n} (--keep).")
+        raise ConfigError(
+            f"An emulator of {j} layers, of a trunk of {n}, isn't possible.", remedy=f"Keep 1 to {n} (--keep)."
+        )
     return [0] if j == 1 else [round(i * (n - 1) / (j - 1)) for i in range(j)]
 
 

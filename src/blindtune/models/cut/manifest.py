@@ -111,7 +111,7 @@ class Manifest(BaseModel):
         if self.public_key != trusted_key.strip().lower():
             raise EmulatorError(
                 f"The emulator is signed with the unknown key {self.public_key}; {trusted_key.strip()} is trusted.",
-                remedy="Ask the provider for its public key, over a way that you trust.",
+                remedy="Ask the provider for its public key, over a channel that you trust.",
             )
 
 
@@ -124,7 +124,7 @@ def sign_manifest(fields: dict[str, Any], key: Ed25519PrivateKey) -> str:
 def read_manifest(text: str) -> Manifest:
     """Returns the manifest after checking its signature against the public key that it contains.
 
-    `Manifest.check_key` checks whose key that is.
+    The caller has to check that this key is the provider's (`Manifest.check_key`).
 
     Raises:
         EmulatorError: the text isn't a JSON object, has another format, an invalid signature, or invalid fields.

@@ -35,7 +35,7 @@ class Cut:
     top: int
 
     def check(self, layers: int) -> None:
-        """Raises `ConfigError` unless each of the three parts of a model with so many layers has a block."""
+        """Raises `ConfigError` unless each of the three parts of a model with `layers` blocks has a block."""
         if min(self.bottom, self.top) < 1 or self.bottom + self.top >= layers:
             raise ConfigError(
                 f"A bottom of {self.bottom} and a top of {self.top} blocks, of {layers}: every part needs a block.",

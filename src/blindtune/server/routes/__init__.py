@@ -15,6 +15,7 @@ Every PUT and POST route has a `Handler` (`handler.py`).
 from blindtune.server.routes import adapters, deploy, health, hidden, models, trunk
 
 ROUTERS = (models.router, adapters.router, deploy.router, trunk.router, hidden.router, health.router)
-"""In the order in which paths are matched: a model's name may contain slashes, so `trunk` comes before `hidden`."""
+"""The routers, in the order in which paths are matched: a model's name may contain slashes, so `trunk` comes before
+`hidden`."""
 
 __all__ = ["ROUTERS"]

@@ -1,4 +1,4 @@
-"""Uploads of adapters."""
+"""The route for uploads of adapters."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ async def upload_adapter(sha256: str, request: Request) -> Response:
 
 @dataclass(frozen=True)
 class NewAdapter:
-    """An adapter that fits its model."""
+    """An uploaded adapter that has passed all checks."""
 
     tenant: str
     sha256: str
@@ -34,7 +34,7 @@ class NewAdapter:
 
 
 class UploadAdapter(Handler[NewAdapter, AdapterReceipt]):
-    """Keeps `weights (P,)` float32 in the cache of adapters."""
+    """Stores `weights (P,)`, float32, in the cache of adapters."""
 
     def decode(self, received: Received) -> NewAdapter:
         upload, tensors = decode(received.body, AdapterUpload, self.host.settings.limits)

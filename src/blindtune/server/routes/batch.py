@@ -14,15 +14,15 @@ from blindtune.wire import check_tensor
 
 
 def read_batch(host: Host, model: str, tensors: Mapping[str, Tensor], *, adapters: int = 0) -> Tokens:
-    """The tokens of a request to a hosted model.
+    """Returns the tokens of a request to a hosted model.
 
     Args:
         tensors: `input_ids (B, L)` int32, `lengths (B,)` int32 and, if sent, `token_type_ids (B, L)` uint8.
-        adapters: how many of them the batch runs under.
+        adapters: number of adapters under which the batch will run.
     Raises:
         InvalidTensor: a tensor is missing, or has another shape or dtype.
         EmptyBatch, AdapterMismatch, SequenceTooLong: the batch is outside the model's limits.
-        RequestError: the model doesn't take these tokens (`FrozenBackbone.check_tokens`).
+        RequestError: the model can't process these tokens (`FrozenBackbone.check_tokens`).
     """
     batch, length = check_tensor(tensors, "input_ids", (None, None), torch.int32).shape
     check_batch(batch, length, adapters, host.infos[model].limits)

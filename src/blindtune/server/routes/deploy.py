@@ -1,4 +1,4 @@
-"""Deploys tuned parts, and scores and continues texts with them.
+"""The routes that deploy tuned parts, and score and continue texts with them.
 
 B: texts; L: tokens.
 """
@@ -43,19 +43,19 @@ async def deploy(sha256: str, request: Request) -> Response:
 
 @router.post("/v1/models/{model:path}/score")
 async def score(model: str, request: Request) -> Response:
-    """How likely texts are, with tuned parts or without."""
+    """Computes the likelihood of texts, with tuned parts or without."""
     return await answer_post(request, model, Score)
 
 
 @router.post("/v1/models/{model:path}/generate")
 async def generate(model: str, request: Request) -> Response:
-    """Goes on with one text, with tuned parts or without."""
+    """Generates a continuation of one text, with tuned parts or without."""
     return await answer_post(request, model, Generate)
 
 
 @dataclass(frozen=True)
 class NewTunedParts:
-    """Tuned parts for a cut model, by the names that a checkpoint gives their tensors."""
+    """An upload of tuned parts of a cut model. The tensors have the names of a checkpoint's."""
 
     tenant: str
     sha256: str
@@ -65,7 +65,7 @@ class NewTunedParts:
 
 
 class Deploy(Handler[NewTunedParts, TunedPartsReceipt]):
-    """Merges tuned parts into the model's own and keeps them."""
+    """Merges tuned parts into the model's weights, and stores the result."""
 
     def decode(self, received: Received) -> NewTunedParts:
         limits = for_tuned_parts(self.host.settings.limits)
@@ -89,21 +89,21 @@ class Deploy(Handler[NewTunedParts, TunedPartsReceipt]):
 
 @dataclass(frozen=True)
 class Question:
-    """Texts for a cut model, with a tenant's tuned parts or without."""
+    """Texts that a cut model scores or continues, with a tenant's tuned parts or without."""
 
     tenant: str
     model: str
     tuned_parts: str | None
-    """SHA-256 of their upload; None asks the model as it is."""
+    """SHA-256 of the upload; None for the pretrained model."""
     backbone: FrozenBackbone
     causal: Any
-    """The whole causal model, with the tuned parts in it."""
+    """The whole causal model, with the tuned parts merged."""
     tokens: Tokens
 
 
 @dataclass(frozen=True)
 class ScoreQuestion:
-    """Each text's tokens from `starts (B,)` int32 on are to be scored."""
+    """A request to score each text's tokens from index `starts (B,)`, int32, on."""
 
     question: Question
     starts: Tensor
@@ -118,7 +118,9 @@ class Score(Handler[ScoreQuestion, dict[str, Tensor]]):
         question = _question(self.host, received, request.tuned_parts, tensors)
         check_tensor(tensors, "starts", (len(question.tokens),), torch.int32)
         if bool((starts < 1).any()) or bool((starts >= question.tokens.lengths).any()):
-            raise InvalidTensor("A start outside its text, or at its first token.", remedy="Send 1 ≤ start < length.")
+            raise InvalidTensor(
+                "A start is outside its text, or at its first token.", remedy="Send 1 ≤ start < length."
+            )
         return ScoreQuestion(question, starts)
 
     def run(self, work: ScoreQuestion) -> dict[str, Tensor]:
@@ -138,21 +140,21 @@ class Score(Handler[ScoreQuestion, dict[str, Tensor]]):
 
 @dataclass(frozen=True)
 class GenerateQuestion:
-    """One text is to be continued."""
+    """A request to continue one text."""
 
     question: Question
     request: GenerateRequest
 
 
 class Generate(Handler[GenerateQuestion, Tensor]):
-    """Computes the new tokens `(T,)` int32, without the text's own and without the token that ends it."""
+    """Computes the new tokens `(T,)`, int32, without the text's own tokens and without the end-of-text token."""
 
     def decode(self, received: Received) -> GenerateQuestion:
         request, tensors = decode(received.body, GenerateRequest, self.host.settings.limits)
         question = _question(self.host, received, request.tuned_parts, tensors)
         texts, length = question.tokens.input_ids.shape
         if texts != 1:
-            raise InvalidTensor(f"{texts} texts to go on with.", remedy="Send one at a time.")
+            raise InvalidTensor(f"The request has {texts} texts to continue.", remedy="Send one text at a time.")
         check_continuation(length, request.max_new_tokens, self.host.infos[received.name].limits)
         return GenerateQuestion(question, request)
 

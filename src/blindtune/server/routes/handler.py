@@ -1,6 +1,6 @@
-"""The contract of every route that takes a body: decode, run, record, encode.
+"""The base class of handlers for routes that take a body, and the functions that read requests and run handlers.
 
-body ──▶ decode, with every check ──▶ run ──▶ record, if the server records ──▶ encode ──▶ response
+body ──▶ decode and check ──▶ run ──▶ record, if the server records ──▶ encode ──▶ response
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ class Received:
 
     tenant: str
     name: str
-    """What the path names: the hosted model (POST), or the SHA-256 of the body in hexadecimal (PUT)."""
+    """The name in the path: of the hosted model (POST), or the SHA-256 of the body in hexadecimal (PUT)."""
     body: bytes
 
     def check_sha256(self) -> None:
-        """Raises `MalformedMessage` if the path names another body than this one."""
+        """Raises `MalformedMessage` if the SHA-256 in the path isn't that of the body."""
         if hashlib.sha256(self.body).hexdigest() != self.name:
             raise MalformedMessage("The body's SHA-256 isn't the one in the path.", remedy="Send the bytes unchanged.")
 
 
 class Handler(ABC, Generic[Work, Result]):
-    """What a route does with a request. Handlers keep no state of their own."""
+    """Base class of handlers: they compute the response to a request. Handlers have no state except the host."""
 
     def __init__(self, host: Host) -> None:
         self.host = host
 
     def answer(self, received: Received) -> Response:
-        """Runs the steps in order. An error in one of them ends the request."""
+        """Runs all steps, and returns the response. An exception in a step ends the request."""
         recorder = self.host.recorder
         work = self.decode(received)
         if recorder is not None:
@@ -61,14 +61,14 @@ class Handler(ABC, Generic[Work, Result]):
 
     @abstractmethod
     def decode(self, received: Received) -> Work:
-        """Reads the body and checks all of it. Raises the `RequestError` of the first check that fails."""
+        """Decodes and checks the body. Raises the `RequestError` of the first check that fails."""
 
     @abstractmethod
     def run(self, work: Work) -> Result:
-        """Computes or stores, and counts what it did in the metrics."""
+        """Computes the result or stores the upload, and updates the metrics."""
 
     def record_request(self, recorder: Recorder, work: Work) -> None:
-        """Records, before `run`, a request that belongs in the transcript even if `run` fails."""
+        """Records a request before `run`, if it belongs in the transcript even when `run` fails. Default: nothing."""
 
     @abstractmethod
     def record(self, recorder: Recorder, work: Work, result: Result) -> None:
@@ -76,24 +76,26 @@ class Handler(ABC, Generic[Work, Result]):
 
     @abstractmethod
     def encode(self, work: Work, result: Result) -> Response:
-        """Makes the response."""
+        """Returns the response."""
 
 
 def host_of(request: Request) -> Host:
-    """The state of the server that got this request."""
+    """Returns the host of the server that received the request."""
     return request.app.state.host
 
 
 def tenant_of(request: Request) -> str:
-    """The tenant that sent the request. Raises `Unauthenticated`."""
+    """Returns the tenant that sent the request. Raises `Unauthenticated` for a missing or unknown token."""
     return host_of(request).settings.tokens.tenant(request.headers.get("authorization"))
 
 
 async def answer_post(request: Request, model: str, handler: type[Handler[Any, Any]]) -> Response:
-    """Runs the handler on the model's thread.
+    """Reads the request, runs the handler on the model's thread, and returns the response.
 
     Raises:
-        Unauthenticated, UnknownModel, TooBusy, BodyTooLarge, MalformedMessage: before the handler runs.
+        Unauthenticated, UnknownModel, TooBusy, BodyTooLarge, MalformedMessage: the request is refused before the
+            handler runs.
+        RequestError: the handler refuses the request.
     """
     host, tenant = host_of(request), tenant_of(request)
     host.engine(model)
@@ -103,10 +105,11 @@ async def answer_post(request: Request, model: str, handler: type[Handler[Any, A
 
 
 async def answer_put(request: Request, sha256: str, handler: type[Handler[Any, Any]]) -> Response:
-    """Runs the handler on a thread that belongs to no model.
+    """Reads the request, runs the handler on a thread that isn't a model's, and returns the response.
 
     Raises:
-        Unauthenticated, TooBusy, BodyTooLarge, MalformedMessage: before the handler runs.
+        Unauthenticated, TooBusy, BodyTooLarge, MalformedMessage: the request is refused before the handler runs.
+        RequestError: the handler refuses the request.
     """
     host, tenant = host_of(request), tenant_of(request)
     with host.queue_slot():
@@ -115,17 +118,17 @@ async def answer_put(request: Request, sha256: str, handler: type[Handler[Any, A
 
 
 def tensors_response(message: Message, tensors: Mapping[str, Tensor]) -> Response:
-    """A message with tensors, in the wire format."""
+    """Returns a response with a message and tensors, in the wire format."""
     return Response(encode(message, tensors), media_type=MEDIA_TYPE)
 
 
 def json_response(message: Message) -> Response:
-    """A message without tensors, as JSON."""
+    """Returns a response with a message without tensors, as JSON."""
     return Response(message.model_dump_json(), media_type="application/json")
 
 
 async def _read(request: Request, limits: Limits) -> bytes:
-    """The body. Its declared size is checked before it is read, and its real size with each chunk."""
+    """Returns the body. Its declared size is checked before it is read, and its real size after each chunk."""
     declared = request.headers.get("content-length", "")
     if declared.isdigit():
         check_body(int(declared), limits)
@@ -137,5 +140,7 @@ async def _read(request: Request, limits: Limits) -> bytes:
             check_body(size, limits)
             chunks.append(chunk)
     except ClientDisconnect:
-        raise MalformedMessage(f"The client went away after {size} bytes.", remedy="Send the request again.") from None
+        raise MalformedMessage(
+            f"The client disconnected after {size} bytes.", remedy="Send the request again."
+        ) from None
     return b"".join(chunks)

@@ -1,4 +1,4 @@
-"""Health and metrics, which are open to everybody."""
+"""The routes for health checks and metrics. They require no token."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ router = APIRouter()
 @router.get("/healthz")
 @router.get("/readyz")
 async def healthy() -> dict[str, str]:
-    """Alive; models are loaded before the socket opens, so alive is ready."""
+    """Returns that the server is alive and ready: models are loaded before the socket listens."""
     return {"status": "ok"}
 
 
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
-    """Prometheus metrics."""
+    """Returns the metrics in Prometheus' format."""
     return Response(generate_latest(host_of(request).metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -1,4 +1,4 @@
-"""Hidden states of whole models, and gradients of their adapters.
+"""The routes for hidden states of whole models, and for gradients of their adapters.
 
 B: examples; L: tokens; n: adapters; m: cotangents; d: hidden size; P: weights of an adapter.
 """
@@ -36,19 +36,19 @@ router = APIRouter()
 
 @router.post("/v1/models/{model:path}/forward")
 async def forward(model: str, request: Request) -> Response:
-    """Hidden states of a batch under n adapters."""
+    """Computes the hidden states of a batch under n adapters."""
     return await answer_post(request, model, Forward)
 
 
 @router.post("/v1/models/{model:path}/backward")
 async def backward(model: str, request: Request) -> Response:
-    """Gradients of every adapter for every cotangent."""
+    """Computes the gradients of every adapter for every cotangent."""
     return await answer_post(request, model, Backward)
 
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """A forward pass that the model can run."""
+    """A request for a forward pass that has passed all checks."""
 
     engine: Engine
     call: Call
@@ -57,7 +57,7 @@ class ForwardPass:
 
 
 class Forward(Handler[ForwardPass, Tensor | None]):
-    """Computes hidden states `(n, B, d)` or `(n, B, L, d)`, float32. The result is None if the client wants none."""
+    """Computes hidden states `(n, B, d)` or `(n, B, L, d)`, float32; None if the request has `return_hidden=False`."""
 
     def decode(self, received: Received) -> ForwardPass:
         request, tensors = decode(received.body, ForwardRequest, self.host.settings.limits)
@@ -81,7 +81,11 @@ class Forward(Handler[ForwardPass, Tensor | None]):
 
 @dataclass(frozen=True)
 class BackwardPass:
-    """A backward pass that the model can run, with `cotangents (m, n, B, d)` or `(m, n, B, L, d)`, float32."""
+    """A request for a backward pass that has passed all checks. Cotangents are float32.
+
+    Attributes:
+        cotangents: `(m, n, B, d)` or `(m, n, B, L, d)`.
+    """
 
     engine: Engine
     call: Call
@@ -89,7 +93,7 @@ class BackwardPass:
 
 
 class Backward(Handler[BackwardPass, tuple[Tensor, bool]]):
-    """Computes gradients `(m, n, P)`, with whether the graph of the forward pass was still in memory."""
+    """Computes gradients `(m, n, P)`, and returns whether the graph of the forward pass was still in the cache."""
 
     def decode(self, received: Received) -> BackwardPass:
         limits, engine = self.host.settings.limits, self.host.engine(received.name)
@@ -101,7 +105,7 @@ class Backward(Handler[BackwardPass, tuple[Tensor, bool]]):
         return BackwardPass(engine, call, cotangents)
 
     def record_request(self, recorder: Recorder, work: BackwardPass) -> None:
-        """The server has seen the cotangents, so the audit needs them even if there are no gradients."""
+        """Records the request, since the server has seen the cotangents even if `run` fails."""
         recorder.backward(work.engine.name, work.call, work.cotangents)
 
     def run(self, work: BackwardPass) -> tuple[Tensor, bool]:
@@ -113,7 +117,7 @@ class Backward(Handler[BackwardPass, tuple[Tensor, bool]]):
         return gradients, retained
 
     def record(self, recorder: Recorder, work: BackwardPass, result: tuple[Tensor, bool]) -> None:
-        """`record_request` has recorded all of it: a transcript holds no gradients."""
+        """Does nothing: `record_request` has recorded the request, and transcripts contain no gradients."""
 
     def encode(self, work: BackwardPass, result: tuple[Tensor, bool]) -> Response:
         gradients, retained = result
@@ -129,7 +133,7 @@ def _call(
 
 
 def _cotangents(request: BackwardRequest, call: Call, tensors: Mapping[str, Tensor], width: int) -> Tensor:
-    """The cotangents that were sent, or the ones that a seed stands for. Raises `InvalidTensor`."""
+    """Returns the cotangents in the request, or expands them from its seed. Raises `InvalidTensor`."""
     batch, length = call.tokens.input_ids.shape
     by_token = request.pooling == "none"
     if request.noise is not None:
@@ -140,7 +144,7 @@ def _cotangents(request: BackwardRequest, call: Call, tensors: Mapping[str, Tens
 
 
 def _expand(noise: NoiseShare, shape: tuple[int, ...], tensors: Mapping[str, Tensor]) -> Tensor:
-    """The one cotangent `(1, *shape)` of noise that a seed stands for. Raises `InvalidTensor` if one was sent too."""
+    """Expands a seed into one cotangent of noise, `(1, *shape)`. Raises `InvalidTensor` if one was sent too."""
     if "cotangents" in tensors:
         raise InvalidTensor("The request holds both 'cotangents' and a seed for one.", remedy="Send one of the two.")
     lattice = Lattice(noise.exponent, noise.steps)

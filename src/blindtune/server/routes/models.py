@@ -1,4 +1,4 @@
-"""What is hosted: the list, descriptions, tokenizers, and the parts that clients may hold."""
+"""The routes that list and describe hosted models, and offer their tokenizers and the parts that clients may hold."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ router = APIRouter()
 
 @router.get("/v1/models")
 async def list_models(request: Request) -> ModelList:
-    """What is hosted here."""
+    """Lists the hosted models."""
     tenant_of(request)
     host = host_of(request)
     return ModelList(operator_id=host.operator_id, models=list(host.engines))
@@ -27,7 +27,7 @@ async def list_models(request: Request) -> ModelList:
 
 @router.get("/v1/models/{model:path}/tokenizer")
 async def send_tokenizer(model: str, request: Request) -> TokenizerFile:
-    """The tokenizer as JSON."""
+    """Returns a model's tokenizer as JSON."""
     tenant_of(request)
     text = host_of(request).engine(model).backbone.tokenizer
     return TokenizerFile(tokenizer=text, sha256=hashlib.sha256(text.encode()).hexdigest())
@@ -35,14 +35,14 @@ async def send_tokenizer(model: str, request: Request) -> TokenizerFile:
 
 @router.get("/v1/models/{model:path}/parts/{part}")
 async def send_part(model: str, part: str, request: Request) -> Response:
-    """The weights of a cut model's bottom or top, or of its trunk's emulator."""
+    """Returns the weights of a cut model's bottom or top, or of an emulator of its trunk."""
     tenant_of(request)
     return await asyncio.to_thread(part_response, host_of(request), model, part)
 
 
 @router.get("/v1/models/{model:path}")
 async def describe_model(model: str, request: Request) -> ModelInfo:
-    """Shapes, names and limits of one model."""
+    """Returns the description of one model: shapes and names of its layers, and limits."""
     tenant_of(request)
     host = host_of(request)
     host.engine(model)
@@ -50,7 +50,7 @@ async def describe_model(model: str, request: Request) -> ModelInfo:
 
 
 def part_response(host: Host, model: str, part: str) -> Response:
-    """A part's weights under the whole model's names, or an emulator as it is stored.
+    """Returns a response with a part's weights under the whole model's names, or with an emulator as it is stored.
 
     Raises:
         UnknownModel: no such model is hosted.

@@ -1,4 +1,4 @@
-"""The trunk of a cut model: hidden states forward through it, cotangents back through it."""
+"""The route for forward and backward passes of a cut model's trunk."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ router = APIRouter()
 
 @router.post("/v1/models/{model:path}/trunk/{direction}")
 async def trunk(model: str, direction: Literal["forward", "backward"], request: Request) -> Response:
-    """Hidden states through the middle of a cut model, or cotangents back through it."""
+    """Computes a forward pass of a cut model's trunk over hidden states, or a backward pass over cotangents."""
     return await answer_post(request, model, TrunkForward if direction == "forward" else TrunkBackward)
 
 
 @dataclass(frozen=True)
 class TrunkPass:
-    """A pass through a trunk: `lengths (B,)` int32 and packed tensors in the request's codec."""
+    """A request for a pass of a trunk: `lengths (B,)`, int32, and packed tensors in the request's codec."""
 
     tenant: str
     model: str
     sha256: str
-    """Of the request's body. It names the graph of a forward pass."""
+    """SHA-256 of the request's body, under which the graph of a forward pass is cached."""
     request: TrunkRequest
     received: dict[str, Tensor]
 
 
 class TrunkHandler(Handler[TrunkPass, Answer]):
-    """Computes the trunk's output, or the gradients of its input; either is `(N, d)` for N tokens, packed."""
+    """Computes the trunk's output, or the gradients with respect to its input; both are packed, `(N, d)`."""
 
     backward: ClassVar[bool]
 

@@ -1,4 +1,4 @@
-"""The base class of designs for private texts, and their registry, thanks to which a new design is one file."""
+"""The base class of designs for private texts, and their registry. A new design needs one new file only."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Offline(BothEnds):
         return ("bottom", "trunk", "top") if self.tune_emulator else ("bottom", "top")
 
     def exposure(self, epochs: int) -> str:
-        return "sees nothing of the texts; the emulator of its trunk has come here"
+        return "sees nothing of the texts; the client has downloaded an emulator of its trunk"
 
 
 @design
