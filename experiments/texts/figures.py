@@ -318,7 +318,7 @@ def undefended_attacks(found: dict[str, Arm]) -> str:
     metrics = ("accuracy", "rouge1", "rouge2", "rougeL", "set_f1", "meteor")
     lines = header("attack", "tokens in place", "ROUGE-1", "ROUGE-2", "ROUGE-L", "token-set F1", "METEOR")
     for a in sorted(best.values(), key=lambda a: -a["accuracy"][0]):
-        name = a["attack"] + (" (looks at nothing)" if a["floor"] else "")
+        name = a["attack"] + (" (observes nothing)" if a["floor"] else "")
         lines.append(f"| {name} | " + " | ".join(f"{a[m][0]:.2f}" for m in metrics) + " |")
     return "\n".join(lines)
 

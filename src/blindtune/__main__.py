@@ -2,4 +2,5 @@
 
 from blindtune.cli import main
 
-main()
+if __name__ == "__main__":  # a child process of `multiprocessing` imports this module too
+    main()

@@ -85,11 +85,11 @@ def test_knowledge_has_the_texts_of_tables():
 
 
 def test_json_holds_texts():
-    channel = ChannelId(SHIFT, adapter=0, modifier="since the last look")
+    channel = ChannelId(SHIFT, adapter=0, modifier="since the previous snapshot")
     finding = Finding("A", channel, "spectral", Knowledge.NOTHING, 3, 100, 0.75, 0.5, 1.0)
     assert json.loads(json.dumps(finding.to_json())) == {
         "operator": "A",
-        "channel": "shift 0 since the last look",
+        "channel": "shift 0 since the previous snapshot",
         "attack": "spectral",
         "knows": "nothing",
         "step": 3,
@@ -104,7 +104,7 @@ def test_channels_of_several_adapters():
     hidden = np.random.default_rng(0).normal(size=(3, 60, 4)).astype(np.float32)
     known = {("now",) * 3: hidden, ("then",) * 3: hidden + 1, (): np.zeros((1, 60, 4), np.float32)}
     recompute = cast(Any, SimpleNamespace(hidden=lambda view, adapters, rows: known[adapters]))
-    earlier = {"the first step": ("then",) * 3, "the last look": ("now",) * 3}
+    earlier = {"the first step": ("then",) * 3, "the previous snapshot": ("now",) * 3}
     channels = computed_channels(cast(Any, None), recompute, ("now",) * 3, earlier, [(i,) for i in range(60)])
     assert [str(channel) for channel in channels] == [
         *(

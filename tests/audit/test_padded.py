@@ -67,7 +67,10 @@ def best(features: np.ndarray, truth: np.ndarray) -> float:
 def at_last_snapshot(task: Task, view: View, recompute: Recomputation) -> dict[str, float]:
     """The best attack on each channel that is recomputed at the last snapshot; the one before is half-way."""
     now, rows = view.moving[-1], [row.ids for row in task.rows]
-    earlier = {"the first step": view.moving[0].adapters, "the last look": view.moving[len(view.moving) // 2].adapters}
+    earlier = {
+        "the first step": view.moving[0].adapters,
+        "the previous snapshot": view.moving[len(view.moving) // 2].adapters,
+    }
     found = computed_channels(view, recompute, now.adapters, earlier, rows)
     found |= mean_channels(view, recompute, now, rows) | collusion_channels(view, recompute, now, rows)
     return {str(channel): best(features, task.truth.numpy()) for channel, features in found.items()}
@@ -95,7 +98,7 @@ def test_without_pads_a_shift_tells_the_labels(task, views, recompute):
 def test_proper_pads_hide_a_small_update_from_either_operator(task, views, recompute):
     for view in views(PROPER):
         found = at_last_snapshot(task, view, recompute)
-        assert found.keys() >= {"shift 0", "shift 0 since the last look", *AVERAGES}
+        assert found.keys() >= {"shift 0", "shift 0 since the previous snapshot", *AVERAGES}
         assert max(found.values()) < 0.7
 
 

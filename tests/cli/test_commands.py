@@ -129,6 +129,9 @@ def test_ctrl_c_leaves_a_checkpoint_and_resume_ends_with_the_same_weights(two_se
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 130, said
     assert "Go on with --resume" in said
+    refused = run("labels", "train", *common, "--output", broken, check=False)
+    assert refused.returncode == 1
+    assert "holds a checkpoint" in refused.stdout + refused.stderr
     done = int(read_tensors(broken / "resume.safetensors")[1]["done"])
     assert 1 <= done < 12
 

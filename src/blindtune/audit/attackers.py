@@ -262,7 +262,7 @@ def _computed(
     """Returns the channels that the server can compute at one snapshot, and the same channels of shuffled adapters."""
     earlier = {"the first step": view.moving[0]}
     if previous is not None:
-        earlier["the last look"] = previous
+        earlier["the previous snapshot"] = previous
     own = {name: checkpoint.adapters for name, checkpoint in earlier.items()}
     channels = computed_channels(view, recompute, snapshot.adapters, own, rows)
     channels |= collusion_channels(view, recompute, snapshot, rows)

@@ -3,7 +3,7 @@
 | channel | why it may reveal labels |
 |---|---|
 | activation i, shift i | the adapter has learned the labels |
-| shift i since the first step, since the last look | the reference contains the same mask, which cancels |
+| shift i since the first step, since the previous snapshot | the reference contains the same mask, which cancels |
 | … joint, in common, 0 minus i | several adapters together contain the labels |
 | shift i of the mean adapter, of the recent mean adapter | noise on adapters averages out; what they learned does not |
 | activation of A minus B | operators that collude hold adapters with the same pad, which cancels |

@@ -24,7 +24,7 @@ def reporting_errors() -> Generator[None]:
 
     Any other exception is a bug and keeps its traceback.
     """
-    _quiet_libraries()
+    quiet_libraries()
     try:
         yield
     except BlindtuneError as error:
@@ -50,7 +50,7 @@ def _escape(text: str) -> str:
     return text.replace("[", "\\[")
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Turns off the progress bars and notices of other libraries, which would disturb the command's own output."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
     import stamina.instrumentation

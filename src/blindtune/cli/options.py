@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from blindtune.checks import check_counts, is_number
+from blindtune.checks import check_counts, check_positive, is_number
 from blindtune.cli.console import console
-from blindtune.errors import ConfigError
+from blindtune.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -173,11 +173,28 @@ def read_examples(
 
 
 def fraction_of(validation: str) -> float | None:
-    """Returns the fraction of the data to validate on, or None if `--validation` isn't a number."""
+    """Returns the fraction of the data to validate on, or None if `--validation` isn't a number.
+
+    Raises:
+        ConfigError: the number isn't a fraction below 1.
+    """
     try:
-        return float(validation)
+        fraction = float(validation)
     except ValueError:
         return None
+    if not 0 <= fraction < 1:
+        raise ConfigError(
+            f"A validation fraction of {validation} can't work.", remedy="Use a fraction below 1; 0 for no validation."
+        )
+    return fraction
+
+
+def refuse_checkpoint(output: Path) -> None:
+    """Raises `CheckpointError` if the folder for a new run's checkpoint already holds one."""
+    from blindtune.files import SUMMARY
+
+    if (output / SUMMARY).is_file():
+        raise CheckpointError(f"{output} holds a checkpoint.", remedy="Use another --output, or go on with --resume.")
 
 
 def read_training(
@@ -214,6 +231,8 @@ def _read_numbers(name: str, value: Any) -> Any:
         raise ConfigError(f"--training {name}={value} can't be read.", remedy="Write a whole number.")
     if name in counts:
         check_counts(**{name: numbers[0]})
+    if name == "epochs":
+        check_positive(epochs=numbers[0])
     return tuple(numbers) if name == "betas" else numbers[0]
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast, get_args
 
 from blindtune.data.tables import Columns, examples_of, read_column, read_table, some_of
@@ -33,6 +33,13 @@ TEMPLATES: dict[Kind, str] = {
     "instruction": "{prompt}",
     "text": "{text}",
 }
+OPTIONS: dict[Kind, tuple[str, ...]] = {
+    "choice": ("template", "choices", "answer"),
+    "classification": ("template", "label", "classes"),
+    "instruction": ("template", "answer"),
+    "text": ("template",),
+}
+"""The attributes of `Fields` that each kind uses."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +132,18 @@ def load_questions(source: str, fields: Fields, *, split: str = "train") -> list
     ]
 
 
+def with_classes(fields: Fields, questions: Sequence[Question]) -> Fields:
+    """Returns the fields with the class names of these questions, so that other files are read with the same classes.
+
+    Args:
+        fields: how the questions were read. Fields of other kinds than classification are returned unchanged.
+        questions: at least one question.
+    """
+    if fields.kind != "classification":
+        return fields
+    return replace(fields, classes=tuple(word.removeprefix(" ") for word in questions[0].continuations))
+
+
 def tokenize(questions: Sequence[Question], tokenizer: Tokenizer, *, max_length: int) -> list[TokenizedQuestion]:
     """Tokenizes questions. Prompt and continuation are tokenized together.
 
@@ -186,7 +205,7 @@ def _prompts(table: Any, source: str, template: str) -> list[str]:
     if missing:
         raise MissingColumn(
             f"The template names {missing[0]!r}, which {source} doesn't have.",
-            remedy=f"It has: {', '.join(table.column_names)}. Give --template.",
+            remedy=f"It has: {', '.join(table.column_names)}. Name its columns with --question template=….",
         )
     columns = [["" if v is None else str(v) for v in read_column(table, source, name)] for name in names]
     prompts = [template.format(**dict(zip(names, row, strict=True))).strip() for row in zip(*columns, strict=True)]

@@ -78,6 +78,38 @@ def test_classes_are_words_that_follow(cut_server, film_examples, tmp_path):
     assert json.loads(results.read_text())["deployed"]["loss"] == pytest.approx(scores["loss"], abs=0.02)  # int8
 
 
+def test_other_files_get_the_classes_of_the_training_data(cut_server, film_examples, tmp_path):
+    """A validation file or a test file may lack a class. Without names, its own labels would be another task."""
+    rows = [{"text": t, "label": int(y)} for t, y in zip(film_examples.texts, film_examples.labels, strict=True)]
+    rows = [row for row in rows if 4 <= len(row["text"].split()) <= 12][:40]
+    files = {"train": rows, "positive": [row for row in rows if row["label"] == 1][:6]}
+    for name, chosen in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, chosen)))
+    out, results, positive = tmp_path / "out", tmp_path / "results.json", tmp_path / "positive.jsonl"
+    task = ["--task", "classification", "--validation", positive]
+    train(cut_server, tmp_path / "train.jsonl", "gradfree", out, *task, "--json", results)
+    assert 0 <= json.loads(results.read_text())["validation"]["accuracy"] <= 1
+    assert json.loads((out / "blindtune.json").read_text())["fields"]["classes"] == ["0", "1"]
+    run("texts", "deploy", out, "--server", cut_server.url, "--data", positive)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--validation", "1.5"], "fraction of 1.5 can't work"),
+        (["--validation", "-0.1"], "fraction of -0.1 can't work"),
+        (["--training", "epochs=0"], "epochs = 0 can't work"),
+        (["--question", "classes=a,b"], "classes=… has no effect with the task 'choice'"),
+        (["--question", "label=x"], "label=… has no effect with the task 'choice'"),
+        (["--question", "template={nothing}"], "--question template=…"),
+    ],
+)
+def test_options_that_can_not_work_are_refused(cut_server, questions, tmp_path, options, message):
+    refused = train(cut_server, questions, "online", tmp_path / "out", *options, check=False)
+    assert refused.exit_code == 1
+    assert message in refused.stderr
+
+
 def test_noise_is_announced_with_its_guarantee(cut_server, questions, tmp_path):
     noisy = ["--set", "noise=0.5", "--set", "clip_norm=2.0", "--validation", 0]
     done = train(cut_server, questions, "gradfree", tmp_path / "once", *noisy)

@@ -1,8 +1,9 @@
-"""Boosted trees on received gradients (P3EFT, section 4): fitted on one half with labels, scored on the other half.
+"""Boosted trees on received gradients (P3EFT, section 4): fitted on some texts, scored on the others.
 
 The attack uses XGBoost, as the paper does, if it is installed (`pip install blindtune[xgboost]`). Otherwise it uses
-scikit-learn's histogram gradient boosting, and is registered under that name. If shares are noise, the trees fit the
-first half perfectly, and their scores on the other half are random.
+scikit-learn's histogram gradient boosting, and is registered under that name. It fits the trees on three quarters of
+the texts with their labels. If shares are noise, the trees fit these texts perfectly, and their scores on the remaining
+quarter are random.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ XGBOOST = importlib.util.find_spec("xgboost") is not None
 NAME = "XGBoost" if XGBOOST else "histogram gradient boosting"
 ROUNDS, DEPTH = 60, 4
 FEWEST = 100
+HELD_OUT = 0.25
+"""Fraction of the texts that the trees are scored on."""
 
 
 def classifier() -> Any:
@@ -42,11 +45,11 @@ def classifier() -> Any:
     observes="one gradient channel",
 )
 def boosted_trees(channel: Channel, labels: Labels) -> Scores | None:
-    """Returns class probabilities `(1, N, K)` of the held-out half; NaN for the half that the trees were fitted on."""
+    """Returns class probabilities `(1, N, K)` of the held-out texts; NaN for those that the trees were fitted on."""
     classes, coded = np.unique(labels, return_inverse=True)
     if len(labels) < FEWEST or int(np.bincount(coded).min()) < 2:
         return None
-    known, held = train_test_split(np.arange(len(labels)), stratify=coded, random_state=0)[:2]
+    known, held = train_test_split(np.arange(len(labels)), test_size=HELD_OUT, stratify=coded, random_state=0)[:2]
     model = classifier().fit(channel.features[known], coded[known])
     scores = np.full((1, len(labels), len(classes)), np.nan)
     scores[0, held] = model.predict_proba(channel.features[held])

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -28,9 +29,9 @@ def demo(
         "out/demo"
     ),
     seed: Annotated[int, typer.Option(help="Seed of batches and initial weights; secrets are always random.")] = 0,
-    steps: Annotated[int, typer.Option(help="Number of training steps of each method.")] = 36,
-    train: Annotated[int, typer.Option(help="Number of training sentences.")] = 1152,
-    test: Annotated[int, typer.Option(help="Number of test sentences.")] = 400,
+    steps: Annotated[int, typer.Option(help="Number of training steps of each method.")] = 32,
+    train: Annotated[int, typer.Option(help="Number of training sentences.")] = 1024,
+    test: Annotated[int, typer.Option(help="Number of test sentences.")] = 300,
     points: Annotated[int, typer.Option(help="Number of snapshots of the run to attack.")] = 2,
     attacked: Annotated[int, typer.Option(help="Number of training sentences to attack, chosen at random.")] = 300,
     model: Annotated[str, typer.Option(help="Model that the operators host.")] = "minilm",
@@ -48,23 +49,31 @@ def demo(
     no hub and no GPU.
     """
     with reporting_errors():
-        from blindtune.cli.demo.labels import DemoPlan, labels_part
+        from blindtune.cli.demo.labels import DemoPlan, attack_both, train_both
         from blindtune.cli.demo.picture import write_picture
-        from blindtune.cli.demo.texts import texts_part
+        from blindtune.cli.demo.texts import print_texts, texts_in_background
         from blindtune.data.film_reviews import film_reviews
+        from blindtune.models.sources import find_source
         from blindtune.training import Interrupted
 
         start = time.perf_counter()
         console.rule("[bold]blindtune demo")
         console.print(PLAN, highlight=False)
+        for name in filter(None, (model, decoder)):
+            find_source(name)  # a name that is unknown raises before anything runs
         _prepare_folder(output)
         everything = film_reviews(cache)
         test_set = everything.take(range(test))
         train_set = everything.take(range(test, min(len(everything), test + train)))
         plan = DemoPlan(model, seed, steps, points, attacked, output)
         try:
-            labels = labels_part(plan, train_set, test_set)
-            example = texts_part(decoder, [str(text) for text in test_set.texts], output) if decoder else None
+            runs = train_both(plan, train_set, test_set)
+            sentences = [str(text) for text in test_set.texts]
+            with texts_in_background(decoder, sentences, output) if decoder else nullcontext() as wait_for_texts:
+                labels = attack_both(plan, train_set, runs)
+                example = wait_for_texts() if wait_for_texts else None
+            if example is not None:
+                print_texts(decoder, example)
         except (Interrupted, KeyboardInterrupt):
             console.print("Stopped.")
             raise typer.Exit(130) from None

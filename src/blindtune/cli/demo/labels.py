@@ -49,40 +49,6 @@ class DemoPlan:
 
 
 @dataclass(frozen=True)
-class LabelsPart:
-    """Results of the part on private labels.
-
-    Attributes:
-        summary: numbers of both methods, as JSON values.
-        verdicts: verdict of each method's audit.
-        classes: class names.
-    """
-
-    summary: dict[str, Any]
-    verdicts: "dict[str, Verdict]"
-    classes: list[str]
-
-
-def labels_part(plan: DemoPlan, train_set: "Examples", test_set: "Examples") -> LabelsPart:
-    """Trains both methods, attacks what the operators recorded, and prints a table."""
-    from blindtune.server.auth import add_token
-
-    token_file = plan.output / "tenants.txt"
-    tokens = {name: add_token(token_file, name) for name in TITLES}
-    console.print("Starting two servers …")
-    threads = max(1, (os.cpu_count() or 2) // len(OPERATORS))
-    with local_servers(plan.model, list(plan.transcripts.values()), threads=threads, token_file=token_file) as servers:
-        for operator, server in zip(OPERATORS, servers, strict=True):
-            console.print(f"{operator}: {server.url} (process {server.process.pid})")
-        runs = {name: _train(name, plan, servers, tokens[name], train_set, test_set) for name in TITLES}
-    verdicts = _audit(plan, train_set, runs)
-    summary = _summarise(runs, verdicts)
-    _print(summary, len(train_set))
-    _report(plan.output, runs, verdicts, train_set)
-    return LabelsPart(summary, verdicts, train_set.classes)
-
-
-@dataclass(frozen=True)
 class Run:
     """Result of training one method.
 
@@ -99,6 +65,44 @@ class Run:
     seconds: float
     bytes_per_step: float
     report: dict[str, float]
+
+
+@dataclass(frozen=True)
+class LabelsPart:
+    """Results of the part on private labels.
+
+    Attributes:
+        summary: numbers of both methods, as JSON values.
+        verdicts: verdict of each method's audit.
+        classes: class names.
+    """
+
+    summary: dict[str, Any]
+    verdicts: "dict[str, Verdict]"
+    classes: list[str]
+
+
+def train_both(plan: DemoPlan, train_set: "Examples", test_set: "Examples") -> dict[str, Run]:
+    """Trains both methods over two servers, each method as a tenant of its own. Returns the runs by method."""
+    from blindtune.server.auth import add_token
+
+    token_file = plan.output / "tenants.txt"
+    tokens = {name: add_token(token_file, name) for name in TITLES}
+    console.print("Starting two servers …")
+    threads = max(1, (os.cpu_count() or 2) // len(OPERATORS))
+    with local_servers(plan.model, list(plan.transcripts.values()), threads=threads, token_file=token_file) as servers:
+        for operator, server in zip(OPERATORS, servers, strict=True):
+            console.print(f"{operator}: {server.url} (process {server.process.pid})")
+        return {name: _train(name, plan, servers, tokens[name], train_set, test_set) for name in TITLES}
+
+
+def attack_both(plan: DemoPlan, train_set: "Examples", runs: dict[str, Run]) -> LabelsPart:
+    """Attacks what the operators recorded of both runs, prints a table, and writes a report of each."""
+    verdicts = _audit(plan, train_set, runs)
+    summary = _summarise(runs, verdicts)
+    _print(summary, len(train_set))
+    _report(plan.output, runs, verdicts, train_set)
+    return LabelsPart(summary, verdicts, train_set.classes)
 
 
 def _train(

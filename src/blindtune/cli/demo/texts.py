@@ -3,7 +3,11 @@ nothing."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +50,33 @@ class TextsPart:
         return asdict(self)
 
 
+@contextmanager
+def texts_in_background(decoder: str, sentences: list[str], folder: Path) -> Generator[Callable[[], TextsPart]]:
+    """Runs `texts_part` in a child process within this context, and leaves one core to it.
+
+    Yields:
+        A function that waits for the result.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads - 1))
+    try:
+        with ProcessPoolExecutor(1, get_context("spawn"), _use_one_core) as pool:
+            yield pool.submit(texts_part, decoder, sentences, folder).result
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _use_one_core() -> None:
+    import torch
+
+    from blindtune.cli.console import quiet_libraries
+
+    quiet_libraries()
+    torch.set_num_threads(1)
+
+
 def texts_part(decoder: str, sentences: list[str], folder: Path) -> TextsPart:
     """Trains one step of undefended split learning and a few of offline, and reconstructs texts from the transcript.
 
@@ -60,8 +91,6 @@ def texts_part(decoder: str, sentences: list[str], folder: Path) -> TextsPart:
     from blindtune.texts import Offline, Online
     from blindtune.wire import Transcript
 
-    console.rule("[bold]private texts")
-    console.print(f"Loading {decoder}, cut into a bottom of two blocks, the trunk, and a top of two blocks …")
     backbone = load_backbone(decoder, cut=Cut(2, 2))
     emulator = _emulator(backbone, folder)
     seen = [folder / name for name in SERVERS]
@@ -69,23 +98,19 @@ def texts_part(decoder: str, sentences: list[str], folder: Path) -> TextsPart:
     tokenizer = pool.operators[0].tokenizer()
     texts, public = sentences[:SENTENCES], sentences[SENTENCES : SENTENCES + PUBLIC]
     questions = tokenize([Question("", (text,), 0) for text in texts], tokenizer, max_length=MAX_LENGTH)
-    console.print("Undefended split learning: one step, which sends hidden states to the server.")
     sent = _train(pool.operators[0], Online(up="fp32", down="fp32"), questions, steps=1)
-    console.print("Offline: the client trains around an emulator of the trunk, which it downloads once.")
     _train(pool.operators[1], Offline(), questions, steps=OFFLINE_STEPS)
     pool.close()
     rows = [list(row.ids) for row in tokenizer.rows(public, max_length=MAX_LENGTH)]
     read = _read_back(Transcript(seen[0]), backbone, rows)
     right = sum(a == b for row, guess in zip(sent, read, strict=True) for a, b in zip(row, guess, strict=True))
-    part = TextsPart(
+    return TextsPart(
         [tokenizer.text(row) for row in sent],
         [tokenizer.text(row) for row in read],
         right / sum(len(row) for row in sent),
         sum(event.kind.startswith("trunk") for event in Transcript(seen[1]).events),
         OFFLINE_STEPS,
     )
-    _print(part)
-    return part
 
 
 def _emulator(backbone: FrozenBackbone, folder: Path) -> Path:
@@ -125,7 +150,11 @@ def _read_back(transcript: Transcript, backbone: FrozenBackbone, public: list[li
     return [row.tolist() for row in guesses.split(observed.lengths.tolist())]
 
 
-def _print(part: TextsPart) -> None:
+def print_texts(decoder: str, part: TextsPart) -> None:
+    """Prints what the server reads of each text."""
+    console.rule("[bold]private texts")
+    console.print(f"{decoder} was cut into a bottom of two blocks, the trunk, and a top of two blocks.")
+    console.print("Undefended split learning: one step, which sends hidden states to the server.")
     table = Table(title="What the server reads under undefended split learning", title_justify="left")
     table.add_column("text of the client")
     table.add_column("read by the server")
@@ -134,6 +163,7 @@ def _print(part: TextsPart) -> None:
     console.print(table)
     console.print(f"{part.accuracy:.0%} of the tokens are read at the right position.", style="bold")
     console.print(
-        f"Offline: the server got {part.offline_messages} messages with hidden states in {part.offline_steps} steps.",
+        f"Offline: the client trained for {part.offline_steps} steps around an emulator of the trunk, which it "
+        f"downloaded once. The server got {part.offline_messages} messages with hidden states.",
         style="bold",
     )

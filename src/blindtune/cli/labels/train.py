@@ -131,6 +131,8 @@ def train(
             "model": model,
         }
         more = options.read_training(TrainConfig, training, steps=steps, batch_size=batch_size, learning_rate=lr)
+        if not resume:
+            options.refuse_checkpoint(output)
         epochs, save_every, seed = more.pop("epochs", 3.0), more.pop("save_every", 10), more.get("seed", 0)
         examples, held_out = _read(data, text, label, options.parse_names(classes), validation, seed)
         more.setdefault("steps", steps_for(len(examples), batch_size, epochs))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from blindtune.checks import check_counts
 from blindtune.cli import options
 from blindtune.cli.console import console, reporting_errors, write_json
 from blindtune.cli.texts.deploy import chosen_fields, read_questions, read_summary_if_any
@@ -66,6 +67,7 @@ def membership(
         from blindtune.models.devices import find_device
         from blindtune.texts.handover import models_around
 
+        check_counts(limit=limit)
         if around not in AROUND:
             raise ConfigError(f"--around {around} is unknown.", remedy=f"Use {' or '.join(AROUND)}.")
         find_device(device)  # raises before anything is sent

@@ -12,7 +12,7 @@ from rich.table import Table
 from blindtune.checks import check_counts
 from blindtune.cli import options
 from blindtune.cli.console import console, reporting_errors, write_json
-from blindtune.errors import BlindtuneError, CheckpointError, ConfigError
+from blindtune.errors import BlindtuneError, ConfigError
 
 if TYPE_CHECKING:
     from blindtune.data.questions import Fields, Question, TokenizedQuestion
@@ -108,16 +108,13 @@ def train(
     """
     with reporting_errors():
         from blindtune.data.questions import tokenize
-        from blindtune.files import SUMMARY
         from blindtune.models.devices import find_device
         from blindtune.texts import TrainConfig, Trainer, make_design
         from blindtune.texts.session import open_session
         from blindtune.training import steps_for
 
-        if output.exists() and not resume and (output / SUMMARY).is_file():
-            raise CheckpointError(
-                f"{output} holds a checkpoint.", remedy="Use another --output, or go on with --resume."
-            )
+        if not resume:
+            options.refuse_checkpoint(output)
         more = options.read_training(
             TrainConfig, training, ("cache_mb",), steps=steps, batch_size=batch_size, learning_rate=lr
         )
@@ -125,7 +122,7 @@ def train(
         epochs, save_every, seed = more.pop("epochs", 3.0), more.pop("save_every", 10), more.get("seed", 0)
         fields, tuning = make_fields(task, question), read_tuning(tune, start)
         find_device(device)  # raises before anything is sent
-        questions, held_out = _read(data, fields, validation, seed)
+        questions, held_out, fields = _read(data, fields, validation, seed)
         chosen = make_design(design, options.parse_settings(set_))
         operator = options.connect_operator(
             server, token=token, tls_ca=tls_ca, wait=wait, insecure=insecure, model=model
@@ -169,13 +166,19 @@ def make_fields(task: str, question: list[str] | None) -> "Fields":
     """Returns how questions are read, from `--task` and `--question`. `\\n` in a template means a new line.
 
     Raises:
-        ConfigError: the task or an option is unknown.
+        ConfigError: the task or an option is unknown, or the task doesn't use the option.
     """
-    from blindtune.data.questions import KINDS, Fields
+    from blindtune.data.questions import KINDS, OPTIONS, Fields
 
     if task not in KINDS:
         raise ConfigError(f"There is no task {task!r}.", remedy=f"Use one of: {', '.join(KINDS)} (--task).")
     chosen: dict[str, Any] = {n: str(value) for n, value in options.parse_settings(question, QUESTION).items()}
+    for name in chosen:
+        if name not in OPTIONS[task]:
+            raise ConfigError(
+                f"--question {name}=… has no effect with the task {task!r}.",
+                remedy=f"Options of this task: {', '.join(OPTIONS[task])}.",
+            )
     if "template" in chosen:
         chosen["template"] = chosen["template"].replace("\\n", "\n")
     if "classes" in chosen:
@@ -202,17 +205,20 @@ def read_tuning(tune: list[str] | None, start: Path | None) -> "Tuning":
     )
 
 
-def _read(data: str, fields: "Fields", validation: str, seed: int) -> tuple[list["Question"], list["Question"]]:
-    """Returns the training questions and the validation questions."""
-    from blindtune.data.questions import load_questions
+def _read(
+    data: str, fields: "Fields", validation: str, seed: int
+) -> tuple[list["Question"], list["Question"], "Fields"]:
+    """Returns the training questions, the validation questions, and the fields with the class names of `data`."""
+    from blindtune.data.questions import load_questions, with_classes
     from blindtune.data.tables import split_indices
 
-    questions = load_questions(data, fields)
     fraction = options.fraction_of(validation)
+    questions = load_questions(data, fields)
+    fields = with_classes(fields, questions)
     if fraction is None:
-        return questions, load_questions(validation, fields, split="validation")
+        return questions, load_questions(validation, fields, split="validation"), fields
     kept, held_out = split_indices(len(questions), round(len(questions) * fraction), seed)
-    return [questions[i] for i in kept], [questions[i] for i in held_out]
+    return [questions[i] for i in kept], [questions[i] for i in held_out], fields
 
 
 def _run(
@@ -274,7 +280,8 @@ def _print_plan(trainer: "Trainer", session: "Session") -> None:
     if info.cut is not None:
         console.print(
             f"  The client holds {session.weights_shared:.0%} of its weights: {info.cut.bottom} bottom and "
-            f"{info.cut.top} top blocks, embeddings and LM head",
+            f"{info.cut.top} top blocks, embeddings and LM head"
+            + ("" if session.manifest is None else f"; and an emulator of {session.manifest.parameters:,} weights"),
             soft_wrap=True,
         )
     epochs = math.ceil(config.steps * config.batch_size / len(trainer.train))
