@@ -21,7 +21,7 @@ pytestmark = pytest.mark.timeout(900)  # installs torch into an environment of i
 def shell(script: str, environment: Path, folder: Path) -> subprocess.CompletedProcess[str]:
     """Runs a script with bash as a user would, with the environment activated."""
     variables = {
-        **{name: value for name, value in os.environ.items() if not name.startswith(("VIRTUAL_ENV", "PYTHONPATH"))},
+        **{name: value for name, value in os.environ.items() if not name.startswith(("VIRTUAL_ENV", "PYTHON"))},
         "PATH": f"{environment / 'bin'}:{os.environ['PATH']}",
         "PIP_CONSTRAINT": str(ROOT / "constraints.txt"),
         "PIP_NO_COMPILE": "0",  # the value of `compile`, whatever the name says: bytecode would take most of the time

@@ -16,20 +16,20 @@ SHOWN = 3
 
 
 def write_picture(path: Path, labels: LabelsPart, texts: TextsPart | None) -> Path:
-    """Writes an SVG with two principal components of the activations of both methods at the end of the run, coloured by
-    the true label, and a few sentences with what the server read of each."""
+    """Writes an SVG with two principal components of the gradients that operator A was sent with both methods, coloured
+    by the true label, and a few sentences with what the server read of each."""
     from blindtune.audit import ChannelId, ChannelKind
     from blindtune.audit.pictures import COLOURS, scatter
     from blindtune.cli.demo.labels import TITLES
 
     parts = [_text(30, 36, "What the servers saw", size=20, bold=True)]
     parts.append(
-        _text(30, 62, "Private labels: activations that operator A can compute, a dot for each text.", muted=True)
+        _text(30, 62, "Private labels: gradients that operator A was sent, a dot for each text.", muted=True)
     )
     for index, (name, verdict) in enumerate(labels.verdicts.items()):
         left = 30 + index * (SIDE + 30)
         numbers = labels.summary["methods"][name]
-        features, true_labels = verdict.attacked[0].pictures[ChannelId(ChannelKind.ACTIVATION, adapter=0), "late"]
+        features, true_labels = verdict.attacked[0].pictures[ChannelId(ChannelKind.GRADIENT, adapter=0), "late"]
         drawing = scatter(features, true_labels).replace(
             "<svg ", f'<svg x="{left}" y="98" width="{SIDE}" height="{SIDE}" ', 1
         )
