@@ -73,4 +73,6 @@ def test_mistakes_in_one_sentence(emulated, cut_server, files, tmp_path):
     done = run("texts", "membership", output, "--server", emulated[0].url, *both, "--around", "oven", check=False)
     assert (done.exit_code, "Use emulator or trunk" in done.stderr) == (1, True)
     done = run("texts", "membership", output, "--server", emulated[0].url, *both, "--limit", 3, check=False)
-    assert (done.exit_code, "say little" in done.stderr) == (1, True)
+    assert (done.exit_code, "are too few" in done.stderr) == (1, True)
+    done = run("texts", "membership", output, "--server", emulated[0].url, *both, "--limit", 0, check=False)
+    assert (done.exit_code, "limit = 0 is no count" in done.stderr) == (1, True)
