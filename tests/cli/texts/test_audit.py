@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,10 @@ def trained(start_server, film_sentences, tmp_path_factory) -> dict[str, tuple[P
     return runs
 
 
-def audit(run: tuple[Path, Path], public: Path, tmp_path: Path, *options: object) -> tuple[str, dict[str, Any]]:
-    results = tmp_path / "audit.json"
+@cache
+def audit(run: tuple[Path, Path], public: Path, *options: object) -> tuple[str, dict[str, Any]]:
+    """What the command prints, and its JSON. Each audit runs once."""
+    results = run[0].with_name(f"{run[0].name}-audit.json")
     files = [run[0], "--ground-truth", run[1], "--public", public, "--json", results]
     done = call("texts", "audit", *files, "--sequences", 8, *options)
     assert done.exit_code == 0, done.output
@@ -80,7 +83,7 @@ def test_what_was_sent_for_validation_is_known_and_left_out(start_server, tmp_pa
     parts = [json.loads(line)["part"] for line in ground_truth.read_text().splitlines()]
     assert parts.count("train") == 2
     assert parts.count("validation") > 2
-    _, found = audit((seen, ground_truth), public, tmp_path)
+    _, found = audit((seen, ground_truth), public)
     assert {row["stage"] for row in found["attacks"]} == {"start", "end"}  # two messages hold 16 texts
 
 
@@ -99,7 +102,7 @@ def test_texts_of_validation_are_not_taken_for_ones_that_were_sent_once(start_se
             "--ground-truth", ground_truth, "--set", "noise=0.05", "--set", "clip_norm=4",
         )  # fmt: skip
     assert done.exit_code == 0, done.output
-    printed, _ = audit((seen, ground_truth), public, tmp_path, "--run", out)
+    printed, _ = audit((seen, ground_truth), public, "--run", out)
     assert "3 messages of a text are linked" in printed
 
 
@@ -107,37 +110,37 @@ def best(rows: list[dict[str, Any]], *, floor: bool = False) -> float:
     return max(row["metrics"]["accuracy"][0] for row in rows if row["floor"] is floor)
 
 
-def test_plain_split_learning_is_read(trained, public, tmp_path):
-    printed, found = audit(trained["plain"], public, tmp_path)
+def test_plain_split_learning_is_read(trained, public):
+    printed, found = audit(trained["plain"], public)
     assert found["valid"]
     assert best(found["attacks"]) > 0.8
     assert "The server can read" in printed
 
 
-def test_noise_is_what_stops_it(trained, public, tmp_path):
-    _, found = audit(trained["noisy"], public, tmp_path)
+def test_noise_is_what_stops_it(trained, public):
+    _, found = audit(trained["noisy"], public)
     assert found["valid"]  # on the same texts, undefended
     assert best(found["attacks"]) < best(found["attacks"], floor=True) + 0.15
 
 
-def test_groups_of_tokens_are_what_hides_texts_from_who_knows_of_them_too(trained, public, tmp_path):
+def test_groups_of_tokens_are_what_hides_texts_from_who_knows_of_them_too(trained, public):
     seen, ground_truth = trained["grouped"]
-    printed, found = audit((seen, ground_truth), public, tmp_path, "--run", seen.with_name("grouped"))
+    printed, found = audit((seen, ground_truth), public, "--run", seen.with_name("grouped"))
     assert found["valid"]  # the same attacks read the same texts where they aren't in groups
     assert max(best(found["attacks"]), best(found["adaptive"])) < 0.75 < best(found["control"])
     assert "adaptive" in printed
     assert f"The server can read {max(best(found['attacks']), best(found['adaptive'])):.0%}" in printed
 
 
-def test_three_lines_of_python_give_the_numbers_of_the_command(trained, public, tmp_path):
-    seen, ground_truth = trained["noisy"]
-    run = seen.with_name("noisy")
-    printed, expected = audit((seen, ground_truth), public, tmp_path, "--run", run)
+def test_three_lines_of_python_give_the_numbers_of_the_command(trained, public):
+    seen, ground_truth = trained["grouped"]
+    run = seen.with_name("grouped")
+    printed, expected = audit((seen, ground_truth), public, "--run", run)
     found = bt.audit_texts(seen, ground_truth, [public], adaptive=bt.ShadowClient(run), sequences=8)
     numbers, expected = without_times(found.to_json()), without_times(expected)
     for attacker in ("attacks", "control"):
         assert numbers[attacker] == expected[attacker]
-    # the adaptive attacker simulates noise of its own, another in each process
+    # the adaptive attacker draws groups of its own, others in each process
     assert [(a["attack"], a["stage"]) for a in numbers["adaptive"]] == [
         (a["attack"], a["stage"]) for a in expected["adaptive"]
     ]
@@ -151,9 +154,9 @@ def without_times(found: Any) -> Any:
     return [without_times(value) for value in found] if isinstance(found, list) else found
 
 
-def test_who_trains_a_shadow_client_follows_a_bottom_that_has_moved(trained, public, tmp_path):
+def test_who_trains_a_shadow_client_follows_a_bottom_that_has_moved(trained, public):
     seen, ground_truth = trained["tuned"]
-    _, found = audit((seen, ground_truth), public, tmp_path, "--run", seen.with_name("tuned"))
+    _, found = audit((seen, ground_truth), public, "--run", seen.with_name("tuned"))
     end = {
         name: max(r["metrics"]["accuracy"][0] for r in found[name] if r["stage"] == "end" and not r["floor"])
         for name in ("attacks", "adaptive")
