@@ -23,9 +23,7 @@ def write_picture(path: Path, labels: LabelsPart, texts: TextsPart | None) -> Pa
     from blindtune.cli.demo.labels import TITLES
 
     parts = [_text(30, 36, "What the servers saw", size=20, bold=True)]
-    parts.append(
-        _text(30, 62, "Private labels: gradients that operator A was sent, a dot for each text.", muted=True)
-    )
+    parts.append(_text(30, 62, "Private labels: gradients that operator A was sent, a dot for each text.", muted=True))
     for index, (name, verdict) in enumerate(labels.verdicts.items()):
         left = 30 + index * (SIDE + 30)
         numbers = labels.summary["methods"][name]
