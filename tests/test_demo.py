@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import CACHE
 
 pytestmark = pytest.mark.timeout(1200)  # the longest of all tests, beside others on the same two cores
-SHORT = ["--steps", "40", "--train", "1280", "--test", "200"]
+SHORT = ["--steps", "40", "--train", "1280", "--test", "200", "--attacked", "300"]
 
 
 @pytest.fixture(scope="module")

@@ -29,11 +29,11 @@ def demo(
         "out/demo"
     ),
     seed: Annotated[int, typer.Option(help="Seed of batches and initial weights; secrets are always random.")] = 0,
-    steps: Annotated[int, typer.Option(help="Number of training steps of each method.")] = 32,
-    train: Annotated[int, typer.Option(help="Number of training sentences.")] = 1024,
+    steps: Annotated[int, typer.Option(help="Number of training steps of each method.")] = 30,
+    train: Annotated[int, typer.Option(help="Number of training sentences.")] = 960,
     test: Annotated[int, typer.Option(help="Number of test sentences.")] = 300,
     points: Annotated[int, typer.Option(help="Number of snapshots of the run to attack.")] = 2,
-    attacked: Annotated[int, typer.Option(help="Number of training sentences to attack, chosen at random.")] = 300,
+    attacked: Annotated[int, typer.Option(help="Number of training sentences to attack, chosen at random.")] = 250,
     model: Annotated[str, typer.Option(help="Model that the operators host.")] = "minilm",
     decoder: Annotated[
         str, typer.Option(help="Decoder for the part on private texts; an empty name skips that part.")
@@ -67,10 +67,9 @@ def demo(
         train_set = everything.take(range(test, min(len(everything), test + train)))
         plan = DemoPlan(model, seed, steps, points, attacked, output)
         try:
-            runs = train_both(plan, train_set, test_set)
             sentences = [str(text) for text in test_set.texts]
             with texts_in_background(decoder, sentences, output) if decoder else nullcontext() as wait_for_texts:
-                labels = attack_both(plan, train_set, runs)
+                labels = attack_both(plan, train_set, train_both(plan, train_set, test_set))
                 example = wait_for_texts() if wait_for_texts else None
             if example is not None:
                 print_texts(decoder, example)

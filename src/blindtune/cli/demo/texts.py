@@ -3,8 +3,9 @@ nothing."""
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Generator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -52,27 +53,23 @@ class TextsPart:
 
 @contextmanager
 def texts_in_background(decoder: str, sentences: list[str], folder: Path) -> Generator[Callable[[], TextsPart]]:
-    """Runs `texts_part` in a child process within this context, and leaves one core to it.
+    """Runs `texts_part` in a child process within this context. The child gets the time that nothing else needs.
 
     Yields:
         A function that waits for the result.
     """
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads - 1))
-    try:
-        with ProcessPoolExecutor(1, get_context("spawn"), _use_one_core) as pool:
-            yield pool.submit(texts_part, decoder, sentences, folder).result
-    finally:
-        torch.set_num_threads(threads)
+    with get_context("spawn").Pool(1, _use_idle_time) as pool:  # its exit ends the child
+        yield pool.apply_async(texts_part, (decoder, sentences, folder)).get
 
 
-def _use_one_core() -> None:
+def _use_idle_time() -> None:
     import torch
 
     from blindtune.cli.console import quiet_libraries
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, and the parent ends its child
+    if hasattr(os, "nice"):
+        os.nice(10)
     quiet_libraries()
     torch.set_num_threads(1)
 
