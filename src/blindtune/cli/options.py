@@ -77,6 +77,12 @@ Validation = Annotated[
         rich_help_panel=DATA,
     ),
 ]
+CheckpointFolder = Annotated[Path, typer.Option(help="Folder for the checkpoint.")]
+Steps = Annotated[
+    int | None, typer.Option(help="Number of training steps. Default: three epochs.", rich_help_panel=TRAINING)
+]
+BatchSize = Annotated[int, typer.Option(help="Number of examples in a step.", rich_help_panel=TRAINING)]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint in --output.")]
 Question = Annotated[
     list[str] | None,
     typer.Option(

@@ -27,7 +27,7 @@ def train(
             rich_help_panel=options.DATA,
         ),
     ],
-    output: Annotated[Path, typer.Option(help="Folder for the checkpoint.")],
+    output: options.CheckpointFolder,
     text: options.TextColumns = ["text"],  # noqa: B006 - Typer copies it
     label: Annotated[str, typer.Option(help=LABELS_HELP, rich_help_panel=options.DATA)] = "label",
     classes: Annotated[
@@ -84,13 +84,8 @@ def train(
             rich_help_panel=options.ADAPTERS,
         ),
     ] = "upper",
-    steps: Annotated[
-        int | None,
-        typer.Option(help="Number of training steps. Default: three epochs.", rich_help_panel=options.TRAINING),
-    ] = None,
-    batch_size: Annotated[
-        int, typer.Option(help="Number of examples in a step.", rich_help_panel=options.TRAINING)
-    ] = 32,
+    steps: options.Steps = None,
+    batch_size: options.BatchSize = 32,
     lr: Annotated[
         float | None,
         typer.Option(
@@ -98,7 +93,7 @@ def train(
         ),
     ] = None,
     training: options.More = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint in --output.")] = False,
+    resume: options.Resume = False,
     model: options.Model = None,
     token: options.Token = None,
     tls_ca: options.TlsCa = None,

@@ -32,7 +32,7 @@ def train(
             rich_help_panel=options.DATA,
         ),
     ],
-    output: Annotated[Path, typer.Option(help="Folder for the checkpoint.")],
+    output: options.CheckpointFolder,
     task: Annotated[
         str,
         typer.Option(help="Task: choice, classification, instruction or text.", rich_help_panel=options.DATA),
@@ -72,16 +72,11 @@ def train(
         str,
         typer.Option(help="Torch device of the ends and of an emulator, such as cpu, cuda or cuda:1."),
     ] = "cpu",
-    steps: Annotated[
-        int | None,
-        typer.Option(help="Number of training steps. Default: three epochs.", rich_help_panel=options.TRAINING),
-    ] = None,
-    batch_size: Annotated[
-        int, typer.Option(help="Number of examples in a step.", rich_help_panel=options.TRAINING)
-    ] = 32,
+    steps: options.Steps = None,
+    batch_size: options.BatchSize = 32,
     lr: Annotated[float, typer.Option(help="Learning rate.", rich_help_panel=options.TRAINING)] = 1e-3,
     training: options.More = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint in --output.")] = False,
+    resume: options.Resume = False,
     ground_truth: Annotated[
         Path | None,
         typer.Option(help="File for the tokens of each message, with which an audit is scored. It stays here."),
