@@ -144,7 +144,7 @@ def _train(
 
 
 def _frozen_accuracy(private: Any, test_set: "Examples") -> float:
-    """Accuracy of the head on frozen features, before any adapter is trained."""
+    """Returns the test accuracy of the head on frozen features, before any adapter is trained."""
     import torch
 
     from blindtune.labels.metrics import scores

@@ -6,9 +6,10 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Generator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,11 +59,17 @@ def texts_in_background(decoder: str, sentences: list[str], folder: Path) -> Gen
     Yields:
         A function that waits for the result.
     """
-    with get_context("spawn").Pool(1, _use_idle_time) as pool:  # its exit ends the child
-        yield pool.apply_async(texts_part, (decoder, sentences, folder)).get
+    with ProcessPoolExecutor(1, get_context("spawn"), _use_idle_time) as pool:
+        try:
+            yield pool.submit(texts_part, decoder, sentences, folder).result
+        except BaseException:
+            for child in active_children():  # otherwise the pool would wait until the child is done
+                child.terminate()
+            raise
 
 
 def _use_idle_time() -> None:
+    """Prepares the child process: a low priority, one thread, and no output of libraries."""
     import torch
 
     from blindtune.cli.console import quiet_libraries
