@@ -104,7 +104,15 @@ def split_examples(examples: Examples, fraction: float, seed: int) -> tuple[Exam
 
 
 def split_indices(examples: int, held_out: int, seed: int) -> tuple[list[int], list[int]]:
-    """Returns the sorted indices of the examples to keep, and of `held_out` random examples to hold out."""
+    """Returns the sorted indices of the examples to keep, and of `held_out` random examples to hold out.
+
+    Raises:
+        ConfigError: no example would be kept.
+    """
+    if held_out >= examples:
+        raise ConfigError(
+            f"All {examples} examples would be held out for validation.", remedy="Choose a smaller fraction."
+        )
     order = np.random.default_rng(seed).permutation(examples).tolist()
     return sorted(order[held_out:]), sorted(order[:held_out])
 

@@ -98,6 +98,7 @@ def test_other_files_get_the_classes_of_the_training_data(cut_server, film_examp
     [
         (["--validation", "1.5"], "fraction of 1.5 can't work"),
         (["--validation", "-0.1"], "fraction of -0.1 can't work"),
+        (["--validation", "0.999"], "All 40 examples would be held out"),
         (["--training", "epochs=0"], "epochs = 0 can't work"),
         (["--question", "classes=a,b"], "classes=… has no effect with the task 'choice'"),
         (["--question", "label=x"], "label=… has no effect with the task 'choice'"),
