@@ -114,16 +114,16 @@ def retained_graph(urls: list[str], texts: list[str]) -> dict[str, float]:
     operator = backbone.pool.operators[0]
     tokens = backbone.tokenizer.pad(backbone.rows(texts))
     uploads = backbone.batch(backbone.rows(texts), (0,), None).uploads
-    hidden = operator.forward(tokens, uploads, backbone.pooling, None, retain=True)
+    hidden = operator.forward(tokens, uploads, backbone.readout, None, retain=True)
     assert hidden is not None
     cotangent = torch.randn_like(hidden).unsqueeze(0)
     seconds: dict[str, list[float]] = {"retained": [], "recomputed": []}
 
     def backward() -> None:
-        operator.backward(tokens, uploads, backbone.pooling, None, cotangent)
+        operator.backward(tokens, uploads, backbone.readout, None, cotangent)
 
     for _ in range(REPEATS):
-        operator.forward(tokens, uploads, backbone.pooling, None, retain=True)
+        operator.forward(tokens, uploads, backbone.readout, None, retain=True)
         for name in ("retained", "recomputed"):  # the first call takes the graph out of the cache
             start = time.perf_counter()
             backward()

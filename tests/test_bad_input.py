@@ -33,12 +33,12 @@ from blindtune.errors import (
     Unauthenticated,
     UnknownAdapter,
     UnknownModel,
-    UnknownPooling,
+    UnknownReadout,
     UnknownTargetModule,
     UnsupportedVersion,
 )
 from blindtune.models import FrozenBackbone, LoraAdapter
-from blindtune.wire import AdapterUpload, BackwardRequest, ForwardRequest, LoraSpec, NoiseShare, encode
+from blindtune.wire import AdapterUpload, BackwardRequest, ForwardRequest, LoraSpec, NoiseShare, Readout, encode
 from tests.conftest import StrictServer
 from tests.models.test_lora import batch, random_adapters
 from tests.tiny import HIDDEN, VOCABULARY
@@ -171,9 +171,11 @@ class TestNames:
 
     def test_an_unknown_pooling(self, strict_server: StrictServer, transport: Transport, connect: Any):
         call = lambda: connect(strict_server, model="bert", pooling="last")  # noqa: E731
-        refused(UnknownPooling, "'last'", remedy="cls, mean, none", call=call)
-        refused(UnknownPooling, "'last'", remedy="cls, mean, none", call=forward(transport, pooling="last"))
-        refused(UnknownPooling, "'cls'", remedy="last, mean, none", call=forward(transport, "llama", pooling="cls"))
+        refused(UnknownReadout, "'last'", remedy="cls, mean, max, none", call=call)
+        refused(UnknownReadout, "'last'", remedy="cls, mean, max, none", call=forward(transport, pooling="last"))
+        refused(
+            UnknownReadout, "'cls'", remedy="last, mean, max, none", call=forward(transport, "llama", pooling="cls")
+        )
 
     def test_a_direction_that_a_trunk_does_not_have(self, transport: Transport):
         """The answer names the part of the path, and no file of the server."""
@@ -476,14 +478,14 @@ class TestNothingIsLost:
         operator = Operator(transport, "bert")
         _, (adapter,) = random_adapters(tiny_backbone("bert"), LoraConfig(r=4), 1)
         sent = [Upload.of("bert", adapter.layout.spec, adapter.vector().detach())]
-        hidden = operator.forward(batch(3, 5), sent, "mean", None)
+        hidden = operator.forward(batch(3, 5), sent, Readout(pooling="mean"), None)
         assert hidden is not None
         good = torch.randn(1, *hidden.shape)
-        expected = operator.backward(batch(3, 5), sent, "mean", None, good)
-        operator.forward(batch(3, 5), sent, "mean", None)
+        expected = operator.backward(batch(3, 5), sent, Readout(pooling="mean"), None, good)
+        operator.forward(batch(3, 5), sent, Readout(pooling="mean"), None)
         with pytest.raises(NonFiniteTensor):
-            operator.backward(batch(3, 5), sent, "mean", None, good / 0)
-        assert torch.equal(operator.backward(batch(3, 5), sent, "mean", None, good), expected)
+            operator.backward(batch(3, 5), sent, Readout(pooling="mean"), None, good / 0)
+        assert torch.equal(operator.backward(batch(3, 5), sent, Readout(pooling="mean"), None, good), expected)
 
 
 def test_every_refusal_is_a_problem_document(strict_server: StrictServer):

@@ -29,10 +29,10 @@ from matplotlib.figure import Figure  # noqa: E402
 PAGE = ROOT / "docs" / "labels" / "results.md"
 PICTURES = ROOT / "docs" / "images"
 PUBLISHED_ATTACKS = ("spectral", "norm", "k-means")
-ORDER = ("head-only", "lora", "distance-correlation", "pslf", "randomized-response", "p3eft", "padded-lora")
+ORDER = ("features", "lora", "distance-correlation", "pslf", "randomized-response", "p3eft", "padded-lora")
 NAMES = {name: METHODS[name].title for name in (*ORDER, *(set(METHODS) - set(ORDER)))}
 COLOURS = dict.fromkeys(NAMES, "#1a202c") | {
-    "head-only": "#718096",
+    "features": "#718096",
     "lora": "#c53030",
     "distance-correlation": "#2b6cb0",
     "pslf": "#2f855a",
@@ -170,7 +170,7 @@ def table(arms: dict[str, Arm], order: Sequence[Arm]) -> str:
             f"| padded adapters in random order | {len(controls)} | – | – | {span(controls, 2)} | – | – | – | – |"
         )
     for arm in order:
-        if arm.method == "head-only":  # frozen features again
+        if arm.method == "features":  # frozen features again
             continue
         lines.append(
             f"| {arm.label} | {len(arm.runs)} | {span(arm.values(accuracy))} | {span(arm.values(published_leak), 2)} "
@@ -209,7 +209,7 @@ def bars(tasks: dict[str, dict[str, Arm]]) -> Figure:
             if read is any_leak:
                 floor = [value for arm in order if arm.method == "padded-lora" for value in arm.values(chance)]
             if floor:
-                axis.axhline(float(np.mean(floor)), color=COLOURS["head-only"], linestyle=":")
+                axis.axhline(float(np.mean(floor)), color=COLOURS["features"], linestyle=":")
             axis.spines[["top", "right"]].set_visible(False)
             axis.set_title(f"{TASKS[task]}\n{title}" if row == 0 else title, fontsize=9)
     figure.tight_layout()
@@ -273,7 +273,7 @@ def tradeoff(arms: dict[str, Arm]) -> Figure:
                 axis.plot(x, y, style, color=COLOURS[method], label=NAMES[method], markersize=11 if style == "*" else 5)
         frozen = frozen_accuracy(arms)
         if frozen:
-            axis.axhline(frozen[0], color=COLOURS["head-only"], linestyle=":", label="frozen")
+            axis.axhline(frozen[0], color=COLOURS["features"], linestyle=":", label="frozen")
         axis.set(xlabel="AUC" + (", difference" if read is few_gain else ""), title=title)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("test accuracy")

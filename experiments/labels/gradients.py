@@ -89,7 +89,7 @@ def true_gradients(run: Run, moment: Moment, rows: Sequence[TokenRow], labels: T
     with torch.no_grad():
         for start in range(0, len(rows), 32):
             tokens = run.model.backbone.tokenizer.pad(rows[start : start + 32])
-            parts.append(stage.backbone.forward(tokens, run.model.backbone.pooling, layout, moment.weights)[0])
+            parts.append(stage.backbone.forward(tokens, run.model.backbone.readout, layout, moment.weights)[0])
     hidden = torch.cat(parts).requires_grad_()
     (gradient,) = torch.autograd.grad(F.cross_entropy(moment.head(hidden), labels, reduction="sum"), hidden)
     clipped = clip_per_example(gradient[None], CLIP)
@@ -107,7 +107,7 @@ def parameter_gradients(
     for row, cotangent in zip(rows, cotangents, strict=True):
         weights = moment.weights.clone().requires_grad_()
         tokens = run.model.backbone.tokenizer.pad([row])
-        hidden = stage.backbone.forward(tokens, run.model.backbone.pooling, layout, weights)
+        hidden = stage.backbone.forward(tokens, run.model.backbone.readout, layout, weights)
         (gradient,) = torch.autograd.grad(hidden, weights, torch.tensor(cotangent)[None, None])
         a, b = layout.split(gradient[0])[module]
         found.append(torch.cat([a.flatten(), b.flatten()]).numpy())

@@ -50,7 +50,7 @@ from experiments.lower_layers import LowerLayers
 RESULTS = Path(__file__).parents[1] / "results" / "labels"
 LOOKS = 4
 COMPUTED = (ChannelKind.ACTIVATION, ChannelKind.SHIFT, ChannelKind.SENT_ACTIVATION)
-MAIN = "lora,padded-lora,p3eft,distance-correlation,pslf,head-only"
+MAIN = "lora,padded-lora,p3eft,distance-correlation,pslf,features"
 
 
 @dataclass(frozen=True)

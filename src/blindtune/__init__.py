@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from blindtune.errors import BlindtuneError
     from blindtune.labels import (
         P3EFT,
-        HeadOnly,
+        Features,
         LinearHead,
         LoRA,
         PaddedLoRA,
@@ -43,7 +43,7 @@ _HOMES = {
     "data": ("Examples", "load_examples"),
     "errors": ("BlindtuneError",),
     "labels": (
-        "HeadOnly",
+        "Features",
         "LinearHead",
         "LoRA",
         "P3EFT",
@@ -68,7 +68,7 @@ __all__ = [
     "Backbone",
     "BlindtuneError",
     "Examples",
-    "HeadOnly",
+    "Features",
     "LinearHead",
     "LoRA",
     "PaddedLoRA",

@@ -9,7 +9,7 @@ BlindtuneError
 │   ├── UnsupportedVersion      400  the message has another API version
 │   ├── BodyTooLarge            413  more bytes than the server accepts
 │   ├── UnknownTargetModule     422  an adapter names a layer that the model doesn't have
-│   ├── UnknownPooling          422  the model doesn't offer the requested pooling
+│   ├── UnknownReadout          422  the model doesn't offer the requested pooling, layers or projection
 │   ├── AdapterMismatch         422  adapter weights don't fit the model or each other
 │   ├── InvalidTensor           422  a tensor has the wrong name, shape or dtype
 │   ├── NonFiniteTensor         422  a tensor holds NaN or infinity
@@ -118,8 +118,8 @@ class UnknownTargetModule(RequestError):
     slug, status, title = "unknown-target-module", 422, "Unknown target module"
 
 
-class UnknownPooling(RequestError):
-    slug, status, title = "unknown-pooling", 422, "Unknown pooling"
+class UnknownReadout(RequestError):
+    slug, status, title = "unknown-readout", 422, "Unknown readout"
 
 
 class AdapterMismatch(RequestError):

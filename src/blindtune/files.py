@@ -12,10 +12,17 @@ from torch import Tensor
 
 from blindtune.errors import CheckpointError
 
+HOME_VARIABLE = "BLINDTUNE_HOME"
 PRIVATE, PUBLIC = 0o600, 0o644
 """File modes: readable by the owner alone, or by everyone."""
 SUMMARY = "blindtune.json"
 """Name of the file in a checkpoint that describes the run. It holds no tensors and no secrets."""
+
+
+def home() -> Path:
+    """Returns the folder of this user's files: `$BLINDTUNE_HOME`, or `~/.local/share/blindtune`. It is absolute."""
+    chosen = Path(os.environ.get(HOME_VARIABLE) or Path.home() / ".local" / "share" / "blindtune")
+    return chosen.expanduser().absolute()  # the process may change its working directory
 
 
 def replace_file(path: Path, content: bytes, mode: int = PUBLIC) -> None:

@@ -88,7 +88,7 @@ def travelled(task: Task, view: View) -> dict[str, float]:
 def timed(view: View, seconds: float) -> View:
     """With three calls in every ten seconds, on a clock that is ahead by so many."""
     calls = [replace(c, time=10.0 * (i // 3) + i % 3 + seconds) for i, c in enumerate(view.calls)]
-    return View(view.operator, view.transcript, view.model, view.pooling, view.spec, calls, view.weights)
+    return View(view.operator, view.transcript, view.model, view.readout, view.spec, calls, view.weights)
 
 
 def test_without_pads_a_shift_tells_the_labels(task, views, recompute):

@@ -279,7 +279,7 @@ def test_products_with_the_jacobian(sgd, minilm):
     weights = adapter_weights(view, layout, update.at)
     step = torch.randn(weights.shape, generator=random)
     with torch.no_grad():
-        ahead, behind = (minilm.forward(tokens, view.pooling, layout, weights + e * step) for e in (1e-3, -1e-3))
+        ahead, behind = (minilm.forward(tokens, view.readout, layout, weights + e * step) for e in (1e-3, -1e-3))
     pushed = jacobian.push(step)
     assert (pushed - (ahead - behind) / 2e-3).norm() < 0.01 * pushed.norm()
     r, u = torch.randn(BATCH, generator=random), torch.randn(1, 384, generator=random)

@@ -179,7 +179,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_resume_ends_with_the_same_weights(two_se
         (["--training", "epochs"], "'epochs' is no setting. Remedy: Write it as name=value"),
         (["--text", "diagnosis", "--text", "note"], "3 columns of texts. Remedy: Give one --text, or two"),
         (["--layers", "7-9"], "No layer is left with --layers 7-9"),
-        (["--pooling", "last"], "offers no pooling 'last'"),
+        (["--readout", "last:last"], "offers no pooling 'last'"),
         (["--max-length", "100000"], "max_length is 100000"),
     ],
 )

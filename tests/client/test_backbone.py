@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import AutoModel
 
 from blindtune.client import Backbone, OperatorPool, PlainChannel, RemoteBatch
-from blindtune.errors import ConfigError, EmptyBatch, InvalidTensor, SequenceTooLong, UnknownPooling
+from blindtune.errors import ConfigError, EmptyBatch, InvalidTensor, SequenceTooLong, UnknownReadout
 from blindtune.models import find_source
 from tests.client.faults import faulty_proxy
 from tests.conftest import Server
@@ -543,9 +543,9 @@ class TestOptions:
             assert [o.transport._http.headers["authorization"] for o in operators] == expected
 
     def test_a_pooling_that_is_not_offered_is_refused_by_name(self, tiny_server: Server, connect: Connect):
-        with pytest.raises(UnknownPooling, match="'last'") as caught:
+        with pytest.raises(UnknownReadout, match="'last'") as caught:
             connect(tiny_server, model="bert", pooling="last")
-        assert "cls, mean, none" in caught.value.remedy
+        assert "cls, mean, max, none" in caught.value.remedy
 
     @pytest.mark.parametrize("max_length", [0, -1, 65])
     def test_a_length_that_the_model_does_not_take_is_refused(

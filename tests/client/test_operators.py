@@ -12,12 +12,14 @@ from peft import LoraConfig
 from blindtune.client import Backbone, Operator, OperatorPool, Timeout, Transport, Upload
 from blindtune.errors import ConfigError, DuplicateOperator, OperatorsDiffer, OperatorUnreachable, UnknownModel
 from blindtune.models import FrozenBackbone
+from blindtune.wire import Readout
 from tests.conftest import Server, StartServer, StrictServer
 from tests.models.test_lora import batch, random_adapters
 from tests.tiny import save_tiny_model
 
 LoadTiny = Callable[..., FrozenBackbone]
 Connect = Callable[..., Backbone]
+MEAN = Readout(pooling="mean")
 
 
 def pool(*urls: str, model: str | None = None) -> OperatorPool:
@@ -129,9 +131,9 @@ class TestAdapters:
         operator = Operator(Transport(tiny_server.url), "bert")
         before = tiny_server.answered()
         for _ in range(3):
-            hidden = operator.forward(batch(2, 4), uploads[:2], "mean", None)
+            hidden = operator.forward(batch(2, 4), uploads[:2], MEAN, None)
             assert hidden is not None
-            operator.backward(batch(2, 4), uploads[:2], "mean", None, torch.ones(1, *hidden.shape))
+            operator.backward(batch(2, 4), uploads[:2], MEAN, None, torch.ones(1, *hidden.shape))
         grown = tiny_server.answered() - before
         assert grown["{sha256}"] == 2
         assert grown["forward"] == grown["backward"] == 3
@@ -142,23 +144,23 @@ class TestAdapters:
         ann = Operator(strict_server.transport("ann"), "bert")
         bob = Operator(strict_server.transport("bob"), "bert")
         tokens = batch(3, 5)
-        hidden = ann.forward(tokens, uploads[:2], "mean", None)
+        hidden = ann.forward(tokens, uploads[:2], MEAN, None)
         assert hidden is not None
         cotangents = torch.randn(1, *hidden.shape)
-        gradients = ann.backward(tokens, uploads[:2], "mean", None, cotangents)
+        gradients = ann.backward(tokens, uploads[:2], MEAN, None, cotangents)
 
         def crowd_out() -> None:
             """Another tenant fills both caches."""
             bob._uploaded.clear()
             for upload in uploads:
-                bob.forward(batch(4, 10), [upload], "mean", None)
+                bob.forward(batch(4, 10), [upload], MEAN, None)
 
-        ann.forward(tokens, uploads[:2], "mean", None)
+        ann.forward(tokens, uploads[:2], MEAN, None)
         crowd_out()
         before = strict_server.server.answered(strict_server.trust)
-        assert torch.equal(ann.backward(tokens, uploads[:2], "mean", None, cotangents), gradients)
+        assert torch.equal(ann.backward(tokens, uploads[:2], MEAN, None, cotangents), gradients)
         crowd_out()
-        again = ann.forward(tokens, uploads[:2], "mean", None)
+        again = ann.forward(tokens, uploads[:2], MEAN, None)
         assert again is not None
         assert torch.equal(again, hidden)
         grown = strict_server.server.answered(strict_server.trust) - before

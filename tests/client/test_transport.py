@@ -24,7 +24,7 @@ from blindtune.errors import (
     RequestError,
     Unauthenticated,
     UnknownModel,
-    UnknownPooling,
+    UnknownReadout,
 )
 from tests.client.faults import BUSY, CUT_ANSWER, DROP, LOSE_ANSWER, PASS, faulty_proxy
 from tests.conftest import Server, StrictServer
@@ -251,7 +251,7 @@ class TestClosing:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             Transport(tiny_server.url).get("/healthz")
-            with pytest.raises(UnknownPooling):
+            with pytest.raises(UnknownReadout):
                 Backbone([tiny_server.url], model="bert", pooling="last")
             gc.collect()
         assert [str(w.message) for w in caught if issubclass(w.category, ResourceWarning)] == []

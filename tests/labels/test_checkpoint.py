@@ -14,7 +14,7 @@ from blindtune.client import Backbone
 from blindtune.errors import CheckpointError, SingleOperator
 from blindtune.labels import (
     P3EFT,
-    HeadOnly,
+    Features,
     LinearHead,
     LoRA,
     PaddedLoRA,
@@ -42,7 +42,7 @@ def save_to_go_on(model, film_examples, folder):
     Trainer(model, film_examples.take(range(16)), TrainConfig(), checkpoint=folder).save()
 
 
-@pytest.mark.parametrize("method", [LoRA, HeadOnly, PaddedLoRA, P3EFT])
+@pytest.mark.parametrize("method", [LoRA, Features, PaddedLoRA, P3EFT])
 def test_a_loaded_model_predicts_the_same(connect, film_examples, tmp_path, method):
     model = trained(connect(), film_examples, method())
     model.save_pretrained(tmp_path, classes=["bad", "good"])

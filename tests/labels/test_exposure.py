@@ -8,6 +8,7 @@ from blindtune.client import PlainChannel
 from blindtune.labels import METHODS, PrivateBackprop, PrivateBackpropOptions, exposure, make_method
 from blindtune.labels.placement import placement
 from blindtune.privacy.randomness import SecureGenerator
+from blindtune.wire import Readout
 
 
 def shares(m, adapters=1):
@@ -73,7 +74,10 @@ def told(
     pool = SimpleNamespace(
         operators=[SimpleNamespace(transport=SimpleNamespace(url=f"https://{o}.example")) for o in range(operators)]
     )
-    backbone = SimpleNamespace(hidden_size=8, pool=pool, channel=PlainChannel())
+    readout, info = Readout(pooling="mean"), SimpleNamespace(states=4)
+    backbone = SimpleNamespace(
+        hidden_size=8, pool=pool, channel=PlainChannel(), readout=readout, info=info, pairs="joint"
+    )
     method.attach(backbone, 2, SecureGenerator(bytes(32)))
     lines = exposure(SimpleNamespace(method=method, backbone=backbone), steps, random_adam_moments=random_adam_moments)
     for index, line in enumerate(lines):
@@ -90,7 +94,7 @@ class TestExposure:
         for said in told(name, 2):
             sees, _, learns = said.partition(": ")
             assert learns
-            assert ("consecutive" in sees) == (name != "head-only")
+            assert ("consecutive" in sees) == (name != "features")
 
     def test_gradients_in_the_clear_tell_what_the_adapter_learns_from(self):
         for name in ("lora", "distance-correlation"):
@@ -174,4 +178,4 @@ class TestExposure:
         assert told("padded-lora", 3, steps=1)[2] == "sees texts, in no training step: nothing about labels"
 
     def test_without_adapters_nothing_depends_on_labels(self):
-        assert told("head-only", 1) == ["sees texts, each once: nothing about labels"]
+        assert told("features", 1) == ["sees texts, each once: nothing about labels"]

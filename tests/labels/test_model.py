@@ -10,7 +10,7 @@ from blindtune.labels import (
     P3EFT,
     PSLF,
     DistanceCorrelation,
-    HeadOnly,
+    Features,
     LinearHead,
     LoRA,
     PaddedLoRA,
@@ -24,7 +24,7 @@ from tests.tiny import HIDDEN
 
 METHODS = {
     "lora": LoRA,
-    "head-only": HeadOnly,
+    "features": Features,
     "padded-lora": PaddedLoRA,
     "p3eft": P3EFT,
     "distance-correlation": lambda: DistanceCorrelation(activation_weight=0.01),
@@ -81,7 +81,7 @@ def test_labels_that_do_not_fit_the_head_are_refused_before_anything_is_sent(con
 
 def test_unknown_methods_and_options_are_named():
     with pytest.raises(
-        ConfigError, match=r"no method 'p4eft'.*distance-correlation, head-only, lora, p3eft, padded-lora, "
+        ConfigError, match=r"no method 'p4eft'.*distance-correlation, features, lora, p3eft, padded-lora, "
     ):
         make_method("p4eft")
     with pytest.raises(ConfigError, match=r"no option \['adapters'\]"):

@@ -283,7 +283,7 @@ class TestHiddenStates:
         tokens = tokens_of(backbone, texts)
 
         def hidden(weights: Tensor) -> Tensor:
-            return loaded.forward(tokens, backbone.pooling, layout, weights.unsqueeze(0))[0]
+            return loaded.forward(tokens, backbone.readout, layout, weights.unsqueeze(0))[0]
 
         return hidden
 
@@ -396,7 +396,7 @@ class TestGradients:
         loaded = tiny_backbone("bert", "float64")
         leaf = torch.zeros(1, len(secret), dtype=torch.float64, requires_grad=True)
         layout = LoraLayout(adapter.layout.spec, loaded.lora.shapes)
-        in_process = loaded.forward(tokens_of(backbone, texts), backbone.pooling, layout, leaf)
+        in_process = loaded.forward(tokens_of(backbone, texts), backbone.readout, layout, leaf)
         (expected,) = torch.autograd.grad(in_process, leaf, cotangent.double().unsqueeze(0))
         factor = min(1.0, max_norm / SCALING / float(secret.norm()))
         assert factor == pytest.approx(1.0 if max_norm == 16.0 else 0.25, rel=1e-5)

@@ -47,22 +47,22 @@ class Malicious(Operator):
         self.lie: Answer | None = None
         self.fail_backward = False
 
-    def forward(self, tokens, uploads, pooling, seed, *, retain=False):
+    def forward(self, tokens, uploads, readout, seed, *, retain=False, codec="fp32"):
         if not retain:
             self.seen.append(("adapter", "".join(upload.sha256 for upload in uploads)))
             self.adapters |= {upload.sha256: decode(upload.body, AdapterUpload)[1]["weights"] for upload in uploads}
-        hidden = super().forward(tokens, uploads, pooling, seed, retain=retain)
+        hidden = super().forward(tokens, uploads, readout, seed, retain=retain, codec=codec)
         if retain and self.lie is not None and hidden is not None:
             return self.lie(tokens, hidden)
         return hidden
 
-    def backward(self, tokens, uploads, pooling, seed, cotangents):
+    def backward(self, tokens, uploads, readout, seed, cotangents):
         share = cotangents.numpy().tobytes() if isinstance(cotangents, Tensor) else cotangents.seed.encode()
         self.seen.append(("share", str(hash(share))))
         if self.fail_backward:
             self.fail_backward = False
             raise ConnectionError("500")
-        return super().backward(tokens, uploads, pooling, seed, cotangents)
+        return super().backward(tokens, uploads, readout, seed, cotangents)
 
     def pattern(self, since: int) -> list[tuple[str, int]]:
         """What it was sent, with equal messages under equal numbers: all that equality can tell."""

@@ -184,7 +184,7 @@ def test_noise_on_adapters_needs_gradients_in_shares():
         LoRA(PrivateBackpropOptions(m=2, adapter_noise=-1))
 
 
-@pytest.mark.parametrize("name", ["padded-lora", "head-only"])
+@pytest.mark.parametrize("name", ["padded-lora", "features"])
 def test_methods_that_send_no_adapter_in_the_clear_offer_no_noise_on_it(name):
     """Pads hide all of an adapter by a known amount, at no cost to the model; noise would add nothing to that."""
     with pytest.raises(ConfigError, match="has no option"):

@@ -10,9 +10,9 @@ from typing import Any, cast
 import pytest
 import torch
 
-from blindtune.errors import UnknownPooling
+from blindtune.errors import UnknownReadout
 from blindtune.models import FrozenBackbone, Tokens
-from blindtune.models.pooling import POOLINGS, default_pooling, pool
+from blindtune.models.readout import POOLINGS, default_pooling, pool
 from blindtune.wire import Pooling
 from tests.models.test_lora import batch, error
 from tests.tiny import NAMES
@@ -40,7 +40,7 @@ def test_none_keeps_every_position():
 
 
 def test_an_unknown_pooling_is_refused_by_name():
-    with pytest.raises(UnknownPooling, match="'median'"):
+    with pytest.raises(UnknownReadout, match="'median'"):
         pool(HIDDEN, MASK, cast(Any, "median"))
 
 
@@ -75,7 +75,7 @@ def test_a_pooling_of_another_architecture_is_refused_with_what_there_is(name: s
     backbone = tiny_backbone(name)
     offered = POOLINGS[backbone.architecture]
     for pooling in {"cls", "mean", "last", "first", "none"} - set(offered):
-        with pytest.raises(UnknownPooling, match=repr(pooling)) as caught:
+        with pytest.raises(UnknownReadout, match=repr(pooling)) as caught:
             backbone.forward(batch(2, 3), pooling)
         assert ", ".join(offered) in caught.value.remedy
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from blindtune.client import Operator, Transport, Upload
 from blindtune.models import FrozenBackbone, LoraAdapter, Tokens
-from blindtune.wire import ForwardRequest, ModelInfo, Transcript, encode
+from blindtune.wire import ForwardRequest, ModelInfo, Readout, Transcript, encode
 from tests.conftest import Server, StartServer
 from tests.models.test_lora import batch
 
@@ -69,11 +69,11 @@ def ended(
         adapters = [LoraAdapter(config, operator.info, generator=generator) for _ in range(2)]
         uploads = [Upload.of("minilm", a.layout.spec, a.vector().detach()) for a in adapters]
         tokens = Tokens(batch(3, 7).input_ids, batch(3, 7).lengths, torch.zeros(3, 7, dtype=torch.uint8))
-        hidden = operator.forward(tokens, uploads, "mean", 9)
-        frozen = operator.forward(tokens, [], "cls", None)
+        hidden = operator.forward(tokens, uploads, Readout(pooling="mean"), 9)
+        frozen = operator.forward(tokens, [], Readout(pooling="cls"), None)
         cotangents = torch.randn(2, *hidden.shape)
-        operator.backward(tokens, uploads, "mean", 9, cotangents)
-        operator.compute(tokens, uploads, "mean", 9)
+        operator.backward(tokens, uploads, Readout(pooling="mean"), 9, cotangents)
+        operator.compute(tokens, uploads, Readout(pooling="mean"), 9)
         last_tokens = batch(64, 128)  # seconds, and on a busy machine far from the half minute that a server waits
         body = encode(ForwardRequest(pooling="mean"), last_tokens.tensors())
         transport.close()

@@ -17,7 +17,7 @@ from blindtune.errors import AdapterMismatch, UnknownAdapter
 from blindtune.models import FrozenBackbone, LoraLayout, ModuleShapes, Tokenizer, Tokens
 from blindtune.server.cache import ByteLRU
 from blindtune.server.engine import Call, Engine, RetainedGraph, StoredAdapter
-from blindtune.wire import LoraSpec
+from blindtune.wire import LoraSpec, Readout
 from tests.models.test_lora import batch, random_adapters
 from tests.tiny import NAMES
 
@@ -52,7 +52,12 @@ class Bench:
 
 
 def call(adapters: list[str], tokens: Tokens | None = None, *, name: str = "bert", **options: Any) -> Call:
-    given: dict[str, Any] = {"tenant": "ann", "pooling": POOLING.get(name, "mean"), "seed": None, **options}
+    given: dict[str, Any] = {
+        "tenant": "ann",
+        "readout": Readout(pooling=POOLING.get(name, "mean")),
+        "seed": None,
+        **options,
+    }
     return Call(adapters=adapters, tokens=batch(4, 6) if tokens is None else tokens, **given)
 
 
@@ -299,7 +304,8 @@ class TestKey:
             replace(BASE, tenant="bob"),
             replace(BASE, adapters=["b" * 64, "a" * 64]),
             replace(BASE, adapters=["a" * 64]),
-            replace(BASE, pooling="cls"),
+            replace(BASE, readout=Readout(pooling="cls")),
+            replace(BASE, readout=Readout(pooling="mean", layers=(0, 1))),
             replace(BASE, seed=2),
             replace(BASE, seed=None),
             replace(BASE, tokens=batch(4, 6, seed=1)),

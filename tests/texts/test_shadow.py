@@ -17,6 +17,7 @@ from blindtune.texts import CutCausalLM, Ends, LocalTrunk, TrainConfig, Trainer,
 from blindtune.texts.shadow import ShadowClient
 from blindtune.training import LabelsSummary, TextsSummary
 from blindtune.training.summary import write_summary
+from blindtune.wire import Readout
 from tests.texts.client import SUMMARY
 from tests.tiny_causal import save_tiny_causal
 
@@ -123,7 +124,7 @@ def test_a_run_with_private_labels_is_no_shadow_clients(tmp_path):
         tmp_path,
         LabelsSummary(
             method="padded-lora", options={}, model="m", base_model_name="m", fingerprint="1" * 64, max_length=8,
-            run="", hidden_size=4, pooling="mean", adapters=1, seed=0, head="LinearHead", num_classes=2,
+            run="", hidden_size=4, readout=Readout(pooling="mean"), pairs="joint", adapters=1, seed=0, head="LinearHead", num_classes=2,
             classes=["a", "b"],
         ),
     )  # fmt: skip

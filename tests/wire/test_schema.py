@@ -52,7 +52,7 @@ def test_specs_that_differ_in_the_order_of_modules_differ():
 
 CUT_INFO = INFO.model_copy(update={"cut": CutInfo(bottom=2, top=1, parts=["bottom", "top"], weights_shared=0.5)})
 CUT_INFO_JSON = (
-    '{"name":"m","architecture":"encoder","model_type":"bert","hidden_size":4,"layers":1,"dtype":"float32",'
+    '{"name":"m","architecture":"encoder","model_type":"bert","hidden_size":4,"layers":1,"states":1,"dtype":"float32",'
     '"modules":{"layer.0.query":[4,4]},"peft_kinds":["lora"],"pooling":"mean","poolings":["cls","mean","none"],'
     f'"token_type_ids":true,"pad_token_id":0,"fingerprint":"{"f" * 64}","base_model_name":"m",'
     '"limits":{"max_body_bytes":268435456,"max_answer_bytes":1073741824,"max_header_bytes":1048576,"max_tensors":64,'

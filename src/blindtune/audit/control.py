@@ -37,7 +37,7 @@ def unprotected_control(
     with torch.no_grad():
         for start in range(0, len(rows), BATCH):
             tokens = token_batch(view, rows[start : start + BATCH], backbone)
-            parts.append(backbone.forward(tokens, view.pooling, layout, weights)[0].cpu())
+            parts.append(backbone.forward(tokens, view.readout, layout, weights)[0].cpu())
     hidden = torch.cat(parts).numpy()
     shift = hidden - recompute.hidden(view, (), rows)[0]
     labels = np.array([plan.labels[row] for row in rows], dtype=np.int64)
@@ -72,7 +72,7 @@ def _train(
     for step in range(STEPS):
         start = step * BATCH % len(rows)
         batch = rows[start : start + BATCH]
-        hidden = backbone.forward(token_batch(view, batch, backbone), view.pooling, layout, weights)[0]
+        hidden = backbone.forward(token_batch(view, batch, backbone), view.readout, layout, weights)[0]
         target = torch.tensor([classes.index(labels[row]) for row in batch])
         loss = F.cross_entropy(head(hidden.cpu() / float(scale)), target)
         optimizer.zero_grad()

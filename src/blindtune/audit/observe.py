@@ -40,7 +40,7 @@ from blindtune.audit.messages import (
     share_groups,
 )
 from blindtune.errors import TranscriptError
-from blindtune.wire import Event, LoraSpec, Pooling, Transcript
+from blindtune.wire import Event, LoraSpec, Readout, Transcript
 
 AT_THE_BASE = "at the base"
 """Modifier of the channels of activations under fixed adapters."""
@@ -114,7 +114,7 @@ class View:
     operator: str
     transcript: Transcript
     model: str
-    pooling: Pooling
+    readout: Readout
     spec: LoraSpec | None
     calls: list[Message]
     weights: dict[str, StoredWeights]
@@ -241,7 +241,8 @@ def read_view(transcript: Transcript, operator: str, tenant: str | None = None) 
     """Reads the calls of one tenant from a recording.
 
     Raises:
-        TranscriptError: the recording has no calls; calls without pooling; or several tenants, models or runs.
+        TranscriptError: the recording has no calls, calls for hidden states of tokens, or several tenants, models or
+            runs.
     """
     tenants = sorted({event.tenant for event in transcript.events})
     if tenant is None and len(tenants) > 1:
@@ -257,12 +258,7 @@ def read_view(transcript: Transcript, operator: str, tenant: str | None = None) 
             f"{transcript.folder} holds calls for {len(models)} models: {sorted(models)}.",
             remedy="Record one model with at least one client.",
         )
-    poolings = {event.pooling for event in calls}
-    if len(poolings) != 1 or "none" in poolings:
-        raise TranscriptError(
-            f"{transcript.folder} holds calls with the poolings {sorted(str(p) for p in poolings)}.",
-            remedy="The label audit needs one pooled vector for each text.",
-        )
+    readout = _common_readout(transcript, calls)
     weights = {event.adapters[0]: event for event in events if event.kind == "adapter"}
     specs = [event.spec for event in weights.values()]
     if any(spec != specs[0] for spec in specs) or len({len(event.adapters) for event in calls if event.adapters}) > 1:
@@ -274,7 +270,7 @@ def read_view(transcript: Transcript, operator: str, tenant: str | None = None) 
         operator,
         transcript,
         models.pop(),
-        _pooling(poolings.pop()),
+        readout,
         specs[0] if specs else None,
         [read_message(event, transcript.tensors(event), operator) for event in calls],
         {name: StoredWeights(transcript, event) for name, event in weights.items()},
@@ -293,22 +289,30 @@ def join_views(views: Sequence[View]) -> View:
     """
     first = views[0]
     names = " + ".join(view.operator for view in views)
-    if any((view.pooling, view.spec) != (first.pooling, first.spec) for view in views):
+    if any((view.readout, view.spec) != (first.readout, first.spec) for view in views):
         raise TranscriptError(
             f"{names} recorded adapters of different shapes, so they belong to several runs.",
             remedy="Name transcripts of one run with --collude.",
         )
     calls = sorted((call for view in views for call in view.calls), key=lambda call: call.time)
     weights = {name: stored for view in views for name, stored in view.weights.items()}
-    return View(names, first.transcript, first.model, first.pooling, first.spec, calls, weights)
+    return View(names, first.transcript, first.model, first.readout, first.spec, calls, weights)
 
 
-def _pooling(value: str | None) -> Pooling:
-    """Returns the pooling of a transcript. Raises `TranscriptError` if it is unknown."""
-    for pooling in ("cls", "mean", "last", "first"):
-        if value == pooling:
-            return pooling
-    raise TranscriptError(f"The transcript has the pooling {value!r}.", remedy="Record it again.")
+def _common_readout(transcript: Transcript, calls: Sequence[Event]) -> Readout:
+    """Returns the readout of all calls. Raises `TranscriptError` if they differ, or have a vector for each token."""
+    readout = calls[0].readout
+    if any(event.readout != readout for event in calls):
+        raise TranscriptError(
+            f"{transcript.folder} holds calls with different readouts, so it contains several runs.",
+            remedy="Record every run into a folder of its own (restart the server with another --record).",
+        )
+    if readout is None or readout.pooling == "none":
+        raise TranscriptError(
+            f"{transcript.folder} holds calls for hidden states of tokens.",
+            remedy="The label audit needs one pooled vector for each text.",
+        )
+    return readout
 
 
 def _gradient_channels(shares: Features) -> dict[ChannelId, Features]:

@@ -55,7 +55,7 @@ class Recomputation:
             for part in _portions(sorted(wanted, key=len), max(1, n * len(group))):
                 tokens = token_batch(view, part, self.backbone)
                 with torch.no_grad():
-                    hidden = self.backbone.forward(tokens, view.pooling, layout, weights)
+                    hidden = self.backbone.forward(tokens, view.readout, layout, weights)
                 split = hidden.cpu().numpy().reshape(len(group), max(1, n), len(part), -1)
                 for c, vectors in zip(group, split, strict=True):
                     self._known[c].update({row: vectors[:, index] for index, row in enumerate(part)})
@@ -139,7 +139,7 @@ class Jacobian:
         tokens = token_batch(view, rows, backbone)
 
         def hidden(weights_of_each: Tensor) -> Tensor:
-            return backbone.forward(tokens, view.pooling, layout, weights_of_each)
+            return backbone.forward(tokens, view.readout, layout, weights_of_each)
 
         own_weights = weights.unsqueeze(1).repeat(1, len(rows), 1)  # (n, B, P): a copy for each text
         self._products = JacobianProducts(hidden, own_weights)

@@ -15,7 +15,7 @@ from blindtune.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-    from blindtune.client import Backbone, Operator
+    from blindtune.client import Backbone, Layers, Operator
     from blindtune.data import Examples
     from blindtune.training import TrainConfig
     from blindtune.wire import ModelInfo
@@ -77,6 +77,23 @@ Validation = Annotated[
         rich_help_panel=DATA,
     ),
 ]
+ReadoutOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Layers whose hidden states the head reads: last, upper, all, or numbers such as 3-6; after a colon, the "
+        "pooling (cls, mean, max, last or first), as in all:mean. Default: all layers for features, the last for "
+        "other methods, and the model's own pooling.",
+        rich_help_panel=DATA,
+    ),
+]
+Store = Annotated[
+    str | None,
+    typer.Option(
+        help="Folder that keeps hidden states of the frozen model, so that no text is sent twice; none for no folder. "
+        "Default: $BLINDTUNE_HOME/features.",
+        rich_help_panel=DATA,
+    ),
+]
 CheckpointFolder = Annotated[Path, typer.Option(help="Folder for the checkpoint.")]
 Steps = Annotated[
     int | None, typer.Option(help="Number of training steps. Default: three epochs.", rich_help_panel=TRAINING)
@@ -109,6 +126,30 @@ Results = Annotated[Path | None, typer.Option("--json", help="Also write the res
 def parse_names(text: str | None) -> list[str] | None:
     """Returns the names in a list that is separated by commas."""
     return [name.strip() for name in text.split(",")] if text else None
+
+
+def read_readout(readout: str | None, default: "Layers") -> "dict[str, Any]":
+    """Returns the arguments `readout` and `pooling` of `Backbone` from `--readout`.
+
+    Args:
+        default: layers if the option doesn't name any.
+    Raises:
+        ConfigError: the option can't be read.
+    """
+    layers, _, pooling = (readout or "").partition(":")
+    chosen: Any = layers or default
+    if layers and layers not in ("last", "upper", "all"):
+        chosen = sorted(_numbers(f"--readout {readout}", layers, "last, upper, all"))
+    return {"readout": chosen, "pooling": pooling or None}
+
+
+def store_folder(store: str | None) -> Path | None:
+    """Returns the folder of `--store`; None for none."""
+    from blindtune.files import home
+
+    if store is None:
+        return home() / "features"
+    return None if store == "none" else Path(store)
 
 
 def connect(
@@ -285,11 +326,16 @@ def _layer_numbers(layers: str, count: int) -> set[int]:
         return set(range(count))
     if layers == "upper":
         return set(range(count // 2, count))
+    return _numbers(f"--layers {layers}", layers, "all, upper")
+
+
+def _numbers(option: str, text: str, names: str) -> set[int]:
+    """Returns the numbers in a text such as `3-5,8`. Raises `ConfigError` that names the option."""
     numbers: set[int] = set()
-    for part in layers.split(","):
+    for part in text.split(","):
         first, _, last = part.strip().partition("-")
         if not first.isdigit() or (last and not last.isdigit()):
-            raise ConfigError(f"--layers {layers} can't be read.", remedy="Write all, upper, or numbers such as 3-5,8.")
+            raise ConfigError(f"{option} can't be read.", remedy=f"Write {names}, or numbers such as 3-5,8.")
         numbers |= set(range(int(first), int(last or first) + 1))
     return numbers
 

@@ -41,7 +41,8 @@ class Bars(Progress):
             self._printed = time.monotonic()
             task = self.tasks[self.task_ids.index(task_id)]
             status = task.fields.get("status", "")
-            self.console.print(f"{task.description} {task.completed:.0f}/{task.total:.0f} {status}")
+            total = "" if task.total is None else f"/{task.total:.0f}"
+            self.console.print(f"{task.description} {task.completed:.0f}{total} {status}")
 
 
 STEP_COLUMNS = (
@@ -97,6 +98,19 @@ def inference_progress(backbone: Backbone, console: Console, title: str, total: 
             yield
         finally:
             backbone.on_infer = None
+
+
+@contextmanager
+def counting(console: Console, title: str) -> "Generator[Callable[[int, int], None]]":
+    """Shows a progress bar within this context, which yields a callback for the number done and the number of all."""
+    with Bars(*TASK_COLUMNS, console=console) as progress:
+        task = progress.add_task(title, total=None)
+
+        def count(done: int, total: int) -> None:
+            progress.update(task, total=total)
+            progress.advance(task)
+
+        yield count
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
 from weakref import WeakSet
 
 import torch
@@ -22,21 +23,27 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from blindtune.client.channel import Channel, PlainChannel, RemoteBatch
+from blindtune.client.feature_store import FeatureSource, FeatureStore
 from blindtune.client.operators import OperatorPool
 from blindtune.client.transport import Timeout, Traffic, Transport
-from blindtune.errors import ConfigError, SequenceTooLong, UnknownPooling
+from blindtune.errors import ConfigError, SequenceTooLong, UnknownReadout
 from blindtune.models import LoraAdapter, Tokenizer
+from blindtune.models.readout import check_readout
 from blindtune.models.tokenizer import Text, TokenRow
-from blindtune.wire import Pooling
+from blindtune.wire import CODECS, Codec, ModelInfo, Pooling, Projection, Readout
 
 DEFAULT_LENGTH = 128
 """Default number of tokens to which texts are truncated."""
-FROZEN_CACHE_ROWS = 200_000
-"""Number of texts whose hidden states under the frozen model are cached."""
+FROZEN_CACHE_BYTES = 2 * 2**30
+"""Size of the hidden states under the frozen model that are cached in memory, in bytes."""
 INFERENCE_TOKENS = 4096
 """Largest number of tokens in one request without gradient."""
 
 
+Layers = Literal["last", "upper", "all"] | Sequence[int]
+"""Names the layers of a readout: the last, the upper half, all, or indices of states."""
+Pairs = Literal["joint", "apart", "both"]
+"""How pairs of texts are read: as one sequence, each text alone, or both."""
 _backbones = WeakSet["Backbone"]()
 
 
@@ -65,7 +72,16 @@ class Backbone(nn.Module):
         adapter: PEFT's `LoraConfig`. Default: rank 8 on PEFT's default layers for this architecture.
         num_adapters: n, the number of adapters.
         token: bearer token for all servers, or one for each server.
-        pooling: `cls`, `mean`, `last`, `first` or `none`. Default: the model's own.
+        readout: the layers whose hidden states are returned for each text: `last` (the model's output), `upper` (the
+            upper half of the blocks), `all`, or indices of states from 0 (the input of the first block) to N (the
+            output of the last of N blocks). The hidden states of k layers are concatenated to k · d values.
+        pooling: `cls`, `mean`, `max`, `last`, `first` or `none`. Default: the model's own.
+        pairs: how pairs of texts are read: `joint` (as one sequence), `apart` (each text alone, u and v, combined to
+            |u − v| and u · v), or `both`. Adapters need `joint`. Single texts have no pairs, so this has no effect.
+        projection: public random projection of each layer's states on the server; None for none.
+        codec: codec in which hidden states of the frozen model are sent: fp32, fp16, int8 or int4.
+        store: folder in which hidden states of the frozen model are kept, or a `FeatureStore`, so that no text is sent
+            twice. Default: in memory only.
         max_length: number of tokens to which texts are truncated. Default: 128, or the model's limit if that is less.
         channel: decides what each operator is sent. Default: adapters and gradients in the clear.
         verify, insecure, timeout, on_wait: see `Transport`.
@@ -81,7 +97,12 @@ class Backbone(nn.Module):
         adapter: LoraConfig | None = None,
         num_adapters: int = 1,
         token: str | Sequence[str] | None = None,
+        readout: Layers = "last",
         pooling: Pooling | None = None,
+        pairs: Pairs = "joint",
+        projection: Projection | None = None,
+        codec: Codec = "fp32",
+        store: str | Path | FeatureStore | None = None,
         max_length: int | None = None,
         channel: Channel | None = None,
         verify: Any = True,
@@ -96,13 +117,21 @@ class Backbone(nn.Module):
             servers = [servers] if isinstance(servers, str) else servers
             self.pool = _connect(servers, model, token, verify, timeout, on_wait, insecure)
         self.info = self.pool.info
-        self.hidden_size = self.info.hidden_size
-        self.pooling: Pooling = pooling or self.info.pooling
-        if self.pooling not in self.info.poolings:
-            raise UnknownPooling(
-                f"{self.info.name!r} offers no pooling {self.pooling!r}.",
-                remedy=f"Choose among: {', '.join(self.info.poolings)}.",
+        layers = select_layers(self.info, readout)
+        self.readout = Readout(pooling=pooling or self.info.pooling, layers=layers, projection=projection)
+        check_readout(self.readout, self.info.poolings, self.info.states, self.info.hidden_size)
+        if pairs not in get_args(Pairs) or (pairs != "joint" and self.readout.pooling == "none"):
+            raise ConfigError(
+                f"Pairs can't be read with pairs = {pairs!r} and the pooling {self.readout.pooling!r}.",
+                remedy=f"Use one of: {', '.join(get_args(Pairs))}; apart and both need another pooling than none.",
             )
+        self.pairs: Pairs = pairs
+        self.hidden_size = self.readout.size(self.info.hidden_size) * {"joint": 1, "apart": 2, "both": 3}[pairs]
+        """Number of values for each text: k · d; for pairs read apart 2 k · d, and 3 k · d for both."""
+        if codec not in CODECS:
+            raise ConfigError(f"There is no codec {codec!r}.", remedy=f"Use one of: {', '.join(CODECS)}.")
+        self._source = FeatureSource(self.info, self.readout, codec)
+        self.store = FeatureStore(store) if isinstance(store, str | Path) else store
         max_length = min(DEFAULT_LENGTH, self.info.limits.max_length) if max_length is None else max_length
         if not 1 <= max_length <= self.info.limits.max_length:
             raise SequenceTooLong(
@@ -121,11 +150,17 @@ class Backbone(nn.Module):
         """Number of steps so far of optimizers that hold parameters of the adapters."""
         _backbones.add(self)
         self._frozen: OrderedDict[TokenRow, Tensor] = OrderedDict()
+        self._frozen_bytes = 0
         self.on_infer: Callable[[int], None] | None = None
         """Callback invoked with the number of texts in each completed chunk of `infer` and `frozen`.
 
         Several threads may call it.
         """
+
+    @property
+    def pooling(self) -> Pooling:
+        """How hidden states of all positions are reduced to one vector for each text."""
+        return self.readout.pooling
 
     @property
     def num_adapters(self) -> int:
@@ -142,7 +177,13 @@ class Backbone(nn.Module):
 
         Args:
             a_seed: public seed of a fixed A, the same for all adapters (`LoraAdapter`).
+        Raises:
+            ConfigError: pairs of texts are read apart.
         """
+        if count and self.pairs != "joint":
+            raise ConfigError(
+                "Adapters need pairs of texts that are read as one sequence.", remedy="Use pairs='joint'."
+            )
         self.adapters = nn.ModuleList(
             LoraAdapter(self.adapter_config, self.info, generator=generator, a_seed=a_seed) for _ in range(count)
         )
@@ -170,13 +211,14 @@ class Backbone(nn.Module):
             texts: B texts, pairs of texts, or token rows.
             seed: seed of dropout, which is off without one.
         Returns:
-            `(B, d)` for one adapter or none, `(n, B, d)` for several; with a position axis before d for pooling `none`.
+            `(B, k · d)` for one adapter or none, `(n, B, k · d)` for several; with a position axis before the last for
+            pooling `none`.
         """
         hidden = self.all_adapters(texts, seed=seed)
         return hidden[0] if self.num_adapters <= 1 else hidden
 
     def all_adapters(self, texts: Sequence[Text] | Sequence[TokenRow], *, seed: int | None = None) -> Tensor:
-        """Computes hidden states as `forward` does, but always returns `(n, B, d)`."""
+        """Computes hidden states as `forward` does, but always returns `(n, B, k · d)`."""
         rows = self.rows(texts)
         parameters = [p for adapter in self.lora_adapters() for p in adapter.parameters()]
         if not parameters:
@@ -196,7 +238,7 @@ class Backbone(nn.Module):
         """Computes hidden states of many texts without gradient, in batches of similar length, on all operators.
 
         Returns:
-            `(n, N, d)`; for pooling `none` `(n, N, L, d)`, zero after a text's end.
+            `(n, N, k · d)`; for pooling `none` `(n, N, L, k · d)`, zero after a text's end.
         """
         rows = self.rows(texts)
         if not self.num_adapters:
@@ -210,24 +252,56 @@ class Backbone(nn.Module):
     def frozen(self, texts: Sequence[Text] | Sequence[TokenRow]) -> Tensor:
         """Computes hidden states h(x, 0) of the frozen model without gradient, and caches them for each text.
 
+        Each text is sent once, to one operator. With a store, texts of earlier runs aren't sent at all.
+
         Returns:
-            `(N, d)`; for pooling `none` `(N, L, d)`, zero after a text's end.
+            `(N, k · d)`; for pooling `none` `(N, L, k · d)`, zero after a text's end. For pairs read apart
+            `(N, 2 k · d)`, |u − v| and u · v, and `(N, 3 k · d)` with the pair as one sequence before them.
+        Raises:
+            CheckpointError: the store is damaged.
+            ConfigError: pairs are read apart, and an example is no pair.
         """
         rows = self.rows(texts)
+        if self.pairs == "joint":
+            return self._frozen_states(rows)
+        if any(len(row.parts) != 2 for row in rows):
+            raise ConfigError("There are single texts among pairs that are read apart.", remedy="Use pairs='joint'.")
+        first, second = ([row.parts[side] for row in rows] for side in (0, 1))
+        everything = self._frozen_states([*(rows if self.pairs == "both" else []), *first, *second])
+        *joint, u, v = everything.split(len(rows)) if rows else (everything,) * 3
+        return torch.cat([*joint[: int(self.pairs == "both")], (u - v).abs(), u * v], dim=-1)
+
+    def _frozen_states(self, rows: Sequence[TokenRow]) -> Tensor:
+        """Returns h(x, 0) of token rows, from memory, from the store, or from the operators."""
+        by_token = self.pooling == "none"
         missing = list({row for row in rows if row not in self._frozen})
+        if self.store is not None and missing:
+            for row, states in self.store.load(self._source, missing).items():
+                self._keep_frozen(row, states)
+            missing = [row for row in missing if row not in self._frozen]
 
         def compute(part: list[TokenRow], team: tuple[int, ...]) -> Tensor:
-            return self.pool.operators[team[0]].forward(self.tokenizer.pad(part), (), self.pooling, None)
+            operator = self.pool.operators[team[0]]
+            hidden = operator.forward(self.tokenizer.pad(part), (), self.readout, None, codec=self._source.codec)
+            texts = zip(part, hidden[0], strict=True)
+            states = [self._source.rounded((h[: len(row)] if by_token else h).clone()) for row, h in texts]
+            if self.store is not None:
+                self.store.save(self._source, part, states)
+            for row, state in zip(part, states, strict=True):
+                self._keep_frozen(row, state)
+            return torch.empty(0)
 
         if missing:
-            vectors = self._infer(missing, PlainChannel().teams(len(self.pool)), compute)[0]
-            for row, vector in zip(missing, vectors.clone(), strict=True):
-                self._frozen[row] = vector[: len(row)] if self.pooling == "none" else vector
+            self._in_chunks(missing, PlainChannel().teams(len(self.pool)), compute)
         hidden = [self._frozen[row] for row in rows]
         result = pad_sequence(hidden, batch_first=True) if hidden else torch.empty(0, self.hidden_size)
-        while len(self._frozen) > FROZEN_CACHE_ROWS:
-            self._frozen.popitem(last=False)
+        while self._frozen_bytes > FROZEN_CACHE_BYTES:
+            self._frozen_bytes -= self._frozen.popitem(last=False)[1].nbytes
         return result
+
+    def _keep_frozen(self, row: TokenRow, states: Tensor) -> None:
+        self._frozen[row] = states
+        self._frozen_bytes += states.nbytes
 
     def _infer(
         self,
@@ -241,8 +315,28 @@ class Backbone(nn.Module):
             teams: groups of operators that can each compute a chunk.
             compute: returns a chunk's hidden states `(n, B, d)` or `(n, B, L, d)` from one team.
         Returns:
-            `(n, N, d)`, or `(n, N, L, d)`.
+            `(n, N, k · d)`, or `(n, N, L, k · d)`.
         """
+        pairs = self._in_chunks(rows, teams, compute)
+        n, _, *positions, dim = pairs[0][1].shape
+        if positions:  # pooling none: pad to the longest text
+            positions = [max(hidden.shape[2] for _, hidden in pairs)]
+        result = torch.zeros(n, len(rows), *positions, dim)
+        for chunk, hidden in pairs:
+            if positions:
+                for index, row in zip(chunk, hidden.unbind(1), strict=True):
+                    result[:, index, : len(rows[index])] = row[:, : len(rows[index])]
+            else:
+                result[:, chunk] = hidden
+        return result
+
+    def _in_chunks(
+        self,
+        rows: Sequence[TokenRow],
+        teams: Sequence[tuple[int, ...]],
+        compute: Callable[[list[TokenRow], tuple[int, ...]], Tensor],
+    ) -> list[tuple[list[int], Tensor]]:
+        """Computes rows as `_infer` does. Returns the indices of each chunk's rows with its hidden states."""
         order = sorted(range(len(rows)), key=lambda index: (len(rows[index]), rows[index].ids))
         copies = max(1, self.num_adapters)
         tokens_per_team = sum(len(row) for row in rows) * copies // len(teams) + 1
@@ -262,22 +356,13 @@ class Backbone(nn.Module):
             return results
 
         by_team = self.pool.parallel([partial(run_team, position) for position in range(len(teams))])
-        pairs = [pair for results in by_team for pair in results if pair[0]]
-        n, _, *positions, dim = pairs[0][1].shape
-        if positions:  # pooling none: pad to the longest text
-            positions = [max(hidden.shape[2] for _, hidden in pairs)]
-        result = torch.zeros(n, len(rows), *positions, dim)
-        for chunk, hidden in pairs:
-            if positions:
-                for index, row in zip(chunk, hidden.unbind(1), strict=True):
-                    result[:, index, : len(rows[index])] = row[:, : len(rows[index])]
-            else:
-                result[:, chunk] = hidden
-        return result
+        return [pair for results in by_team for pair in results if pair[0]]
 
     def close(self) -> None:
-        """Closes all connections."""
+        """Closes all connections and the store."""
         self.pool.close()
+        if self.store is not None:
+            self.store.close()
 
     @property
     def version(self) -> tuple[int, ...]:
@@ -298,7 +383,7 @@ class Backbone(nn.Module):
             weights = torch.stack([adapter.vector() for adapter in adapters])
         spec = adapters[0].layout.spec
         tokens = self.tokenizer.pad(rows)
-        return RemoteBatch(tuple(rows), tokens, self.info.name, spec, weights, self.pooling, seed, operators, version)
+        return RemoteBatch(tuple(rows), tokens, self.info.name, spec, weights, self.readout, seed, operators, version)
 
     def backward_batch(self, batch: RemoteBatch, cotangent: Tensor) -> list[Tensor | None]:
         """Returns the gradient of every adapter parameter for a cotangent `(n, B, d)`, in the order of `parameters()`.
@@ -313,6 +398,26 @@ class Backbone(nn.Module):
                 for parameter, gradient in zip(matrices, by_module[name], strict=True):
                     gradients.append(gradient if parameter.requires_grad else None)
         return gradients
+
+
+def select_layers(info: ModelInfo, layers: Layers) -> tuple[int, ...]:
+    """Returns the indices of the named states in rising order; none for the last state alone.
+
+    Raises:
+        UnknownReadout: the model doesn't have these layers.
+    """
+    last = info.states - 1
+    if layers == "last" or (not isinstance(layers, str) and list(layers) == [last]):
+        return ()
+    if isinstance(layers, str):
+        if layers not in ("upper", "all"):
+            raise UnknownReadout(
+                f"There are no layers {layers!r}.", remedy="Write last, upper, all, or numbers such as 3-6."
+            )
+        return tuple(range(0 if layers == "all" else info.states // 2, info.states)) if last else ()
+    if not layers:
+        raise UnknownReadout("The readout has no layers.", remedy="Name at least one, or last, upper or all.")
+    return tuple(sorted(set(layers)))
 
 
 def _connect(

@@ -15,7 +15,7 @@ from torch import Tensor
 from blindtune.client.operators import OperatorPool, Upload
 from blindtune.models import Tokens
 from blindtune.models.tokenizer import TokenRow
-from blindtune.wire import LoraSpec, NoiseShare, Pooling
+from blindtune.wire import LoraSpec, NoiseShare, Readout
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +38,7 @@ class RemoteBatch:
     model: str
     spec: LoraSpec
     weights: Tensor
-    pooling: Pooling
+    readout: Readout
     seed: int | None
     operators: tuple[int, ...]
     version: tuple[int, ...] = ()
@@ -58,15 +58,15 @@ class RemoteBatch:
         Args:
             retain: whether the operator keeps the autograd graph for a following `backward`.
         """
-        return pool.operators[operator].forward(self.tokens, self.uploads, self.pooling, self.seed, retain=retain)
+        return pool.operators[operator].forward(self.tokens, self.uploads, self.readout, self.seed, retain=retain)
 
     def compute(self, pool: OperatorPool, operator: int) -> None:
         """Makes one operator compute the forward pass and keep its graph for a following `backward`."""
-        pool.operators[operator].compute(self.tokens, self.uploads, self.pooling, self.seed)
+        pool.operators[operator].compute(self.tokens, self.uploads, self.readout, self.seed)
 
     def backward(self, pool: OperatorPool, operator: int, cotangents: Tensor | NoiseShare) -> Tensor:
         """Returns gradients `(m, n, P)` from one operator for cotangents `(m, n, B, ...)` or one share of noise."""
-        return pool.operators[operator].backward(self.tokens, self.uploads, self.pooling, self.seed, cotangents)
+        return pool.operators[operator].backward(self.tokens, self.uploads, self.readout, self.seed, cotangents)
 
 
 class Channel(Protocol):

@@ -21,6 +21,7 @@ from blindtune.wire import (
     AdapterUpload,
     BackwardRequest,
     BackwardResponse,
+    Codec,
     ForwardRequest,
     ForwardResponse,
     Limits,
@@ -28,10 +29,12 @@ from blindtune.wire import (
     ModelInfo,
     ModelList,
     NoiseShare,
-    Pooling,
+    Readout,
     TokenizerFile,
+    by_layer,
     check_tensor,
     decode,
+    decode_hidden,
     encode,
 )
 
@@ -101,52 +104,56 @@ class Operator:
         self,
         tokens: Tokens,
         uploads: Sequence[Upload],
-        pooling: Pooling,
+        readout: Readout,
         seed: int | None,
         *,
         retain: bool = False,
+        codec: Codec = "fp32",
     ) -> Tensor:
-        """Returns hidden states `(n, B, ...)`, float32.
+        """Returns hidden states `(n, B, k · d)`, or `(n, B, L, k · d)` for pooling `none`; float32.
 
         Args:
             tokens: B texts.
             uploads: n adapters; without any, the hidden states are the frozen model's, with n = 1.
             seed: seed of dropout, which is off without one.
             retain: whether the server keeps the autograd graph for a following `backward`.
+            codec: codec of the response.
         """
         names = [upload.sha256 for upload in uploads]
-        request = ForwardRequest(adapters=names, pooling=pooling, seed=seed, retain=retain)
+        request = ForwardRequest(adapters=names, **dict(readout), codec=codec, seed=seed, retain=retain)
         tensors = self._post_forward(uploads, request, tokens)
-        positions = (None, self.info.hidden_size) if pooling == "none" else (self.info.hidden_size,)
-        return check_tensor(tensors, "hidden", (max(1, len(uploads)), len(tokens), *positions), torch.float32)
+        adapters = max(1, len(uploads))
+        return decode_hidden(tensors, adapters, tokens.lengths, readout, codec, self.info.hidden_size)
 
-    def compute(self, tokens: Tokens, uploads: Sequence[Upload], pooling: Pooling, seed: int | None) -> None:
+    def compute(self, tokens: Tokens, uploads: Sequence[Upload], readout: Readout, seed: int | None) -> None:
         """Makes the server compute a forward pass and keep its graph for a following `backward`.
 
         The arguments are those of `forward`. No hidden states are sent back.
         """
         names = [upload.sha256 for upload in uploads]
-        request = ForwardRequest(adapters=names, pooling=pooling, seed=seed, retain=True, return_hidden=False)
+        request = ForwardRequest(adapters=names, **dict(readout), seed=seed, retain=True, return_hidden=False)
         self._post_forward(uploads, request, tokens)
 
     def backward(
         self,
         tokens: Tokens,
         uploads: Sequence[Upload],
-        pooling: Pooling,
+        readout: Readout,
         seed: int | None,
         cotangents: Tensor | NoiseShare,
     ) -> Tensor:
         """Returns gradients `(m, n, P)`, float32 (float64 from servers that compute in float64).
 
         Args:
-            tokens, uploads, pooling, seed: as in the forward pass.
-            cotangents: `(m, n, B, d)`; or a share of noise, then m = 1.
+            tokens, uploads, readout, seed: as in the forward pass.
+            cotangents: `(m, n, B, k · d)`; or a share of noise, then m = 1.
         """
         noise = cotangents if isinstance(cotangents, NoiseShare) else None
-        tensors = {"cotangents": cotangents} if isinstance(cotangents, Tensor) else {}
+        tensors: dict[str, Tensor] = {}
+        if isinstance(cotangents, Tensor):
+            tensors["cotangents"] = by_layer(cotangents, readout)
         names = [upload.sha256 for upload in uploads]
-        request = BackwardRequest(adapters=names, pooling=pooling, seed=seed, noise=noise)
+        request = BackwardRequest(adapters=names, **dict(readout), seed=seed, noise=noise)
         body = encode(request, {**tokens.tensors(), **tensors})
         answer = self._with_adapters(uploads, f"{self.path}/backward", body)
         message, tensors = decode(answer, BackwardResponse, ANSWER_LIMITS)

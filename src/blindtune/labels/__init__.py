@@ -3,15 +3,16 @@
 from blindtune.labels.adam_moments import randomise_adam_moments
 from blindtune.labels.channels.padded import PaddedAdapters
 from blindtune.labels.channels.private_backprop import PrivateBackprop, PrivateBackpropOptions
-from blindtune.labels.checkpoint import adapter_config
+from blindtune.labels.checkpoint import adapter_config, readout_of
+from blindtune.labels.classifiers import Candidate, Choice
 from blindtune.labels.exposure import exposure
-from blindtune.labels.head import LinearHead
+from blindtune.labels.head import Head, KernelHead, LinearHead, MLPHead
 from blindtune.labels.methods import (
     METHODS,
     P3EFT,
     PSLF,
     DistanceCorrelation,
-    HeadOnly,
+    Features,
     LoRA,
     Method,
     PaddedLoRA,
@@ -28,10 +29,15 @@ __all__ = [
     "METHODS",
     "P3EFT",
     "PSLF",
+    "Candidate",
+    "Choice",
     "DistanceCorrelation",
-    "HeadOnly",
+    "Features",
+    "Head",
+    "KernelHead",
     "LinearHead",
     "LoRA",
+    "MLPHead",
     "Method",
     "Output",
     "PaddedAdapters",
@@ -51,5 +57,6 @@ __all__ = [
     "method_class",
     "predict",
     "randomise_adam_moments",
+    "readout_of",
     "scores",
 ]

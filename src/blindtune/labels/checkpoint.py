@@ -1,7 +1,7 @@
 """Reads and writes the files in the folder of a run with private labels.
 
 out/
-  blindtune.json              model, fingerprint, method and its options, classes, pooling, max_length
+  blindtune.json              model, fingerprint, method and its options, classes, readout, max_length
   adapter_config.json         PEFT's files: in this folder for one adapter, in adapter_0/, adapter_1/, … for several;
   adapter_model.safetensors   under padded LoRA as secret as the labels (mode 600)
   head.safetensors            the client's head; together with the adapters it reveals labels (mode 600)
@@ -12,6 +12,7 @@ out/
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from blindtune.client import Backbone
 from blindtune.errors import CheckpointError
 from blindtune.files import read_tensors, write_tensors
-from blindtune.labels.head import LinearHead
+from blindtune.labels.head import HEADS, Head
 from blindtune.labels.methods.base import Method
 from blindtune.models.adapters import read_lora_config
 from blindtune.privacy.randomness import SecureGenerator
@@ -50,7 +51,8 @@ def save_adapters(folder: Path, backbone: Backbone, run: str) -> None:
 def save_head(folder: Path, head: nn.Module, run: str) -> None:
     """Writes the head's tensors."""
     weights = {name: tensor.detach().contiguous() for name, tensor in head.state_dict().items()}
-    write_tensors(folder / HEAD, weights, {"run": run})
+    config = {"config": json.dumps(head.config())} if isinstance(head, Head) else {}
+    write_tensors(folder / HEAD, weights, {"run": run, **config})
 
 
 def remove_resume_of_another_run(folder: Path, run: str) -> None:
@@ -78,19 +80,19 @@ def load_head(folder: Path, summary: LabelsSummary, head: nn.Module | None) -> n
     """Reads the trained head.
 
     Args:
-        head: a module of the head's class, needed unless that is `LinearHead`.
+        head: a module of the head's class, needed unless that is one of `HEADS`.
     Raises:
         CheckpointError: the file is missing, or the head doesn't fit it.
     """
-    if head is None:
-        if summary.head != "LinearHead":
-            raise CheckpointError(f"The head is a {summary.head}.", remedy="Pass head= with a module of that class.")
-        head = LinearHead(summary.hidden_size, summary.num_classes)
+    if head is None and summary.head not in HEADS:
+        raise CheckpointError(f"The head is a {summary.head}.", remedy="Pass head= with a module of that class.")
+    weights, metadata = read_tensors(folder / HEAD)
+    check_run(folder, summary.run, metadata.get("run"))
     try:
-        weights, metadata = read_tensors(folder / HEAD)
-        check_run(folder, summary.run, metadata.get("run"))
+        if head is None:
+            head = HEADS[summary.head].build(json.loads(metadata["config"]))
         head.load_state_dict(weights)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{folder / HEAD} doesn't fit the head: {error}", remedy="Pass the head of this run."
         ) from None
@@ -114,6 +116,28 @@ def check_fingerprint(summary: LabelsSummary, backbone: Backbone, folder: Path) 
             f"operators host {backbone.info.base_model_name!r} (fingerprint {backbone.info.fingerprint[:12]}…).",
             remedy="Use operators that host the model that the checkpoint was trained on.",
         )
+
+
+def check_readout_of(summary: LabelsSummary, backbone: Backbone, folder: Path) -> None:
+    """Raises `CheckpointError` if the backbone reads out other hidden states than the head was trained on."""
+    if (summary.readout, summary.pairs) != (backbone.readout, backbone.pairs):
+        raise CheckpointError(
+            f"The head of {folder} reads {summary.readout} with pairs = {summary.pairs!r}; the backbone returns "
+            f"{backbone.readout} with pairs = {backbone.pairs!r}.",
+            remedy="Create the backbone with the checkpoint's readout, pooling and pairs (`readout_of`).",
+        )
+
+
+def readout_of(summary: LabelsSummary) -> dict[str, Any]:
+    """Returns the arguments of `Backbone` that decide what its head reads, from a checkpoint's summary."""
+    readout = summary.readout
+    return {
+        "readout": readout.layers or "last",
+        "pooling": readout.pooling,
+        "projection": readout.projection,
+        "pairs": summary.pairs,
+        "max_length": summary.max_length,
+    }
 
 
 def adapter_config(folder: str | Path) -> Any:

@@ -1,9 +1,16 @@
-"""A linear head on standardised features. It is fitted on frozen features first and then fine-tuned with the adapters.
+"""Heads: they compute logits from the hidden states that the operators return, and never leave the client.
 
-This is the usual order of linear probing, then fine-tuning.
+All of them standardise their input, and can be fitted on frozen features at once. The heads of methods that train
+adapters are linear: they are fitted first and then fine-tuned with the adapters (linear probing, then fine-tuning).
+`blindtune.labels.classifiers` chooses among all of them for the method `features`.
 """
 
 from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,48 +21,246 @@ LARGEST = 1e3
 
 No model gives larger ones. With the bound, an operator's responses can't make the fit fail.
 """
+CENTRES = 8192
+"""Largest number of training examples that a kernel classifier keeps."""
 
 
-class LinearHead(nn.Module):
-    """Computes logits `(B, K)` from features `(B, d)`: it standardises them with fixed statistics, then applies a
-    linear layer."""
+class Head(nn.Module):
+    """Base class of heads: standardises features `(B, d)`, or chosen parts of them, with fixed statistics.
+
+    Args:
+        dim: d, the number of features.
+        classes: K.
+        parts: which of `of` equal parts of the features are read, in rising order; None for all. With a readout of k
+            layers the parts are the layers.
+    """
 
     mean: Tensor
-    """Mean of the features, `(d,)`."""
+    """Mean of the features that are read, `(d',)`."""
     scale: Tensor
-    """Standard deviation of the features, `(d,)`, with a lower bound."""
+    """Standard deviation of the features that are read, `(d',)`, with a lower bound."""
 
-    def __init__(self, dim: int, classes: int) -> None:
+    def __init__(self, dim: int, classes: int, *, parts: Sequence[int] | None = None, of: int = 1) -> None:
         super().__init__()
-        self.linear = nn.Linear(dim, classes)
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("scale", torch.ones(dim))
+        self.dim, self.classes, self.of = dim, classes, of
+        self.parts = list(range(of)) if parts is None else list(parts)
+        self.read = len(self.parts) * (dim // of)
+        """d', the number of features that are read."""
+        self.register_buffer("mean", torch.zeros(self.read))
+        self.register_buffer("scale", torch.ones(self.read))
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.linear((features - self.mean) / self.scale)
+        return self.logits((self.select(features) - self.mean) / self.scale)
 
-    def fit(self, features: Tensor, labels: Tensor, *, l2: float = 500.0, iterations: int = 100) -> None:
-        """Sets the statistics and fits multinomial logistic regression (L-BFGS) on features `(N, d)`.
+    @abstractmethod
+    def logits(self, x: Tensor) -> Tensor:
+        """Returns logits `(B, K)` for standardised features `(B, d')`."""
 
-        Args:
-            l2: weight of the penalty |W|² / 2 on the weights, relative to the loss of one example.
-        """
-        deviation = features.std(0)
+    @abstractmethod
+    def fit(self, features: Tensor, labels: Tensor) -> None:
+        """Sets the statistics, and fits the head on features `(N, d)` and labels `(N,)`."""
+
+    def config(self) -> dict[str, Any]:
+        """Returns the arguments that `build` needs to make an unfitted head of this shape."""
+        return {"dim": self.dim, "classes": self.classes, "parts": self.parts, "of": self.of}
+
+    @classmethod
+    def build(cls, config: Mapping[str, Any]) -> Self:
+        """Makes a head from `config`. Its tensors are loaded with `load_state_dict`."""
+        return cls(**config)
+
+    def select(self, features: Tensor) -> Tensor:
+        """Returns the parts of the features that are read, `(B, d')`."""
+        if len(self.parts) == self.of:
+            return features
+        return features.unflatten(-1, (self.of, -1))[..., self.parts, :].flatten(-2)
+
+    def standardise(self, features: Tensor) -> Tensor:
+        """Sets the statistics from features `(N, d)`. Returns the standardised features `(N, d')`, bounded."""
+        features = self.select(features)
+        deviation = features.std(0, correction=0)
         self.mean = features.mean(0)
         varying = deviation[deviation > 0]  # dividing by the deviation of a constant dimension would give infinity
         self.scale = deviation.clamp_min(0.2 * float(varying.median()) if len(varying) else 1.0)
-        x = ((features - self.mean) / self.scale).nan_to_num().clamp(-LARGEST, LARGEST)
+        return ((features - self.mean) / self.scale).nan_to_num().clamp(-LARGEST, LARGEST)
+
+
+class LinearHead(Head):
+    """Multinomial logistic regression with a penalty on the weights.
+
+    Args:
+        l2: weight of the penalty |W|² / 2, relative to the loss of one example.
+        iterations: number of L-BFGS iterations.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        classes: int,
+        *,
+        l2: float = 500.0,
+        iterations: int = 100,
+        parts: Sequence[int] | None = None,
+        of: int = 1,
+    ) -> None:
+        super().__init__(dim, classes, parts=parts, of=of)
+        self.l2, self.iterations = l2, iterations
+        self.linear = nn.Linear(self.read, classes)
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+    def fit(self, features: Tensor, labels: Tensor) -> None:
+        x = self.standardise(features)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
-        parameters = list(self.linear.parameters())
-        optimizer = torch.optim.LBFGS(parameters, max_iter=iterations, line_search_fn="strong_wolfe")
+        _minimise(self.linear, x, labels, self.l2, self.iterations)
 
-        def objective() -> Tensor:
-            optimizer.zero_grad()
-            loss = F.cross_entropy(self.linear(x), labels)
-            loss = loss + l2 / (2 * len(labels)) * self.linear.weight.pow(2).sum()
-            loss.backward()
-            return loss
 
-        optimizer.step(objective)  # pyright: ignore[reportArgumentType]
+class KernelHead(Head):
+    """Kernel ridge regression on labels ±1 with the kernel exp(−γ |x − x'|² / d') + ½, as logits with a temperature.
+
+    With more than `CENTRES` examples, a random part of them are the centres (Nyström's method).
+
+    Args:
+        gamma: γ.
+        ridge: penalty on the squared norm in the kernel's space, relative to the squared error of one example.
+        temperature: factor on the regression's output, which `fit_temperature` sets from held-out examples.
+        centres: number of centres; set by the fit.
+    """
+
+    centres: Tensor
+    """Standardised features of training examples, `(M, d')`, times 1 / √d'."""
+    coefficients: Tensor
+    """`(M, K)`."""
+    temperature: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        classes: int,
+        *,
+        gamma: float = 0.5,
+        ridge: float = 0.3,
+        centres: int = 0,
+        parts: Sequence[int] | None = None,
+        of: int = 1,
+    ) -> None:
+        super().__init__(dim, classes, parts=parts, of=of)
+        self.gamma, self.ridge = gamma, ridge
+        self.register_buffer("centres", torch.zeros(centres, self.read))
+        self.register_buffer("coefficients", torch.zeros(centres, classes))
+        self.register_buffer("temperature", torch.tensor(4.0))
+
+    def config(self) -> dict[str, Any]:
+        return super().config() | {"gamma": self.gamma, "ridge": self.ridge, "centres": len(self.centres)}
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.temperature * (self._kernel(x / math.sqrt(self.read)) @ self.coefficients)
+
+    def fit(self, features: Tensor, labels: Tensor) -> None:
+        x = self.standardise(features) / math.sqrt(self.read)
+        targets = 2.0 * F.one_hot(labels, self.classes).to(x) - 1.0
+        if len(x) <= CENTRES:
+            self.centres = x
+            system, right = self._kernel(x), targets
+        else:
+            chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:CENTRES]
+            self.centres = x[chosen]
+            system, right = torch.zeros(CENTRES, CENTRES), torch.zeros(CENTRES, self.classes)
+            for part, wanted in zip(x.split(CENTRES), targets.split(CENTRES), strict=True):
+                kernel = self._kernel(part)
+                system.addmm_(kernel.T, kernel)
+                right.addmm_(kernel.T, wanted)
+            system = system / self.ridge + self._kernel(self.centres)
+            right = right / self.ridge
+        diagonal = self.ridge if len(x) <= CENTRES else 1e-4 * float(system.diagonal().mean())
+        system.diagonal().add_(diagonal)
+        self.coefficients = torch.cholesky_solve(right, torch.linalg.cholesky(system)).contiguous()
+
+    def fit_temperature(self, features: Tensor, labels: Tensor) -> None:
+        """Sets the temperature to the one with the smallest loss on held-out features `(N, d)`."""
+        with torch.no_grad():
+            raw = self(features) / self.temperature
+        options = torch.logspace(-1, 1.5, 40)
+        losses = torch.stack([F.cross_entropy(option * raw, labels) for option in options])
+        self.temperature = options[losses.argmin()]
+
+    def _kernel(self, x: Tensor) -> Tensor:
+        """Returns the kernel of scaled features `(B, d')` and the centres, `(B, M)`."""
+        squares = x.square().sum(1, keepdim=True) + self.centres.square().sum(1)
+        distances = torch.addmm(squares, x, self.centres.T, alpha=-2.0).clamp_min_(0.0)
+        return distances.mul_(-self.gamma).exp_().add_(0.5)
+
+
+class MLPHead(Head):
+    """Two layers, tanh between them: d' → width → K, fitted with AdamW.
+
+    Args:
+        width: size of the hidden layer.
+        dropout: dropout rate on the standardised features, in the fit.
+        epochs: number of passes over the training examples.
+        learning_rate, weight_decay: of AdamW.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        classes: int,
+        *,
+        width: int = 128,
+        dropout: float = 0.5,
+        epochs: int = 15,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.1,
+        parts: Sequence[int] | None = None,
+        of: int = 1,
+    ) -> None:
+        super().__init__(dim, classes, parts=parts, of=of)
+        self.width, self.dropout, self.epochs = width, dropout, epochs
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.first, self.second = nn.Linear(self.read, width), nn.Linear(width, classes)
+
+    def config(self) -> dict[str, Any]:
+        return super().config() | {"width": self.width}
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).tanh())
+
+    def fit(self, features: Tensor, labels: Tensor) -> None:
+        x = self.standardise(features)
+        generator = torch.Generator().manual_seed(0)
+        for layer in (self.first, self.second):
+            nn.init.zeros_(layer.bias)
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5, generator=generator)
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
+        batches = math.ceil(len(x) / 64)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, self.epochs * batches)
+        for _ in range(self.epochs):
+            for indices in torch.randperm(len(x), generator=generator).chunk(batches):
+                kept = torch.rand(len(indices), self.read, generator=generator) >= self.dropout
+                dropped = x[indices] * kept / (1.0 - self.dropout)
+                optimizer.zero_grad()
+                F.cross_entropy(self.logits(dropped), labels[indices]).backward()
+                optimizer.step()
+                schedule.step()
         optimizer.zero_grad()
+
+
+HEADS: dict[str, type[Head]] = {kind.__name__: kind for kind in (LinearHead, KernelHead, MLPHead)}
+"""Heads that a checkpoint can restore, by class name."""
+
+
+def _minimise(linear: nn.Linear, x: Tensor, labels: Tensor, l2: float, iterations: int) -> None:
+    """Fits a linear layer on `x (N, d)` by L-BFGS: mean cross entropy plus l2 |W|² / 2N."""
+    optimizer = torch.optim.LBFGS(list(linear.parameters()), max_iter=iterations, line_search_fn="strong_wolfe")
+
+    def objective() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(linear(x), labels)
+        loss = loss + l2 / (2 * len(labels)) * linear.weight.pow(2).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(objective)  # pyright: ignore[reportArgumentType]
+    optimizer.zero_grad()

@@ -18,6 +18,7 @@ from blindtune.errors import BadLabels, ConfigError
 from blindtune.labels.checkpoint import (
     adapter_folders,
     check_fingerprint,
+    check_readout_of,
     check_run,
     load_head,
     load_secret,
@@ -26,7 +27,8 @@ from blindtune.labels.checkpoint import (
     save_head,
     save_secret,
 )
-from blindtune.labels.head import LinearHead
+from blindtune.labels.classifiers import Choice
+from blindtune.labels.head import Head
 from blindtune.labels.methods.base import Method, make_method, options_of
 from blindtune.models.tokenizer import Text, TokenRow
 from blindtune.privacy.accountant import Guarantee, gaussian_guarantee
@@ -70,7 +72,8 @@ class PrivateModel(nn.Module):
 
     Args:
         backbone: the hosted model. Its adapters are replaced by new ones, as many as the method needs.
-        head: any module from `(B, d)` to `(B, K)`.
+        head: any module from `(B, k · d)` to `(B, K)`, such as `LinearHead`. The method `features` replaces a `Head` by
+            the one that it chooses.
         method: `PaddedLoRA(...)`, or another method for comparison: any class of `blindtune.labels.methods.METHODS`.
         loss: `(logits, labels) -> scalar`, a mean over the batch. Default: cross entropy.
         generator: secret random generator. Default: seeded by the operating system.
@@ -104,6 +107,8 @@ class PrivateModel(nn.Module):
         with torch.no_grad():
             self.classes = int(head(torch.zeros(1, backbone.hidden_size)).shape[-1])
         self.history = LabelHistory()
+        self.choice: Choice | None = None
+        """The head that the method chose in `prepare`, and what it chose from; None if the method chooses none."""
         self._run = new_id()
         with _ATTACHING:
             before = backbone.channel
@@ -162,8 +167,8 @@ class PrivateModel(nn.Module):
     ) -> None:
         """Fetches the frozen features of the training texts, and initialises the head and the method with them.
 
-        Each text is sent to one operator once; labels aren't sent. A `LinearHead` is fitted on the frozen features
-        (linear probing, then fine-tuning); other heads keep their initial weights. The run is recorded in the history
+        Each text is sent to one operator once; labels aren't sent. A `Head` is fitted on the frozen features (linear
+        probing, then fine-tuning); other modules keep their initial weights. The run is recorded in the history
         of runs that use these labels (`blindtune.privacy.history`).
 
         Args:
@@ -183,10 +188,14 @@ class PrivateModel(nn.Module):
         count = max(1, self.method.num_adapters)
         with torch.no_grad():
             mixed = self.method.mix(features.unsqueeze(0).expand(count, -1, -1))
-        if isinstance(self.auxiliary, LinearHead):
+        if isinstance(self.auxiliary, Head):
             self.auxiliary.fit(mixed, adapter_labels)
-        if isinstance(self.head, LinearHead):
-            self.head.fit(mixed, adapter_labels if self.auxiliary is None else target)
+        if isinstance(self.head, Head):
+            self.choice = self.method.fit_head(mixed, target, self.classes)
+            if self.choice is None:
+                self.head.fit(mixed, adapter_labels if self.auxiliary is None else target)
+            else:
+                self.head = self.choice.head
 
     def forward(
         self, texts: Sequence[Text] | Sequence[TokenRow], labels: Sequence[int] | Tensor | None = None
@@ -248,7 +257,8 @@ class PrivateModel(nn.Module):
             max_length=self.backbone.max_length,
             run=self.ledger_run,
             hidden_size=self.backbone.hidden_size,
-            pooling=self.backbone.pooling,
+            readout=self.backbone.readout,
+            pairs=self.backbone.pairs,
             adapters=self.backbone.num_adapters,
             seed=self.seed,
             head=type(self.head).__name__,
@@ -263,7 +273,7 @@ class PrivateModel(nn.Module):
         """Loads a trained model onto a backbone whose operators host the same weights.
 
         Args:
-            head: a module of the head's class, needed unless that is `LinearHead`.
+            head: a module of the head's class, needed unless that is one of ours (`blindtune.labels.head.HEADS`).
             predict_only: see `PrivateModel`.
         Raises:
             CheckpointError: files are missing, the operators host another model, or the head doesn't fit.
@@ -271,6 +281,7 @@ class PrivateModel(nn.Module):
         folder = Path(folder)
         summary = read_summary(folder, LabelsSummary)
         check_fingerprint(summary, backbone, folder)
+        check_readout_of(summary, backbone, folder)
         secret, generator = load_secret(folder, summary.run)
         head = load_head(folder, summary, head)
         if summary.run:

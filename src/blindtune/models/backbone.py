@@ -29,15 +29,14 @@ from blindtune.errors import (
     SequenceTooLong,
     UnknownModel,
     UnknownPart,
-    UnknownPooling,
 )
 from blindtune.extras import requires
 from blindtune.models.cut.parts import PARTS, Cut, CutModel, check_cuttable, layers_of
 from blindtune.models.devices import find_device
 from blindtune.models.lora import LoraLayout, LoraPass
-from blindtune.models.pooling import POOLINGS, default_pooling, pool
+from blindtune.models.readout import POOLINGS, check_readout, default_pooling, read_out
 from blindtune.models.sources import ModelSource, find_source
-from blindtune.wire import Architecture, CutInfo, Limits, ModelInfo, Pooling
+from blindtune.wire import Architecture, CutInfo, Limits, ModelInfo, Pooling, Readout
 
 TORCH_DTYPES = {
     "float64": torch.float64,
@@ -100,6 +99,8 @@ class FrozenBackbone:
         self.fingerprint = fingerprint(model)
         # OPT may project its hidden states to another size
         self.hidden_size = int(getattr(self.config, "word_embed_proj_dim", None) or self.config.hidden_size)
+        self.states = self._count_states()
+        """Number of states that a readout can choose from."""
         self._type_vocabulary = int(getattr(self.config, "type_vocab_size", 0) or 0)
 
     def info(self, name: str, limits: Limits) -> ModelInfo:
@@ -110,6 +111,7 @@ class FrozenBackbone:
             model_type=str(self.config.model_type),
             hidden_size=self.hidden_size,
             layers=len(self.lora.blocks),
+            states=self.states,
             dtype=str(self.dtype).removeprefix("torch."),
             modules=self.lora.shapes,
             pooling=default_pooling(self.architecture, self.source.location),
@@ -143,7 +145,7 @@ class FrozenBackbone:
     def forward(
         self,
         tokens: Tokens,
-        pooling: Pooling,
+        readout: Readout | Pooling,
         layout: LoraLayout | None = None,
         weights: Tensor | None = None,
         *,
@@ -152,32 +154,34 @@ class FrozenBackbone:
         """Computes the hidden states h(x, θ_i) for n adapters.
 
         Args:
+            readout: which states to return, and how they are pooled. A pooling alone means the last state.
             layout: the layers that the adapters change. Without it, the result is that of the frozen model, n = 1.
             weights: weight vectors `(n, P)`, on any device. With `(n, B, P)` each text has vectors of its own, so that
                 one backward pass gives each text's gradients.
             seed: seed of dropout, which is off without one. All adapters share one random stream, so equal calls give
                 equal results.
         Returns:
-            `(n, B, d)`, or `(n, B, L, d)` for pooling `none`; differentiable in `weights`; float32, or float64 from a
-            model in float64.
+            `(n, B, k · d)` for k states, or `(n, B, L, k · d)` for pooling `none`; differentiable in `weights`;
+            float32, or float64 from a model in float64.
         Raises:
-            UnknownPooling: this architecture doesn't offer the pooling.
+            UnknownReadout: the model doesn't offer the readout.
             EmptyBatch, SequenceTooLong, InvalidTensor: the model can't process the tokens.
         """
-        if pooling not in POOLINGS[self.architecture]:
-            raise UnknownPooling(
-                f"This {self.architecture} offers no pooling {pooling!r}.",
-                remedy=f"Choose among: {', '.join(POOLINGS[self.architecture])}.",
-            )
+        readout = readout if isinstance(readout, Readout) else Readout(pooling=readout)
+        self.check_readout(readout)
         self.check_tokens(tokens)
         with _randomness(self.model, seed):
             if layout is None or weights is None:
                 with torch.no_grad():
-                    return self._run(tokens, pooling, 1).unsqueeze(0)
+                    return self._run(tokens, readout, 1).unsqueeze(0)
             on_device = weights.to(self.device)
             with self.lora.adapters(layout, on_device, len(tokens), train=seed is not None) as repeat:
-                hidden = self._run(tokens, pooling, repeat)  # (n B, ...)
+                hidden = self._run(tokens, readout, repeat)  # (n B, ...)
         return hidden.reshape(len(weights), len(tokens), *hidden.shape[1:])
+
+    def check_readout(self, readout: Readout) -> None:
+        """Raises `UnknownReadout` if the model doesn't offer the readout."""
+        check_readout(readout, POOLINGS[self.architecture], self.states, self.hidden_size)
 
     def check_tokens(self, tokens: Tokens) -> None:
         """Raises `EmptyBatch`, `SequenceTooLong` or `InvalidTensor` for tokens that the model can't process.
@@ -213,8 +217,15 @@ class FrozenBackbone:
                 remedy=f"Send token types from 0 to {count - 1}.",
             )
 
-    def _run(self, tokens: Tokens, pooling: Pooling, repeat: int) -> Tensor:
-        """Returns the pooled hidden states of the inputs, repeated `repeat` times, of the active adapters."""
+    def _count_states(self) -> int:
+        """Returns N + 1 for N blocks (of the decoder), or 1 for models whose states differ in size."""
+        if self.hidden_size != int(self.config.hidden_size):
+            return 1
+        blocks = getattr(self.config, "num_decoder_layers", None) if self.architecture == "encoder-decoder" else None
+        return 1 + int(blocks or self.config.num_hidden_layers)
+
+    def _run(self, tokens: Tokens, readout: Readout, repeat: int) -> Tensor:
+        """Returns what the readout asks for of the inputs, repeated `repeat` times, of the active adapters."""
         ids = tokens.input_ids.to(self.device, torch.long).repeat(repeat, 1)
         lengths = tokens.lengths.to(self.device, torch.long).repeat(repeat)
         mask = (torch.arange(ids.shape[1], device=self.device) < lengths.unsqueeze(1)).long()  # (B, L)
@@ -229,13 +240,26 @@ class FrozenBackbone:
             arguments = {"encoder_outputs": (encoded,), "attention_mask": mask, "decoder_input_ids": start}
         if self.architecture != "encoder":
             arguments["use_cache"] = False
-        hidden = cast(Tensor, self.model(**arguments).last_hidden_state)
+        below = [layer for layer in readout.layers if layer < self.states - 1]
+        output = self.model(**arguments, output_hidden_states=bool(below))
+        hidden = cast(Tensor, output.last_hidden_state)
         if self.architecture == "encoder-decoder":
             mask = mask.new_ones(hidden.shape[:2])
         elif len(hidden) != len(mask):
             mask = mask.repeat(len(hidden) // len(mask), 1)
-        pooled = pool(hidden, mask, pooling)
+        kept: Any = None
+        if below:
+            kept = output.decoder_hidden_states if self.architecture == "encoder-decoder" else output.hidden_states
+        # states below the first adapted block have one row for each text, which all adapters share
+        lower = [_all_rows(cast(Tensor, kept[layer]), len(hidden)) for layer in below]
+        upper = [] if readout.layers and len(below) == len(readout.layers) else [hidden]
+        pooled = read_out([*lower, *upper], mask, readout)
         return pooled if pooled.dtype == torch.float64 else pooled.float()
+
+
+def _all_rows(states: Tensor, rows: int) -> Tensor:
+    """Returns states `(B, L, d)` repeated to `rows` rows, adapter-major."""
+    return states if len(states) == rows else states.repeat(rows // len(states), 1, 1)
 
 
 def load_backbone(

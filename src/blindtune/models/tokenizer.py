@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import tokenizers
 import torch
@@ -16,10 +16,15 @@ Text = str | tuple[str, str]
 
 @dataclass(frozen=True)
 class TokenRow:
-    """One tokenized example, without padding."""
+    """One tokenized example, without padding.
+
+    Attributes:
+        parts: both texts of a pair, each tokenized as a text of its own; none for a single text.
+    """
 
     ids: tuple[int, ...]
     types: tuple[int, ...]
+    parts: tuple[TokenRow, ...] = field(default=(), compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -52,7 +57,13 @@ class Tokenizer:
         longest = max((len(e.ids) for e in encodings), default=0)
         if longest > max_length:  # the library doesn't truncate if the special tokens alone are too many
             raise ConfigError(f"max_length is {max_length}, too few for special tokens.", remedy="Raise max_length.")
-        return [TokenRow(tuple(e.ids), tuple(e.type_ids)) for e in encodings]
+        rows = [TokenRow(tuple(e.ids), tuple(e.type_ids)) for e in encodings]
+        pairs = {index: text for index, text in enumerate(texts) if not isinstance(text, str)}
+        if pairs:
+            apart = iter(self.rows([part for pair in pairs.values() for part in pair], max_length=max_length))
+            for index in pairs:
+                rows[index] = replace(rows[index], parts=(next(apart), next(apart)))
+        return rows
 
     def text(self, ids: Sequence[int]) -> str:
         """Decodes tokens to text, without special tokens."""

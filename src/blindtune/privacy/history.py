@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blindtune.errors import CheckpointError
-from blindtune.files import PRIVATE, replace_file
+from blindtune.files import HOME_VARIABLE, PRIVATE, home, replace_file
 from blindtune.privacy.ledger import read_journal
 
-HOME_VARIABLE = "BLINDTUNE_HOME"
 Text = str | Sequence[str]
 
 
@@ -43,6 +41,11 @@ class EarlierRun:
     shared: int
 
 
+def runs_folder() -> Path:
+    """Returns the default folder of the records."""
+    return home() / "runs"
+
+
 class LabelHistory:
     """The registered runs of this machine.
 
@@ -51,9 +54,7 @@ class LabelHistory:
     """
 
     def __init__(self, home: str | Path | None = None) -> None:
-        base = os.environ.get(HOME_VARIABLE) or Path.home() / ".local" / "share" / "blindtune"
-        chosen = Path(home) if home is not None else Path(base) / "runs"
-        self.home = chosen.expanduser().absolute()  # the process may change its working directory
+        self.home = runs_folder() if home is None else Path(home).expanduser().absolute()
 
     def register(self, run: str, budget: float, texts: Iterable[Text]) -> None:
         """Records a run before it sends anything.

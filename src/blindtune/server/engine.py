@@ -3,7 +3,7 @@
 Adapters and graphs are in caches, which may drop them at any time. A client uploads a dropped adapter again. If the
 graph of a backward call was dropped, the forward pass runs again, and the response is identical.
 
-B: examples; L: tokens; n: adapters; m: cotangents; d: hidden size; P: weights of an adapter.
+B: examples; L: tokens; n: adapters; m: cotangents; k: states; d: hidden size; P: weights of an adapter.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from blindtune.errors import AdapterMismatch, UnknownAdapter
 from blindtune.models import FrozenBackbone, LoraLayout, Tokens
 from blindtune.server.cache import ByteLRU
-from blindtune.wire import LoraSpec, Pooling
+from blindtune.wire import LoraSpec, Readout
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class RetainedGraph:
     """A forward pass whose autograd graph is kept for a backward pass.
 
     Attributes:
-        hidden: output of the pass: `(n, B, d)`, `(n, B, L, d)`, or `(N, d)` for a trunk and N packed tokens.
+        hidden: output of the pass: `(n, B, k · d)`, `(n, B, L, k · d)`, or `(N, d)` for a trunk and N packed tokens.
         leaf: tensor with respect to which gradients are computed: the weights `(n, P)`, or the trunk's input `(N, d)`.
     """
 
@@ -54,13 +54,13 @@ class Call:
 
     tenant: str
     adapters: list[str]
-    pooling: Pooling
+    readout: Readout
     seed: int | None
     tokens: Tokens
 
     def key(self) -> str:
         """Returns the SHA-256 of the call in hexadecimal, under which its graph is cached."""
-        digest = hashlib.sha256(repr((self.tenant, self.adapters, self.pooling, self.seed)).encode())
+        digest = hashlib.sha256(repr((self.tenant, self.adapters, self.readout, self.seed)).encode())
         for name, tensor in self.tokens.tensors().items():
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
             digest.update(tensor.contiguous().numpy().tobytes())
@@ -101,17 +101,17 @@ class Engine:
         Args:
             retain: whether to keep the graph for `backward`.
         Returns:
-            `(n, B, d)`, or `(n, B, L, d)` for the pooling `none`; float32, on the CPU. Without adapters n is 1.
+            `(n, B, k · d)`, or `(n, B, L, k · d)` for the pooling `none`; float32, on the CPU. Without adapters n is 1.
         Raises:
             UnknownAdapter: an adapter isn't in the cache, or belongs to another model.
             AdapterMismatch: the adapters differ in shape.
         """
         if not call.adapters:
-            return self.backbone.forward(call.tokens, call.pooling, seed=call.seed).float().cpu()
+            return self.backbone.forward(call.tokens, call.readout, seed=call.seed).float().cpu()
         layout, weights = self._stack(call)
         if not retain:
             with torch.no_grad():
-                return self.backbone.forward(call.tokens, call.pooling, layout, weights, seed=call.seed).float().cpu()
+                return self.backbone.forward(call.tokens, call.readout, layout, weights, seed=call.seed).float().cpu()
         graph, nbytes = self._graph(call, layout, weights)
         self._graphs.put((self.name, call.key()), graph, nbytes)
         return graph.hidden.detach().float().cpu()
@@ -126,7 +126,8 @@ class Engine:
         return cotangents * len(call.adapters) * layout.size * self._precision.itemsize
 
     def backward(self, call: Call, cotangents: Tensor) -> tuple[Tensor, bool]:
-        """Computes vector-Jacobian products (P3EFT, eq. 1) for cotangents `(m, n, B, d)` or `(m, n, B, L, d)`.
+        """Computes vector-Jacobian products (P3EFT, eq. 1) for cotangents `(m, n, B, k · d)` or
+        `(m, n, B, L, k · d)`.
 
         Returns:
             Gradients `(m, n, P)` on the CPU, float32 (float64 from a model in float64), and whether the graph was in
@@ -191,7 +192,7 @@ class Engine:
         return keep_graph(
             self.backbone.model,
             leaf,
-            lambda: self.backbone.forward(call.tokens, call.pooling, layout, leaf, seed=call.seed),
+            lambda: self.backbone.forward(call.tokens, call.readout, layout, leaf, seed=call.seed),
         )
 
 

@@ -98,12 +98,16 @@ def check_cotangents(count: int, limits: Limits) -> None:
         )
 
 
-def check_gradients(size: int, limits: Limits) -> None:
-    """Raises `BodyTooLarge` if gradients of `size` bytes are over the limit. Called before they are computed."""
+def check_answer(what: str, size: int, limits: Limits, *, remedy: str) -> None:
+    """Raises `BodyTooLarge` if tensors of `size` bytes are over the limit. Called before they are computed.
+
+    Args:
+        what: what the tensors are, for the message.
+        remedy: what the client can do.
+    """
     if size > limits.max_answer_bytes:
         raise BodyTooLarge(
-            f"The gradients would have {size} bytes; the limit is {limits.max_answer_bytes}.",
-            remedy="Send fewer cotangents or adapters in one request, or lower the rank.",
+            f"The {what} would have {size} bytes; the limit is {limits.max_answer_bytes}.", remedy=remedy
         )
 
 

@@ -33,11 +33,15 @@ class Recorder:
         self._add("adapter", tenant, upload.model, {"weights": weights}, adapters=[sha256], spec=upload.spec)
 
     def forward(self, model: str, call: Call, hidden: Tensor | None) -> None:
-        """Records a forward call, and the response `hidden (n, B, d)` or `(n, B, L, d)`; None if none was requested."""
+        """Records a forward call, and the response `hidden (n, B, k · d)` or `(n, B, L, k · d)`.
+
+        Args:
+            hidden: None if none was requested.
+        """
         self._add_call("forward", model, call, _with(call.tokens, "hidden", hidden))
 
     def backward(self, model: str, call: Call, cotangents: Tensor) -> None:
-        """Records a backward call with `cotangents (m, n, B, d)` or `(m, n, B, L, d)`."""
+        """Records a backward call with `cotangents (m, n, B, k · d)` or `(m, n, B, L, k · d)`."""
         self._add_call("backward", model, call, _with(call.tokens, "cotangents", cotangents))
 
     def trunk(
@@ -78,7 +82,7 @@ class Recorder:
         self._writer.close()
 
     def _add_call(self, kind: str, model: str, call: Call, tensors: Mapping[str, Tensor]) -> None:
-        self._add(kind, call.tenant, model, tensors, adapters=call.adapters, pooling=call.pooling, seed=call.seed)
+        self._add(kind, call.tenant, model, tensors, adapters=call.adapters, seed=call.seed, **dict(call.readout))
 
     def _add(self, kind: str, tenant: str, model: str, tensors: Mapping[str, Tensor], **fields: Any) -> None:
         """Adds one event. The writer replaces the number and the time that are set here."""

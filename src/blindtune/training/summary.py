@@ -13,8 +13,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from blindtune.errors import CheckpointError
 from blindtune.files import SUMMARY, replace_file
+from blindtune.wire import Readout
 
-FORMAT = 3
+FORMAT = 4
 S = TypeVar("S", bound="RunSummary")
 
 
@@ -34,7 +35,7 @@ class RunSummary(BaseModel):
 
     PRODUCT: ClassVar[Literal["labels", "texts"]]
 
-    format: Literal[3] = FORMAT
+    format: Literal[4] = FORMAT
     method: str
     options: dict[str, Any]
     model: str
@@ -48,6 +49,8 @@ class LabelsSummary(RunSummary):
 
     Attributes:
         run: the run's id in its ledger; empty if it has none.
+        readout: which hidden states the head reads.
+        pairs: how pairs of texts are read (`Backbone`).
         adapters: n, the number of adapters.
         head: class name of the head.
         classes: class names in the order of their indices.
@@ -58,7 +61,8 @@ class LabelsSummary(RunSummary):
     product: Literal["labels"] = "labels"
     run: str
     hidden_size: int
-    pooling: Literal["cls", "mean", "last", "first", "none"]
+    readout: Readout
+    pairs: Literal["joint", "apart", "both"]
     adapters: int
     seed: int
     head: str

@@ -1,6 +1,7 @@
 """The wire format: messages, their encoding to bytes, their size limits, and recorded transcripts of them."""
 
 from blindtune.wire.codec import check_finite, check_tensor, decode, encode
+from blindtune.wire.hidden import by_layer, decode_hidden, encode_hidden, flat, layer_axes
 from blindtune.wire.limits import Limits
 from blindtune.wire.quantize import dequantize, quantize
 from blindtune.wire.schema import (
@@ -24,6 +25,8 @@ from blindtune.wire.schema import (
     NoiseShare,
     PartFile,
     Pooling,
+    Projection,
+    Readout,
     ScoreRequest,
     ScoreResponse,
     TokenizerFile,
@@ -57,6 +60,8 @@ __all__ = [
     "NoiseShare",
     "PartFile",
     "Pooling",
+    "Projection",
+    "Readout",
     "RecordedModel",
     "Recording",
     "ScoreRequest",
@@ -68,10 +73,15 @@ __all__ = [
     "TrunkResponse",
     "TunedPartsReceipt",
     "TunedPartsUpload",
+    "by_layer",
     "check_finite",
     "check_tensor",
     "decode",
+    "decode_hidden",
     "dequantize",
     "encode",
+    "encode_hidden",
+    "flat",
+    "layer_axes",
     "quantize",
 ]

@@ -13,7 +13,7 @@ class Limits(BaseModel):
     max_body_bytes: PositiveInt = 256 * 2**20
     """Size of one request body, in bytes."""
     max_answer_bytes: PositiveInt = 2**30
-    """Size of the gradients in one response, in bytes."""
+    """Size of the hidden states or gradients in one response, in bytes."""
     max_header_bytes: PositiveInt = 2**20
     """Size of the JSON header inside a body, in bytes."""
     max_tensors: PositiveInt = 64

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, get_args
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PositiveInt, StringConstraints
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, StringConstraints
 
 from blindtune.wire.limits import Limits
 
@@ -37,9 +37,9 @@ MEDIA_TYPE = "application/vnd.blindtune.v1+safetensors"
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
-Pooling = Literal["cls", "mean", "last", "first", "none"]
-"""Reduction of hidden states `[B, L, d]` to the head's input: the first token (cls), the mean over tokens, the last
-token, the decoder's first position (first), or no reduction (none)."""
+Pooling = Literal["cls", "mean", "max", "last", "first", "none"]
+"""Reduction of hidden states `[B, L, d]` to one vector for each text: the first token (cls), the mean or the largest
+values over tokens (mean, max), the last token, the decoder's first position (first), or no reduction (none)."""
 Codec = Literal["fp32", "fp16", "int8", "int4"]
 """Number format of hidden states and their gradients on the wire (`blindtune.wire.quantize`)."""
 CODECS: tuple[Codec, ...] = get_args(Codec)
@@ -84,13 +84,56 @@ class AdapterReceipt(Message):
     parameters: PositiveInt
 
 
-class ForwardRequest(Message):
-    """Requests the hidden states h(x, θ_i) for n adapters at once. No adapters means the frozen model, n = 1."""
+class Projection(Message):
+    """A public random projection of each hidden state, from d to `size` values: R^T h, R `[d, size]`.
+
+    Both sides expand R from the seed (`blindtune.models.readout.projection_matrix`).
+    """
+
+    seed: Sha256
+    size: Annotated[int, Field(ge=1, le=65_536)]
+
+
+class Readout(Message):
+    """Determines which hidden states a pass returns for each text: which layers', how pooled, and how projected.
+
+    A model with N layers of blocks has N + 1 states: state 0 is the input of the first block, state i the output of
+    block i − 1. The last state is the model's output, after its final normalisation if it has one.
+    """
+
+    pooling: Pooling
+    layers: Annotated[tuple[NonNegativeInt, ...], Field(max_length=4096)] = ()
+    """Indices of states, in rising order; none means the last state alone."""
+    projection: Projection | None = None
+
+    @property
+    def width(self) -> int:
+        """k, the number of states."""
+        return max(1, len(self.layers))
+
+    def size(self, hidden_size: int) -> int:
+        """Returns the number of values for each text (or token), k · d, or k times the size of the projection."""
+        return self.width * (hidden_size if self.projection is None else self.projection.size)
+
+
+class Pass(Readout):
+    """The part that requests for forward and backward passes have in common: a readout and n adapters."""
 
     adapters: Annotated[list[Sha256], Field(max_length=4096)] = []
-    pooling: Pooling
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     """Seed of dropout, which is off without one. So a repeated request always gives the same response."""
+
+    @property
+    def readout(self) -> Readout:
+        """The readout alone."""
+        return Readout(pooling=self.pooling, layers=self.layers, projection=self.projection)
+
+
+class ForwardRequest(Pass):
+    """Requests the hidden states h(x, θ_i) for n adapters at once. No adapters means the frozen model, n = 1."""
+
+    codec: Codec = "fp32"
+    """Codec of the response's `hidden`."""
     retain: bool = False
     """Whether the server keeps the autograd graph for a following backward request."""
     return_hidden: bool = True
@@ -98,7 +141,12 @@ class ForwardRequest(Message):
 
 
 class ForwardResponse(Message):
-    """Returns the tensor `hidden`: `[n, B, d]`, or `[n, B, L, d]` for pooling `none`; float32."""
+    """Returns the tensor `hidden`, float32: `[n, B, d]`, or `[n, B, L, d]` for pooling `none`.
+
+    If the request names k layers, there is an axis of k before the last. In another codec than fp32, several tensors
+    represent it as `[n · B · k, d]` (`blindtune.wire.quantize`). For pooling `none` they hold the n · Σ lengths · k
+    states of real tokens alone, without padding.
+    """
 
     fingerprint: Sha256
 
@@ -116,12 +164,13 @@ class NoiseShare(Message):
     steps: Annotated[int, Field(ge=1, le=3 * 2**19)]
 
 
-class BackwardRequest(Message):
-    """Repeats the forward request, with `cotangents [m, n, B, d]` float32 or, in their place, one share of noise."""
+class BackwardRequest(Pass):
+    """Repeats the forward request, with `cotangents [m, n, B, d]` float32 or, in their place, one share of noise.
 
-    adapters: Annotated[list[Sha256], Field(min_length=1, max_length=4096)]
-    pooling: Pooling
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    If the request names k layers, there is an axis of k before the last.
+    """
+
+    adapters: Annotated[list[Sha256], Field(min_length=1, max_length=4096)]  # pyright: ignore[reportGeneralTypeIssues]
     noise: NoiseShare | None = None
 
 
@@ -253,6 +302,10 @@ class ModelInfo(Message):
     """The model family's name in transformers, e.g. `bert`. PEFT's default target modules depend on it."""
     hidden_size: PositiveInt
     layers: PositiveInt
+    """Number of blocks."""
+    states: PositiveInt = 1
+    """Number of states that a readout can choose from: one more than there are blocks (of the decoder). Servers of
+    earlier versions offer the last alone."""
     dtype: str
     modules: dict[str, tuple[PositiveInt, PositiveInt]]
     """Linear layers that adapters can target: name -> (out_features, in_features)."""

@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from blindtune.errors import TranscriptError
-from blindtune.wire.schema import Codec, LoraSpec
+from blindtune.wire.schema import Codec, LoraSpec, Pooling, Projection, Readout
 
 INDEX = "index.jsonl"
 FORMAT = 1
@@ -72,7 +72,9 @@ class Event(BaseModel):
     adapters: list[str] = []
     """SHA-256 of each adapter; for the kinds `adapter` and `plugin`, of the upload alone."""
     spec: LoraSpec | None = None
-    pooling: str | None = None
+    pooling: Pooling | None = None
+    layers: tuple[int, ...] = ()
+    projection: Projection | None = None
     seed: int | None = None
     up: Codec | None = None
     down: Codec | None = None
@@ -82,6 +84,13 @@ class Event(BaseModel):
     """Names of the event's tensors."""
     shard: str = ""
     """Name of the file that holds them."""
+
+    @property
+    def readout(self) -> Readout | None:
+        """The readout of a pass; None for other messages."""
+        if self.pooling is None:
+            return None
+        return Readout(pooling=self.pooling, layers=self.layers, projection=self.projection)
 
 
 class TranscriptWriter:

@@ -29,6 +29,7 @@ def predict(
         typer.Option(help=LABELS_HELP + " With it, the predictions are scored.", rich_help_panel=options.DATA),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="CSV file for the predictions. Default: stdout.")] = None,
+    store: options.Store = None,
     model: options.Model = None,
     token: options.Token = None,
     tls_ca: options.TlsCa = None,
@@ -49,7 +50,7 @@ def predict(
         import torch
 
         from blindtune.cli.progress import inference_progress
-        from blindtune.labels import PrivateModel, adapter_config, scores
+        from blindtune.labels import PrivateModel, adapter_config, readout_of, scores
         from blindtune.labels import predict as run
         from blindtune.training import LabelsSummary, read_summary
 
@@ -60,8 +61,8 @@ def predict(
             server,
             adapter=adapter_config(checkpoint),
             num_adapters=0,
-            max_length=summary.max_length,
-            pooling=summary.pooling,
+            **readout_of(summary),
+            store=options.store_folder(store),
             token=token,
             tls_ca=tls_ca,
             wait=wait,

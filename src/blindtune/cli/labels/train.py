@@ -8,11 +8,11 @@ from rich.table import Table
 
 from blindtune.cli import options
 from blindtune.cli.console import console, reporting_errors, write_json
-from blindtune.errors import BlindtuneError, BudgetSpent, CheckpointError
+from blindtune.errors import BlindtuneError, BudgetSpent, CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from blindtune.data import Examples
-    from blindtune.labels import Method, PrivateModel, Trainer
+    from blindtune.labels import Method, PrivateModel, TrainConfig, Trainer
 
 LABELS_HELP = "Column of labels: class names, integers or booleans."
 DEFAULT_METHOD = "padded-lora"
@@ -48,21 +48,16 @@ def train(
     method: Annotated[
         str | None,
         typer.Option(
-            help="Training method. Default: padded-lora, which bounds what one operator learns. See "
-            "`blindtune labels methods` for the others."
+            help="Training method. Default: padded-lora, which bounds what one operator learns. Try features first: it "
+            "needs one server and sends nothing about labels. See `blindtune labels methods` for the others."
         ),
     ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", help="Option of the method, as name=value, e.g. max_mu=0.1. Repeat for more."),
     ] = None,
-    pooling: Annotated[
-        str | None,
-        typer.Option(
-            help="Pooling of hidden states: cls, mean, last or first. Default: the model's own.",
-            rich_help_panel=options.ADAPTERS,
-        ),
-    ] = None,
+    readout: options.ReadoutOption = None,
+    store: options.Store = None,
     rank: Annotated[
         int | None,
         typer.Option(
@@ -103,10 +98,10 @@ def train(
 ) -> None:
     """Fine-tune a hosted model on private labels.
 
-    Texts and adapters are sent to the servers; labels, the head and the optimizer stay here. With padded-lora, each
-    operator gets the adapter under a pad and one share of each gradient, so give at least two operators that don't
-    collude. Ctrl-C saves a checkpoint, and --resume continues from it. The output folder holds PEFT adapters, the head,
-    and the secrets of the run.
+    Texts and adapters are sent to the servers; labels, the head and the optimizer stay here. With features, one server
+    is enough, and what it gets doesn't depend on labels. With padded-lora, each operator gets the adapter under a pad
+    and one share of each gradient, so give at least two operators that don't collude. Ctrl-C saves a checkpoint, and
+    --resume continues from it. The output folder holds PEFT adapters, the head, and the secrets of the run.
 
     Further training options (--training name=value): epochs, head_learning_rate, weight_decay, betas, warmup, floor,
     random_adam_moments, seed, save_every.
@@ -119,6 +114,7 @@ def train(
         from blindtune.training import LabelsSummary, read_summary, steps_for
 
         connection: dict[str, Any] = {
+            "store": options.store_folder(store),
             "token": token,
             "tls_ca": tls_ca,
             "wait": wait,
@@ -128,6 +124,9 @@ def train(
         more = options.read_training(TrainConfig, training, steps=steps, batch_size=batch_size, learning_rate=lr)
         if not resume:
             options.refuse_checkpoint(output)
+            kind = method_class(method or DEFAULT_METHOD)
+            if not kind.by_steps:
+                _refuse_unused(kind.name, {"--steps": steps, "--lr": lr, "--rank": rank, "--lora": lora}, more)
         epochs, save_every, seed = more.pop("epochs", 3.0), more.pop("save_every", 10), more.get("seed", 0)
         examples, held_out = _read(data, text, label, options.parse_names(classes), validation, seed)
         more.setdefault("steps", steps_for(len(examples), batch_size, epochs))
@@ -142,12 +141,24 @@ def train(
             rank = kind.default_rank if rank is None else rank
             adapter = {"rank": rank, "layers": layers, **options.read_lora(lora, rank)}
             algorithm = make_method(name, chosen, steps=config.steps, batch_size=batch_size)
-            settings = {"max_length": max_length, "pooling": pooling}
+            settings = {"max_length": max_length, **options.read_readout(readout, kind.default_readout)}
+            settings["pairs"] = kind.default_pairs if len(text) > 1 else "joint"
             private = _new_model(server, algorithm, len(examples.classes), adapter, {**settings, **connection}, seed)
-        trainer = Trainer(private, examples, config, checkpoint=output, save_every=save_every)
-        result = _run(trainer, held_out, output, resume=resume)
+        if private.method.by_steps:
+            trainer = Trainer(private, examples, config, checkpoint=output, save_every=save_every)
+            result = _run(trainer, held_out, output, resume=resume)
+        else:
+            result = _fit(private, examples, held_out, output)
         _print_result(result)
         write_json(json, result)
+
+
+def _refuse_unused(method: str, given: dict[str, Any], training: dict[str, Any]) -> None:
+    """Raises `ConfigError` for options of training in steps, which the method doesn't do."""
+    used = [name for name, value in given.items() if value is not None]
+    used += [f"--training {name}" for name in training if name not in ("seed", "batch_size", "steps", "learning_rate")]
+    if used:
+        raise ConfigError(f"{method} isn't trained in steps, so it has no use for {used[0]}.", remedy="Leave it out.")
 
 
 def methods() -> None:
@@ -202,7 +213,7 @@ def _resume_model(
     Raises:
         CheckpointError: a method or option that is given again differs from the checkpoint's.
     """
-    from blindtune.labels import PrivateModel, adapter_config
+    from blindtune.labels import PrivateModel, adapter_config, method_class, readout_of
     from blindtune.training import LabelsSummary, read_summary
 
     summary = read_summary(folder, LabelsSummary)
@@ -213,21 +224,21 @@ def _resume_model(
                 f"{folder} was trained with {name} = {trained.get(name)!r}, not {value!r}.",
                 remedy="Resume with the same options, or train from the start without --resume.",
             )
-    settings: dict[str, Any] = {"max_length": summary.max_length, "pooling": summary.pooling}
-    settings |= {**connection, "model": connection["model"] or summary.model}
+    if not method_class(summary.method).by_steps:
+        raise CheckpointError(f"{folder} holds a finished run.", remedy="Use it with `blindtune labels predict`.")
+    settings: dict[str, Any] = {**readout_of(summary), **connection, "model": connection["model"] or summary.model}
     backbone = options.connect(servers, adapter=adapter_config(folder), num_adapters=0, **settings)
     return PrivateModel.from_pretrained(folder, backbone)
 
 
 def _run(trainer: "Trainer", held_out: "Examples | None", output: Path, *, resume: bool) -> dict[str, Any]:
     """Trains with a progress bar, evaluates, and returns the results. It leaves a checkpoint even if it fails."""
-    from blindtune.cli.progress import StepBar, human_bytes, inference_progress, labels_status
-    from blindtune.labels import evaluate
+    from blindtune.cli.progress import StepBar, labels_status
     from blindtune.training import Interrupted
 
-    private = trainer.model
-    backbone, method = private.backbone, private.method
-    _print_plan(trainer)
+    private, config = trainer.model, trainer.config
+    method = private.method
+    _print_plan(private, trainer.train, config.steps, f"{config.steps} steps of {config.batch_size}", config)
     if resume:
         trainer.resume()
         console.print(f"Resumed after step {trainer.done}.")
@@ -251,7 +262,39 @@ def _run(trainer: "Trainer", held_out: "Examples | None", output: Path, *, resum
             "The run wasn't stopped, since that would have revealed something about labels.",
             soft_wrap=True,
         )
-    result: dict[str, Any] = {"method": method.name, "steps": trainer.done, "train_examples": len(trainer.train)}
+    result = {"method": method.name, "steps": trainer.done, "train_examples": len(trainer.train)}
+    return _finish(private, held_out, output, result)
+
+
+def _fit(private: "PrivateModel", examples: "Examples", held_out: "Examples | None", output: Path) -> dict[str, Any]:
+    """Fits the head of a method that isn't trained in steps, evaluates, and returns the results."""
+    from blindtune.cli.progress import counting, inference_progress
+    from blindtune.labels import Features
+
+    _print_plan(private, examples, 1, "no step of training")
+    backbone, method = private.backbone, private.method
+    with inference_progress(backbone, console, "frozen features", len(examples)):
+        backbone.frozen(examples.texts)
+    with counting(console, "classifiers") as count:
+        if isinstance(method, Features):
+            method.on_candidate = count
+        private.prepare(examples.texts, examples.labels or [])
+    result: dict[str, Any] = {"method": method.name, "train_examples": len(examples)}
+    if private.choice is not None:
+        chosen = private.choice.chosen
+        result |= {"chosen": str(chosen), "cross_validated_accuracy": chosen.accuracy}
+    private.save_pretrained(output, classes=examples.classes)
+    return _finish(private, held_out, output, result)
+
+
+def _finish(
+    private: "PrivateModel", held_out: "Examples | None", output: Path, result: dict[str, Any]
+) -> dict[str, Any]:
+    """Evaluates the trained model, and returns the results with what the method reports and the traffic."""
+    from blindtune.cli.progress import human_bytes, inference_progress
+    from blindtune.labels import evaluate
+
+    backbone, method = private.backbone, private.method
     if held_out is not None:
         with inference_progress(backbone, console, "validation", len(held_out)):
             result["validation"] = evaluate(private, held_out)
@@ -265,18 +308,20 @@ def _run(trainer: "Trainer", held_out: "Examples | None", output: Path, *, resum
     return result
 
 
-def _print_plan(trainer: "Trainer") -> None:
+def _print_plan(
+    private: "PrivateModel", examples: "Examples", steps: int, training: str, config: "TrainConfig | None" = None
+) -> None:
     """Prints what will be trained, and what each operator will see and can learn."""
     from blindtune.labels import exposure
 
-    private, config, examples = trainer.model, trainer.config, trainer.train
     info = private.backbone.info
     console.print(
-        f"{len(examples)} examples, {len(examples.classes)} classes, {config.steps} steps of {config.batch_size}; "
+        f"{len(examples)} examples, {len(examples.classes)} classes, {training}; "
         f"{private.method.name} over {len(private.backbone.pool)} operator(s) that host {info.base_model_name} "
         f"(fingerprint {info.fingerprint[:12]}…)"
     )
-    for line in exposure(private, config.steps, random_adam_moments=config.random_adam_moments):
+    moments = 0.0 if config is None else config.random_adam_moments
+    for line in exposure(private, steps, random_adam_moments=moments):
         console.print(f"  {line}", soft_wrap=True)
     earlier, combined = private.combined_guarantee(examples.texts)
     if earlier:

@@ -2,7 +2,7 @@
 
 from blindtune.labels.methods.base import METHODS, AdapterMethod, Method, make_method, method, method_class, options_of
 from blindtune.labels.methods.distance_correlation import DistanceCorrelation
-from blindtune.labels.methods.head_only import HeadOnly
+from blindtune.labels.methods.features import Features
 from blindtune.labels.methods.lora import LoRA
 from blindtune.labels.methods.p3eft import P3EFT
 from blindtune.labels.methods.padded_lora import PaddedLoRA
@@ -15,7 +15,7 @@ __all__ = [
     "PSLF",
     "AdapterMethod",
     "DistanceCorrelation",
-    "HeadOnly",
+    "Features",
     "LoRA",
     "Method",
     "PaddedLoRA",

@@ -14,9 +14,10 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
-from blindtune.client import Backbone, OperatorPool, PlainChannel, RemoteBatch
+from blindtune.client import Backbone, Layers, OperatorPool, Pairs, PlainChannel, RemoteBatch
 from blindtune.errors import ConfigError
 from blindtune.labels.channels.private_backprop import PrivateBackprop, PrivateBackpropOptions
+from blindtune.labels.classifiers import Choice
 from blindtune.labels.placement import Part, listed
 from blindtune.models.tokenizer import TokenRow
 from blindtune.privacy.ledger import Ledger
@@ -48,6 +49,12 @@ class Method:
     """Default rank of the adapters. The default α is twice the rank."""
     default_lr: ClassVar[float] = 3e-3
     """Default learning rate of the adapters."""
+    default_readout: ClassVar[Layers] = "last"
+    """Default layers whose hidden states the head reads."""
+    default_pairs: ClassVar[Pairs] = "joint"
+    """Default way to read pairs of texts."""
+    by_steps: ClassVar[bool] = True
+    """Whether the method is trained in steps. If not, `fit_head` does everything."""
     fixed_a: ClassVar[bool] = False
     """Whether only the adapters' B matrices are trained; their A matrices are then expanded from a public seed."""
     watches_batches: ClassVar[bool] = False
@@ -99,6 +106,10 @@ class Method:
 
     def prepare(self, frozen: Tensor, labels: Tensor) -> None:
         """Computes statistics of the training set's frozen features `(N, d)` and labels `(N,)`."""
+
+    def fit_head(self, features: Tensor, labels: Tensor, classes: int) -> Choice | None:
+        """Chooses and fits a head on the training set's frozen features `(N, k · d)`; None to keep the model's head."""
+        return None
 
     def mix(self, hidden: Tensor) -> Tensor:
         """Returns the head's input `(B, d)` for hidden states `(n, B, d)`."""

@@ -1,6 +1,6 @@
 """The routes for hidden states of whole models, and for gradients of their adapters.
 
-B: examples; L: tokens; n: adapters; m: cotangents; d: hidden size; P: weights of an adapter.
+B: examples; L: tokens; n: adapters; m: cotangents; k: states; d: hidden size; P: weights of an adapter.
 """
 
 from __future__ import annotations
@@ -16,19 +16,24 @@ from blindtune.errors import InvalidTensor
 from blindtune.lattice import Lattice, expand_noise
 from blindtune.server.engine import Call, Engine
 from blindtune.server.host import Host
-from blindtune.server.limits import check_cotangents, check_gradients
+from blindtune.server.limits import check_answer, check_cotangents
 from blindtune.server.recorder import Recorder
 from blindtune.server.routes.batch import read_batch
 from blindtune.server.routes.handler import Handler, Received, answer_post, tensors_response
 from blindtune.wire import (
     BackwardRequest,
     BackwardResponse,
+    Codec,
     ForwardRequest,
     ForwardResponse,
+    Limits,
     NoiseShare,
     check_finite,
     check_tensor,
     decode,
+    encode_hidden,
+    flat,
+    layer_axes,
 )
 
 router = APIRouter()
@@ -52,17 +57,20 @@ class ForwardPass:
 
     engine: Engine
     call: Call
+    codec: Codec
     retain: bool
     return_hidden: bool
 
 
 class Forward(Handler[ForwardPass, Tensor | None]):
-    """Computes hidden states `(n, B, d)` or `(n, B, L, d)`, float32; None if the request has `return_hidden=False`."""
+    """Computes hidden states `(n, B, k · d)` or `(n, B, L, k · d)`, float32; None for `return_hidden=False`."""
 
     def decode(self, received: Received) -> ForwardPass:
         request, tensors = decode(received.body, ForwardRequest, self.host.settings.limits)
         call = _call(self.host, received, request, tensors)
-        return ForwardPass(self.host.engine(received.name), call, request.retain, request.return_hidden)
+        engine = self.host.engine(received.name)
+        check_hidden(call, engine.backbone.hidden_size, self.host.settings.limits)
+        return ForwardPass(engine, call, request.codec, request.retain, request.return_hidden)
 
     def run(self, work: ForwardPass) -> Tensor | None:
         hidden = self.host.with_room(lambda: work.engine.forward(work.call, retain=work.retain))
@@ -76,7 +84,9 @@ class Forward(Handler[ForwardPass, Tensor | None]):
 
     def encode(self, work: ForwardPass, result: Tensor | None) -> Response:
         message = ForwardResponse(fingerprint=work.engine.backbone.fingerprint)
-        return tensors_response(message, {} if result is None else {"hidden": result})
+        if result is None:
+            return tensors_response(message, {})
+        return tensors_response(message, encode_hidden(result, work.call.tokens.lengths, work.call.readout, work.codec))
 
 
 @dataclass(frozen=True)
@@ -84,7 +94,7 @@ class BackwardPass:
     """A request for a backward pass that has passed all checks. Cotangents are float32.
 
     Attributes:
-        cotangents: `(m, n, B, d)` or `(m, n, B, L, d)`.
+        cotangents: `(m, n, B, k · d)` or `(m, n, B, L, k · d)`.
     """
 
     engine: Engine
@@ -101,7 +111,8 @@ class Backward(Handler[BackwardPass, tuple[Tensor, bool]]):
         call = _call(self.host, received, request, tensors)
         cotangents = _cotangents(request, call, tensors, engine.backbone.hidden_size)
         check_cotangents(len(cotangents), limits)
-        check_gradients(engine.answer_bytes(call, len(cotangents)), limits)
+        remedy = "Send fewer cotangents or adapters in one request, or lower the rank."
+        check_answer("gradients", engine.answer_bytes(call, len(cotangents)), limits, remedy=remedy)
         return BackwardPass(engine, call, cotangents)
 
     def record_request(self, recorder: Recorder, work: BackwardPass) -> None:
@@ -129,18 +140,28 @@ def _call(
     host: Host, received: Received, request: ForwardRequest | BackwardRequest, tensors: Mapping[str, Tensor]
 ) -> Call:
     tokens = read_batch(host, received.name, tensors, adapters=len(request.adapters))
-    return Call(received.tenant, request.adapters, request.pooling, request.seed, tokens)
+    host.engine(received.name).backbone.check_readout(request.readout)
+    return Call(received.tenant, request.adapters, request.readout, request.seed, tokens)
+
+
+def check_hidden(call: Call, hidden_size: int, limits: Limits) -> None:
+    """Raises `BodyTooLarge` if the hidden states of a call are over the limit, in float32."""
+    batch, length = call.tokens.input_ids.shape
+    vectors = max(1, len(call.adapters)) * batch * (length if call.readout.pooling == "none" else 1)
+    size = 4 * vectors * call.readout.size(hidden_size)
+    check_answer("hidden states", size, limits, remedy="Send fewer texts, or read fewer layers.")
 
 
 def _cotangents(request: BackwardRequest, call: Call, tensors: Mapping[str, Tensor], width: int) -> Tensor:
     """Returns the cotangents in the request, or expands them from its seed. Raises `InvalidTensor`."""
     batch, length = call.tokens.input_ids.shape
-    by_token = request.pooling == "none"
+    by_token, size = call.readout.pooling == "none", call.readout.size(width)
     if request.noise is not None:
-        shape = (len(call.adapters), batch, length, width) if by_token else (len(call.adapters), batch, width)
+        shape = (len(call.adapters), batch, length, size) if by_token else (len(call.adapters), batch, size)
         return _expand(request.noise, shape, tensors)
-    inner = (None, width) if by_token else (width,)  # the engine checks L against the forward pass
-    return check_tensor(tensors, "cotangents", (None, len(call.adapters), batch, *inner), torch.float32)
+    positions = (None,) if by_token else ()  # the engine checks L against the forward pass
+    shape = (None, len(call.adapters), batch, *positions, *layer_axes(call.readout, width))
+    return flat(check_tensor(tensors, "cotangents", shape, torch.float32), call.readout)
 
 
 def _expand(noise: NoiseShare, shape: tuple[int, ...], tensors: Mapping[str, Tensor]) -> Tensor:

@@ -1,0 +1,83 @@
+"""Features: a classifier on the frozen model's hidden states. Nothing that is sent depends on labels.
+
+Each text is sent once, to one operator, which returns the pooled states of the layers that the backbone reads out. The
+client chooses layers and a classifier by cross-validation (`blindtune.labels.classifiers`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, get_args
+
+from torch import Tensor
+
+from blindtune.client import Backbone, Layers, Pairs
+from blindtune.errors import ConfigError
+from blindtune.labels.classifiers import Choice, Kind, choose, layer_groups
+from blindtune.labels.methods.base import Method, method
+from blindtune.labels.placement import Part
+from blindtune.privacy.randomness import SecureGenerator
+
+
+@method
+@dataclass
+class Features(Method):
+    """Fits a classifier on frozen states of one, some or all layers: operators see texts, and zero bits about labels.
+
+    A method that sends label-dependent messages has to beat it.
+
+    Args:
+        layers: `last`, `upper` or `all` of the layers that the backbone reads out, or `choose` for the best of them by
+            cross-validation.
+        classifier: `logistic`, `rbf` (kernel ridge regression), `mlp`, or `choose`.
+    Raises:
+        ConfigError: there are no such layers, or no such classifier.
+    """
+
+    layers: Literal["choose", "last", "upper", "all"] = "choose"
+    classifier: Literal["choose", "logistic", "rbf", "mlp"] = "choose"
+
+    name: ClassVar[str] = "features"
+    title: ClassVar[str] = "features"
+    by_steps: ClassVar[bool] = False
+    default_readout: ClassVar[Layers] = "all"
+    default_pairs: ClassVar[Pairs] = "both"
+    choice: Choice | None = field(init=False, repr=False, compare=False, default=None)
+    """What `fit_head` chose; None before."""
+    on_candidate: Callable[[int, int], None] | None = field(init=False, repr=False, compare=False, default=None)
+    """Callback invoked with the number of candidates that were tried, and of all."""
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("layers", self.layers, ("choose", "last", "upper", "all")),
+            ("classifier", self.classifier, ("choose", *get_args(Kind))),
+        ):
+            if value not in allowed:
+                raise ConfigError(f"There is no {name} = {value!r}.", remedy=f"Use one of: {', '.join(allowed)}.")
+
+    @property
+    def num_adapters(self) -> int:
+        return 0
+
+    @property
+    def label_mu(self) -> float:
+        return 0.0
+
+    def attach(self, backbone: Backbone, classes: int, generator: SecureGenerator) -> None:
+        super().attach(backbone, classes, generator)
+        layers, states = backbone.readout.layers, backbone.info.states
+        self._groups = layer_groups(layers, states, backbone.pairs, self.layers)
+        self._parts = backbone.readout.width * {"joint": 1, "apart": 2, "both": 3}[backbone.pairs]
+        if not self._groups:
+            raise ConfigError(
+                f"The readout has none of the {self.layers} layers.", remedy="Use layers=choose, or read all layers."
+            )
+
+    def fit_head(self, features: Tensor, labels: Tensor, classes: int) -> Choice:
+        kinds: tuple[Kind, ...] = get_args(Kind) if self.classifier == "choose" else (self.classifier,)
+        self.choice = choose(features, labels, classes, self._groups, self._parts, kinds, self.on_candidate)
+        return self.choice
+
+    def exposure(self, part: Part, operators: int, *, random_adam_moments: float = 0.0) -> str:
+        return "sees texts, each once: nothing about labels"
