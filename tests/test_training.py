@@ -140,7 +140,8 @@ def test_a_run_of_nothing_is_refused(change: dict[str, Any]):
 SHARED = {"options": {}, "model": "m", "base_model_name": "org/m", "fingerprint": "1" * 64, "max_length": 16}
 SUMMARIES = {
     "labels": LabelsSummary(
-        method="lora", run="", hidden_size=8, readout=Readout(pooling="mean"), pairs="joint", adapters=1, seed=0, head="LinearHead", num_classes=2,
+        method="lora", run="", hidden_size=8,
+        readout=Readout(pooling="mean"), pairs="joint", adapters=1, seed=0, head="LinearHead", num_classes=2,
         classes=["no", "yes"], **SHARED,
     ),
     "texts": TextsSummary(

@@ -124,7 +124,8 @@ def test_a_run_with_private_labels_is_no_shadow_clients(tmp_path):
         tmp_path,
         LabelsSummary(
             method="padded-lora", options={}, model="m", base_model_name="m", fingerprint="1" * 64, max_length=8,
-            run="", hidden_size=4, readout=Readout(pooling="mean"), pairs="joint", adapters=1, seed=0, head="LinearHead", num_classes=2,
+            run="", hidden_size=4,
+            readout=Readout(pooling="mean"), pairs="joint", adapters=1, seed=0, head="LinearHead", num_classes=2,
             classes=["a", "b"],
         ),
     )  # fmt: skip

@@ -135,7 +135,8 @@ def test_a_run_with_private_labels_is_not_deployed(cut_server, checkpoint, quest
     """Its adapters may be as secret as its labels, so none of them is uploaded; neither do texts start from it."""
     summary = LabelsSummary(
         method="padded-lora", options={}, model="llama", base_model_name="llama", fingerprint="1" * 64, max_length=24,
-        run="", hidden_size=32, readout=Readout(pooling="last"), pairs="joint", adapters=adapters, seed=0, head="LinearHead", num_classes=2,
+        run="", hidden_size=32,
+        readout=Readout(pooling="last"), pairs="joint", adapters=adapters, seed=0, head="LinearHead", num_classes=2,
         classes=["bad", "good"],
     )  # fmt: skip
     write_summary(tmp_path, summary)
