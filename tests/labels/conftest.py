@@ -31,6 +31,20 @@ def operators(
         yield Operators([server.url for server in servers], folders)
 
 
+def bodies_of(backbone: Backbone) -> list[tuple[str, bytes]]:
+    """Everything that the backbone posts from now on, to its first operator: path and body of each request."""
+    transport = backbone.pool.operators[0].transport
+    posted: list[tuple[str, bytes]] = []
+    post = transport.post
+
+    def record(path: str, body: bytes) -> bytes:
+        posted.append((path, body))
+        return post(path, body)
+
+    transport.post = record  # type: ignore[method-assign]
+    return posted
+
+
 @pytest.fixture
 def connect(operators: Operators) -> Generator[Callable[..., Backbone]]:
     """`connect(**options)`: a backbone over both operators, or over `count` of them."""

@@ -94,7 +94,7 @@ class TestExposure:
         for said in told(name, 2):
             sees, _, learns = said.partition(": ")
             assert learns
-            assert ("consecutive" in sees) == (name != "features")
+            assert ("consecutive" in sees) == (name not in ("features", "side"))
 
     def test_gradients_in_the_clear_tell_what_the_adapter_learns_from(self):
         for name in ("lora", "distance-correlation"):

@@ -15,7 +15,7 @@ from blindtune.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-    from blindtune.client import Backbone, Layers, Operator
+    from blindtune.client import Backbone, Operator
     from blindtune.data import Examples
     from blindtune.training import TrainConfig
     from blindtune.wire import ModelInfo
@@ -80,9 +80,8 @@ Validation = Annotated[
 ReadoutOption = Annotated[
     str | None,
     typer.Option(
-        help="Layers whose hidden states the head reads: last, upper, all, or numbers such as 3-6; after a colon, the "
-        "pooling (cls, mean, max, last or first), as in all:mean. Default: all layers for features, the last for "
-        "other methods, and the model's own pooling.",
+        help="Layers whose hidden states the head reads: last, upper, all, spread (at most eight), or numbers such as "
+        "3-6; after a colon, the pooling (cls, mean, max, last or first), as in all:mean. Default: the method's own.",
         rich_help_panel=DATA,
     ),
 ]
@@ -128,19 +127,19 @@ def parse_names(text: str | None) -> list[str] | None:
     return [name.strip() for name in text.split(",")] if text else None
 
 
-def read_readout(readout: str | None, default: "Layers") -> "dict[str, Any]":
-    """Returns the arguments `readout` and `pooling` of `Backbone` from `--readout`.
+def read_readout(readout: str | None) -> dict[str, Any]:
+    """Returns the arguments of `Backbone` that `--readout` names: `readout` and `pooling`, or neither.
 
-    Args:
-        default: layers if the option doesn't name any.
     Raises:
         ConfigError: the option can't be read.
     """
     layers, _, pooling = (readout or "").partition(":")
-    chosen: Any = layers or default
-    if layers and layers not in ("last", "upper", "all"):
-        chosen = sorted(_numbers(f"--readout {readout}", layers, "last, upper, all"))
-    return {"readout": chosen, "pooling": pooling or None}
+    named: dict[str, Any] = {"pooling": pooling} if pooling else {}
+    if layers in ("last", "upper", "all", "spread"):
+        named["readout"] = layers
+    elif layers:
+        named["readout"] = sorted(_numbers(f"--readout {readout}", layers, "last, upper, all, spread"))
+    return named
 
 
 def store_folder(store: str | None) -> Path | None:

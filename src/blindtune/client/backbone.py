@@ -8,6 +8,7 @@ optimizer.step()
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -40,8 +41,12 @@ INFERENCE_TOKENS = 4096
 """Largest number of tokens in one request without gradient."""
 
 
-Layers = Literal["last", "upper", "all"] | Sequence[int]
-"""Names the layers of a readout: the last, the upper half, all, or indices of states."""
+Layers = Literal["last", "upper", "all", "spread"] | Sequence[int]
+"""Names the layers of a readout: the last, the upper half, all, at most eight of them, or indices of states."""
+SPREAD = 8
+"""Largest number of layers in the readout `spread`."""
+PUBLIC_SEED = hashlib.sha256(b"blindtune projection").hexdigest()
+"""Default seed of projections. It isn't secret: a projection only saves bytes."""
 Pairs = Literal["joint", "apart", "both"]
 """How pairs of texts are read: as one sequence, each text alone, or both."""
 _backbones = WeakSet["Backbone"]()
@@ -73,12 +78,14 @@ class Backbone(nn.Module):
         num_adapters: n, the number of adapters.
         token: bearer token for all servers, or one for each server.
         readout: the layers whose hidden states are returned for each text: `last` (the model's output), `upper` (the
-            upper half of the blocks), `all`, or indices of states from 0 (the input of the first block) to N (the
-            output of the last of N blocks). The hidden states of k layers are concatenated to k · d values.
+            upper half of the blocks), `all`, `spread` (at most eight at equal distances), or indices of states from 0
+            (the input of the first block) to N (the output of the last of N blocks). The hidden states of k layers are
+            concatenated to k · d values.
         pooling: `cls`, `mean`, `max`, `last`, `first` or `none`. Default: the model's own.
         pairs: how pairs of texts are read: `joint` (as one sequence), `apart` (each text alone, u and v, combined to
             |u − v| and u · v), or `both`. Adapters need `joint`. Single texts have no pairs, so this has no effect.
-        projection: public random projection of each layer's states on the server; None for none.
+        projection: public random projection of each layer's states on the server, or its size; None for none. If the
+            states have no more values than that size, they aren't projected.
         codec: codec in which hidden states of the frozen model are sent: fp32, fp16, int8 or int4.
         store: folder in which hidden states of the frozen model are kept, or a `FeatureStore`, so that no text is sent
             twice. Default: in memory only.
@@ -100,7 +107,7 @@ class Backbone(nn.Module):
         readout: Layers = "last",
         pooling: Pooling | None = None,
         pairs: Pairs = "joint",
-        projection: Projection | None = None,
+        projection: Projection | int | None = None,
         codec: Codec = "fp32",
         store: str | Path | FeatureStore | None = None,
         max_length: int | None = None,
@@ -118,6 +125,9 @@ class Backbone(nn.Module):
             self.pool = _connect(servers, model, token, verify, timeout, on_wait, insecure)
         self.info = self.pool.info
         layers = select_layers(self.info, readout)
+        if isinstance(projection, int):
+            small = projection >= self.info.hidden_size
+            projection = None if small else Projection(seed=PUBLIC_SEED, size=projection)
         self.readout = Readout(pooling=pooling or self.info.pooling, layers=layers, projection=projection)
         check_readout(self.readout, self.info.poolings, self.info.states, self.info.hidden_size)
         if pairs not in get_args(Pairs) or (pairs != "joint" and self.readout.pooling == "none"):
@@ -263,16 +273,27 @@ class Backbone(nn.Module):
         """
         rows = self.rows(texts)
         if self.pairs == "joint":
-            return self._frozen_states(rows)
+            return self._frozen_stack(rows)
         if any(len(row.parts) != 2 for row in rows):
             raise ConfigError("There are single texts among pairs that are read apart.", remedy="Use pairs='joint'.")
         first, second = ([row.parts[side] for row in rows] for side in (0, 1))
-        everything = self._frozen_states([*(rows if self.pairs == "both" else []), *first, *second])
+        everything = self._frozen_stack([*(rows if self.pairs == "both" else []), *first, *second])
         *joint, u, v = everything.split(len(rows)) if rows else (everything,) * 3
         return torch.cat([*joint[: int(self.pairs == "both")], (u - v).abs(), u * v], dim=-1)
 
-    def _frozen_states(self, rows: Sequence[TokenRow]) -> Tensor:
-        """Returns h(x, 0) of token rows, from memory, from the store, or from the operators."""
+    def fetch(self, rows: Sequence[TokenRow]) -> None:
+        """Fetches what `frozen` will need for these rows, so that it sends nothing later."""
+        parts = [part for row in rows for part in row.parts] if self.pairs != "joint" else []
+        self.frozen_states([*(rows if self.pairs != "apart" else []), *parts])
+
+    def frozen_states(self, rows: Sequence[TokenRow]) -> list[Tensor]:
+        """Returns h(x, 0) of each token row, from memory, from the store, or from an operator.
+
+        Returns:
+            `(k · d,)` for each row; for pooling `none` `(L, k · d)`, with the row's own L.
+        Raises:
+            CheckpointError: the store is damaged.
+        """
         by_token = self.pooling == "none"
         missing = list({row for row in rows if row not in self._frozen})
         if self.store is not None and missing:
@@ -293,11 +314,14 @@ class Backbone(nn.Module):
 
         if missing:
             self._in_chunks(missing, PlainChannel().teams(len(self.pool)), compute)
-        hidden = [self._frozen[row] for row in rows]
-        result = pad_sequence(hidden, batch_first=True) if hidden else torch.empty(0, self.hidden_size)
+        result = [self._frozen[row] for row in rows]
         while self._frozen_bytes > FROZEN_CACHE_BYTES:
             self._frozen_bytes -= self._frozen.popitem(last=False)[1].nbytes
         return result
+
+    def _frozen_stack(self, rows: Sequence[TokenRow]) -> Tensor:
+        hidden = self.frozen_states(rows)
+        return pad_sequence(hidden, batch_first=True) if hidden else torch.empty(0, self.hidden_size)
 
     def _keep_frozen(self, row: TokenRow, states: Tensor) -> None:
         self._frozen[row] = states
@@ -410,11 +434,13 @@ def select_layers(info: ModelInfo, layers: Layers) -> tuple[int, ...]:
     if layers == "last" or (not isinstance(layers, str) and list(layers) == [last]):
         return ()
     if isinstance(layers, str):
-        if layers not in ("upper", "all"):
+        if layers not in ("upper", "all", "spread"):
             raise UnknownReadout(
-                f"There are no layers {layers!r}.", remedy="Write last, upper, all, or numbers such as 3-6."
+                f"There are no layers {layers!r}.", remedy="Write last, upper, all, spread, or numbers such as 3-6."
             )
-        return tuple(range(0 if layers == "all" else info.states // 2, info.states)) if last else ()
+        if layers == "spread" and last >= SPREAD:
+            return tuple(round(last * (i + 1) / SPREAD) for i in range(SPREAD))
+        return tuple(range(info.states // 2 if layers == "upper" else 0, info.states)) if last else ()
     if not layers:
         raise UnknownReadout("The readout has no layers.", remedy="Name at least one, or last, upper or all.")
     return tuple(sorted(set(layers)))

@@ -17,12 +17,14 @@ from blindtune.labels.methods import (
     Method,
     PaddedLoRA,
     RandomizedResponse,
+    Side,
     make_method,
     method,
     method_class,
 )
 from blindtune.labels.metrics import scores
 from blindtune.labels.model import Output, PrivateModel
+from blindtune.labels.side import SideHead
 from blindtune.labels.trainer import Step, TrainConfig, Trainer, evaluate, predict
 
 __all__ = [
@@ -46,6 +48,8 @@ __all__ = [
     "PrivateBackpropOptions",
     "PrivateModel",
     "RandomizedResponse",
+    "Side",
+    "SideHead",
     "Step",
     "TrainConfig",
     "Trainer",

@@ -22,13 +22,17 @@ from torch import Tensor, nn
 from blindtune.client import Backbone
 from blindtune.errors import CheckpointError
 from blindtune.files import read_tensors, write_tensors
-from blindtune.labels.head import HEADS, Head
+from blindtune.labels.head import HEADS as PLAIN_HEADS
+from blindtune.labels.head import Head
 from blindtune.labels.methods.base import Method
+from blindtune.labels.side import SideHead
 from blindtune.models.adapters import read_lora_config
 from blindtune.privacy.randomness import SecureGenerator
 from blindtune.training.summary import LabelsSummary, read_summary
 from blindtune.training.trainer import RESUME
 
+HEADS: dict[str, type[Head]] = {**PLAIN_HEADS, SideHead.__name__: SideHead}
+"""Heads that a checkpoint can restore, by class name."""
 HEAD, SECRET = "head.safetensors", "secret.safetensors"
 
 

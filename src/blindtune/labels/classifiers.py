@@ -7,6 +7,7 @@ whose accuracy is the best; the winner is fitted again on all examples. All of t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -18,13 +19,14 @@ from blindtune.errors import ConfigError
 from blindtune.labels.head import Head, KernelHead, LinearHead, MLPHead
 
 Kind = Literal["logistic", "rbf", "mlp"]
+"""Names of the classifiers."""
 SEARCHED = 3000
 """Largest number of examples in the search. The winner is fitted on all."""
 FOLDS = 5
 SMALL = 2000
 """Number of examples up to which all folds are held out in turn; with more, one fold is held out once or twice."""
 
-SETTINGS: dict[Kind, tuple[type[Head], list[dict[str, float]]]] = {
+SETTINGS: dict[str, tuple[type[Head], list[dict[str, float]]]] = {
     "logistic": (LinearHead, [{"l2": l2} for l2 in (30.0, 300.0, 1000.0, 3000.0)]),
     "rbf": (KernelHead, [{"gamma": g, "ridge": r} for g in (0.25, 1.0) for r in (0.05, 0.3, 1.0)]),
     "mlp": (MLPHead, [{}]),
@@ -40,13 +42,13 @@ class Candidate:
         layers: name of the group.
         kind: name of the classifier.
         settings: its settings.
-        accuracy: mean accuracy on held-out examples.
+        accuracy: mean accuracy on held-out examples; NaN if none were held out.
     """
 
     layers: str
-    kind: Kind
+    kind: str
     settings: dict[str, float] = field(default_factory=dict[str, float])
-    accuracy: float = 0.0
+    accuracy: float = math.nan
 
     def __str__(self) -> str:
         settings = ", ".join(f"{name} {value:g}" for name, value in self.settings.items())

@@ -72,8 +72,8 @@ class PrivateModel(nn.Module):
 
     Args:
         backbone: the hosted model. Its adapters are replaced by new ones, as many as the method needs.
-        head: any module from `(B, k · d)` to `(B, K)`, such as `LinearHead`. The method `features` replaces a `Head` by
-            the one that it chooses.
+        head: any module from `(B, k · d)` to `(B, K)`, such as `LinearHead`. Methods that aren't trained in
+            steps replace a `Head` by the one that they fit.
         method: `PaddedLoRA(...)`, or another method for comparison: any class of `blindtune.labels.methods.METHODS`.
         loss: `(logits, labels) -> scalar`, a mean over the batch. Default: cross entropy.
         generator: secret random generator. Default: seeded by the operating system.
@@ -179,6 +179,11 @@ class PrivateModel(nn.Module):
         target = self._labels(labels)
         self.register(texts)
         rows = self.backbone.rows(texts)
+        if not self.method.by_steps and isinstance(self.head, Head):
+            self.choice = self.method.fit_head(self.backbone, rows, target, self.classes)
+            if self.choice is not None:
+                self.head = self.choice.head
+            return
         features = self.backbone.frozen(rows)
         self.method.prepare(features, target)
         if watch_batches and self.method.watches_batches:
@@ -191,11 +196,7 @@ class PrivateModel(nn.Module):
         if isinstance(self.auxiliary, Head):
             self.auxiliary.fit(mixed, adapter_labels)
         if isinstance(self.head, Head):
-            self.choice = self.method.fit_head(mixed, target, self.classes)
-            if self.choice is None:
-                self.head.fit(mixed, adapter_labels if self.auxiliary is None else target)
-            else:
-                self.head = self.choice.head
+            self.head.fit(mixed, adapter_labels if self.auxiliary is None else target)
 
     def forward(
         self, texts: Sequence[Text] | Sequence[TokenRow], labels: Sequence[int] | Tensor | None = None

@@ -21,6 +21,9 @@ from blindtune.labels.metrics import scores
 from blindtune.labels.model import PrivateModel
 from blindtune.models.tokenizer import Text, TokenRow
 
+AT_ONCE = 256
+"""Number of texts whose frozen states a head without adapters reads at once."""
+
 
 @dataclass(frozen=True)
 class TrainConfig(training.TrainConfig):
@@ -176,8 +179,14 @@ def predict(model: PrivateModel, texts: Sequence[Text] | Sequence[TokenRow]) -> 
     """Computes class probabilities `(N, K)` on all operators at once. `model.backbone.on_infer` reports progress."""
     model.check_backbone()
     model.eval()
+    rows = model.backbone.rows(texts)
+    chunks = [rows[start : start + AT_ONCE] for start in range(0, len(rows), AT_ONCE)]
     with torch.no_grad():
-        return model.head(model.method.mix(model.backbone.infer(texts))).softmax(-1)
+        if model.method.num_adapters:
+            return model.head(model.method.mix(model.backbone.infer(rows))).softmax(-1)
+        model.backbone.fetch(rows)
+        heads = [model.head(model.method.mix(model.backbone.infer(chunk))) for chunk in chunks]
+        return torch.cat(heads).softmax(-1) if heads else torch.empty(0, model.classes)
 
 
 def evaluate(model: PrivateModel, examples: Examples) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """`blindtune labels train`: fine-tunes a hosted model on private labels."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -141,8 +142,9 @@ def train(
             rank = kind.default_rank if rank is None else rank
             adapter = {"rank": rank, "layers": layers, **options.read_lora(lora, rank)}
             algorithm = make_method(name, chosen, steps=config.steps, batch_size=batch_size)
-            settings = {"max_length": max_length, **options.read_readout(readout, kind.default_readout)}
-            settings["pairs"] = kind.default_pairs if len(text) > 1 else "joint"
+            settings = {"max_length": max_length, **kind.reads, **options.read_readout(readout)}
+            if len(text) == 1:
+                settings.pop("pairs", None)
             private = _new_model(server, algorithm, len(examples.classes), adapter, {**settings, **connection}, seed)
         if private.method.by_steps:
             trainer = Trainer(private, examples, config, checkpoint=output, save_every=save_every)
@@ -269,20 +271,24 @@ def _run(trainer: "Trainer", held_out: "Examples | None", output: Path, *, resum
 def _fit(private: "PrivateModel", examples: "Examples", held_out: "Examples | None", output: Path) -> dict[str, Any]:
     """Fits the head of a method that isn't trained in steps, evaluates, and returns the results."""
     from blindtune.cli.progress import counting, inference_progress
-    from blindtune.labels import Features
+    from blindtune.labels import Features, Side
 
     _print_plan(private, examples, 1, "no step of training")
     backbone, method = private.backbone, private.method
-    with inference_progress(backbone, console, "frozen features", len(examples)):
-        backbone.frozen(examples.texts)
-    with counting(console, "classifiers") as count:
-        if isinstance(method, Features):
-            method.on_candidate = count
+    rows = backbone.rows(examples.texts)
+    copies = {"joint": 1, "apart": 2, "both": 3}[backbone.pairs]
+    with inference_progress(backbone, console, "frozen features", copies * len(examples)):
+        backbone.fetch(rows)
+    with counting(console, "fitting") as count:
+        if isinstance(method, Features | Side):
+            method.on_progress = count
         private.prepare(examples.texts, examples.labels or [])
     result: dict[str, Any] = {"method": method.name, "train_examples": len(examples)}
     if private.choice is not None:
         chosen = private.choice.chosen
-        result |= {"chosen": str(chosen), "cross_validated_accuracy": chosen.accuracy}
+        result["chosen"] = str(chosen)
+        if not math.isnan(chosen.accuracy):
+            result["cross_validated_accuracy"] = chosen.accuracy
     private.save_pretrained(output, classes=examples.classes)
     return _finish(private, held_out, output, result)
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
-from blindtune.client import Backbone, Layers, OperatorPool, Pairs, PlainChannel, RemoteBatch
+from blindtune.client import Backbone, OperatorPool, PlainChannel, RemoteBatch
 from blindtune.errors import ConfigError
 from blindtune.labels.channels.private_backprop import PrivateBackprop, PrivateBackpropOptions
 from blindtune.labels.classifiers import Choice
@@ -49,10 +49,8 @@ class Method:
     """Default rank of the adapters. The default α is twice the rank."""
     default_lr: ClassVar[float] = 3e-3
     """Default learning rate of the adapters."""
-    default_readout: ClassVar[Layers] = "last"
-    """Default layers whose hidden states the head reads."""
-    default_pairs: ClassVar[Pairs] = "joint"
-    """Default way to read pairs of texts."""
+    reads: ClassVar[Mapping[str, Any]] = {}
+    """Arguments of `Backbone` for the hidden states that the method reads best, such as `readout`."""
     by_steps: ClassVar[bool] = True
     """Whether the method is trained in steps. If not, `fit_head` does everything."""
     fixed_a: ClassVar[bool] = False
@@ -107,8 +105,16 @@ class Method:
     def prepare(self, frozen: Tensor, labels: Tensor) -> None:
         """Computes statistics of the training set's frozen features `(N, d)` and labels `(N,)`."""
 
-    def fit_head(self, features: Tensor, labels: Tensor, classes: int) -> Choice | None:
-        """Chooses and fits a head on the training set's frozen features `(N, k · d)`; None to keep the model's head."""
+    def fit_head(self, backbone: Backbone, rows: Sequence[TokenRow], labels: Tensor, classes: int) -> Choice | None:
+        """Chooses and fits a head on the frozen model's states of the training set.
+
+        Args:
+            rows: the texts.
+            labels: true labels `(N,)`.
+            classes: K.
+        Returns:
+            The fitted head, with what it was chosen from; None for methods that are trained in steps.
+        """
         return None
 
     def mix(self, hidden: Tensor) -> Tensor:

@@ -6,17 +6,18 @@ client chooses layers and a classifier by cross-validation (`blindtune.labels.cl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 
-from blindtune.client import Backbone, Layers, Pairs
+from blindtune.client import Backbone
 from blindtune.errors import ConfigError
 from blindtune.labels.classifiers import Choice, Kind, choose, layer_groups
 from blindtune.labels.methods.base import Method, method
 from blindtune.labels.placement import Part
+from blindtune.models.tokenizer import TokenRow
 from blindtune.privacy.randomness import SecureGenerator
 
 
@@ -41,11 +42,10 @@ class Features(Method):
     name: ClassVar[str] = "features"
     title: ClassVar[str] = "features"
     by_steps: ClassVar[bool] = False
-    default_readout: ClassVar[Layers] = "all"
-    default_pairs: ClassVar[Pairs] = "both"
+    reads: ClassVar[Mapping[str, Any]] = {"readout": "all", "pairs": "both"}
     choice: Choice | None = field(init=False, repr=False, compare=False, default=None)
     """What `fit_head` chose; None before."""
-    on_candidate: Callable[[int, int], None] | None = field(init=False, repr=False, compare=False, default=None)
+    on_progress: Callable[[int, int], None] | None = field(init=False, repr=False, compare=False, default=None)
     """Callback invoked with the number of candidates that were tried, and of all."""
 
     def __post_init__(self) -> None:
@@ -74,9 +74,10 @@ class Features(Method):
                 f"The readout has none of the {self.layers} layers.", remedy="Use layers=choose, or read all layers."
             )
 
-    def fit_head(self, features: Tensor, labels: Tensor, classes: int) -> Choice:
+    def fit_head(self, backbone: Backbone, rows: Sequence[TokenRow], labels: Tensor, classes: int) -> Choice:
+        features = backbone.frozen(rows)
         kinds: tuple[Kind, ...] = get_args(Kind) if self.classifier == "choose" else (self.classifier,)
-        self.choice = choose(features, labels, classes, self._groups, self._parts, kinds, self.on_candidate)
+        self.choice = choose(features, labels, classes, self._groups, self._parts, kinds, self.on_progress)
         return self.choice
 
     def exposure(self, part: Part, operators: int, *, random_adam_moments: float = 0.0) -> str:
