@@ -5,7 +5,7 @@ from blindtune.labels.channels.padded import PaddedAdapters
 from blindtune.labels.channels.private_backprop import PrivateBackprop, PrivateBackpropOptions
 from blindtune.labels.checkpoint import adapter_config
 from blindtune.labels.exposure import exposure
-from blindtune.labels.head import LinearHead
+from blindtune.labels.head import HEADS, LinearHead, MLPHead, PoolerHead, make_head
 from blindtune.labels.methods import (
     METHODS,
     P3EFT,
@@ -25,6 +25,7 @@ from blindtune.labels.model import Output, PrivateModel
 from blindtune.labels.trainer import Step, TrainConfig, Trainer, evaluate, predict
 
 __all__ = [
+    "HEADS",
     "METHODS",
     "P3EFT",
     "PSLF",
@@ -32,10 +33,12 @@ __all__ = [
     "HeadOnly",
     "LinearHead",
     "LoRA",
+    "MLPHead",
     "Method",
     "Output",
     "PaddedAdapters",
     "PaddedLoRA",
+    "PoolerHead",
     "PrivateBackprop",
     "PrivateBackpropOptions",
     "PrivateModel",
@@ -46,6 +49,7 @@ __all__ = [
     "adapter_config",
     "evaluate",
     "exposure",
+    "make_head",
     "make_method",
     "method",
     "method_class",

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from blindtune.client import Backbone
 from blindtune.errors import CheckpointError
 from blindtune.files import read_tensors, write_tensors
-from blindtune.labels.head import LinearHead
+from blindtune.labels.head import HEADS
 from blindtune.labels.methods.base import Method
 from blindtune.models.adapters import read_lora_config
 from blindtune.privacy.randomness import SecureGenerator
@@ -78,14 +78,15 @@ def load_head(folder: Path, summary: LabelsSummary, head: nn.Module | None) -> n
     """Reads the trained head.
 
     Args:
-        head: a module of the head's class, needed unless that is `LinearHead`.
+        head: a module of the head's class, needed unless that is one of `HEADS`.
     Raises:
         CheckpointError: the file is missing, or the head doesn't fit it.
     """
     if head is None:
-        if summary.head != "LinearHead":
+        name = head_name(summary)
+        if name is None:
             raise CheckpointError(f"The head is a {summary.head}.", remedy="Pass head= with a module of that class.")
-        head = LinearHead(summary.hidden_size, summary.num_classes)
+        head = HEADS[name](summary.hidden_size, summary.num_classes)
     try:
         weights, metadata = read_tensors(folder / HEAD)
         check_run(folder, summary.run, metadata.get("run"))
@@ -95,6 +96,11 @@ def load_head(folder: Path, summary: LabelsSummary, head: nn.Module | None) -> n
             f"{folder / HEAD} doesn't fit the head: {error}", remedy="Pass the head of this run."
         ) from None
     return head
+
+
+def head_name(summary: LabelsSummary) -> str | None:
+    """Returns the name of a checkpoint's head in `HEADS`; None for a class that isn't there."""
+    return next((name for name, kind in HEADS.items() if getattr(kind, "__name__", "") == summary.head), None)
 
 
 def check_run(folder: Path | None, run: str, other: str | None) -> None:
