@@ -190,12 +190,12 @@ def test_every_option_of_a_recipe_is_one_of_the_method():
     [
         (
             {"recipe": 2023, "mixing_scale": 5.0},
-            r"recipe = 2023 sets mixing_scale = 31\.0, not 5\.0\. Remedy: Leave out",
+            r"recipe = 2023 sets mixing_scale = 31\.0, not 5\.0\..*Leave out",
         ),
         ({"recipe": 2023, "regularizer": "confusion"}, "recipe = 2023 sets regularizer = 'flip', not 'confusion'"),
         ({"recipe": 2025, "shift_weight": 0.1}, r"recipe = 2025 sets shift_weight = 0\.0, not 0\.1"),
         ({"recipe": 2023, "buffer": 20}, "recipe = 2023 sets buffer = 1, not 20"),
-        ({"recipe": 2024}, r"no recipe 2024\. Remedy: Use one of: 2023, 2025"),
+        ({"recipe": 2024}, r"no recipe 2024\..*Use one of: 2023, 2025"),
         ({"adversary_fit": "epoch"}, "no adversary_fit 'epoch'"),
         ({"centre": "no"}, "centre = 'no' is neither true nor false"),
     ],
