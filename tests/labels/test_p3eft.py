@@ -248,3 +248,10 @@ def test_the_recipe_of_2023_learns_although_its_adapters_start_as_zeros(connect,
         losses.append(output.parts["task"])
     assert losses[-1] < losses[0] / 2
     assert method.state_dict()["adversary.weights"].shape[0] == 4
+
+
+def test_the_manual_states_the_values_without_a_recipe():
+    stated = [value for group in re.findall(r"\[([^\]]+)\]", P3EFT.__doc__) for value in group.split(", ")]
+    order = ("centre", "mixing_scale", "regularizer", "activation_weight", "shift_weight", "adversary_fit", "buffer")
+    values = [OWN.options[name] for name in (*order, "adversary_l2")]
+    assert stated == [str(value).lower() if isinstance(value, (bool, str)) else f"{value:g}" for value in values]
