@@ -85,8 +85,8 @@ RECIPES: dict[int, Recipe] = {
 class P3EFT(AdapterMethod):
     """Trains n adapters mixed by secret weights, with gradient shares and an adversary: the paper's Algorithm 2.
 
-    Options that are None take the recipe's value. Those that it doesn't set, and all without a recipe, take the value in
-    brackets. A method that was made has no None there.
+    Options that are None take the recipe's value. Those that it doesn't set, and all without a recipe, take the value
+    in brackets. A method that was made has no None there.
 
     Args:
         backprop: options for sending gradients, see `PrivateBackpropOptions`. Default: two shares.
