@@ -69,7 +69,7 @@ RECIPES: dict[int, Recipe] = {
     2023: Recipe(
         {**_AUTHORS, "centre": False, "mixing_scale": 31.0, "activation_weight": 0.31, "shift_weight": 0.31},
         head="mlp",
-        training={**_AUTHORS_TRAINING, "learning_rate": 1e-3},
+        training={**_AUTHORS_TRAINING, "learning_rate": 3e-3},
     ),
     2025: Recipe(
         {**_AUTHORS, "centre": True, "mixing_scale": 1.0, "shift_weight": 0.0},
@@ -77,7 +77,8 @@ RECIPES: dict[int, Recipe] = {
         training={**_AUTHORS_TRAINING, "learning_rate": 1e-3},
     ),
 }
-"""Recipes by year. The learning rates are ours, for MiniLM: the authors' (6e-5 to 2e-4) are for larger models."""
+"""Recipes by year. The learning rates are ours: the authors' (6e-5 to 2e-4) are for larger models. That of 2023 is
+chosen on validation texts (MiniLM, SST-2), that of 2025 isn't."""
 
 
 @method
