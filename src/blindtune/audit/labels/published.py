@@ -11,12 +11,10 @@ from sklearn.cluster import KMeans
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_score
 
-from blindtune.audit.labels.norm import norm
 from blindtune.audit.labels.registry import Channel
-from blindtune.audit.labels.spectral import spectral
 from blindtune.audit.observe import Features
 from blindtune.audit.solvers import unconverged_fits
-from blindtune.audit.statistics import Labels, Scores, best_auc
+from blindtune.audit.statistics import Labels, best_auc
 
 FOLDS, ITERATIONS = 3, 150
 """Of the cross-validated logistic regression, as in the authors' code."""
@@ -39,9 +37,8 @@ def published_measures(features: Features, labels: Labels) -> dict[str, float]:
         labels: `(N,)`, each class at least three times.
     """
     classes, labels = np.unique(labels, return_inverse=True)
-    channel = Channel(features, len(classes))
-    empty = np.empty(0, dtype=np.int64)
-    scores: dict[str, Scores] = {"spectral": spectral(channel, empty), "norm": norm(channel, empty)}
+    norms = np.linalg.norm(features.astype(np.float64), axis=1, keepdims=True)
+    scores = {"spectral": Channel(features).components(1), "norm": norms}
     found = {name: best_auc(values, labels, symmetric=True)[0] for name, values in scores.items()}
     found["k-means accuracy"] = _clustering_accuracy(features, labels, len(classes))
     with unconverged_fits():
