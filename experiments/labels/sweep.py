@@ -1,6 +1,6 @@
 """P3EFT's settings: scale × adversary × weight, with rates chosen on validation, and what it is held against.
 
-python -m experiments.labels.sweep TASK [--seeds 1,2,3] [--epochs 2] [--workers 2] [--only SUBSTRING] [--count]
+python -m experiments.labels.sweep TASK [--seeds 1,2,3] [--epochs 2] [--rates 1e-3] [--workers 2] [--only PART]
 
 First the learning rate of each scale is chosen: without an adversary, on seed 1, by validation accuracy. Then each arm
 is trained, evaluated on test, and scored by the paper's measures, on activations, shifts and differences. Gradients
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.labels.run import RESULTS, Arm, Job, do
@@ -36,19 +37,21 @@ def p3eft(scale: float, weight: float, form: str, rate: float, epochs: float) ->
     return f"p3eft+m=1+mixing_scale={scale}+{weights}+{ADVERSARIES[form]}+lr={rate}+epochs={epochs}+{COMMON}"
 
 
-def selection(epochs: float) -> list[str]:
-    """Arms without an adversary, one for each scale and rate."""
-    return [p3eft(scale, 0.0, "flip", rate, epochs) for scale in SCALES for rate in RATES]
+def selection(epochs: float, rates: Sequence[float] = RATES) -> list[str]:
+    """Arms without an adversary, one for each scale and rate; none if there is nothing to choose."""
+    return [p3eft(scale, 0.0, "flip", rate, epochs) for scale in SCALES for rate in rates if len(rates) > 1]
 
 
-def chosen_rates(folder: Path, epochs: float) -> dict[float, float]:
+def chosen_rates(folder: Path, epochs: float, rates: Sequence[float]) -> dict[float, float]:
     """Scale -> the rate with the best validation accuracy on seed 1; of equal ones, with the smallest loss."""
 
     def score(scale: float, rate: float) -> tuple[float, float]:
         run = json.loads((folder / f"{p3eft(scale, 0.0, 'flip', rate, epochs)}-seed1.json").read_text())
         return run["validation"]["accuracy"], -run["validation"]["loss"]
 
-    return {scale: max(RATES, key=lambda rate: score(scale, rate)) for scale in SCALES}
+    if len(rates) == 1:
+        return dict.fromkeys(SCALES, rates[0])
+    return {scale: max(rates, key=lambda rate: score(scale, rate)) for scale in SCALES}
 
 
 def arms(rates: dict[float, float], epochs: float) -> list[str]:
@@ -81,20 +84,23 @@ def main() -> None:
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--epochs", type=float, default=2.0)
+    parser.add_argument("--rates", default=",".join(map(str, RATES)), help="to choose from")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--only", default="", help="arms whose name contains this")
     parser.add_argument("--count", action="store_true", help="count the runs that are left, and do none")
     options = parser.parse_args()
     first, folder = FOLDER / "selection" / options.task, FOLDER / options.task
     seeds = [int(seed) for seed in options.seeds.split(",")]
-    selected = jobs(first, selection(options.epochs), [1], selection=True)
+    rates = [float(rate) for rate in options.rates.split(",")]
+    selected = jobs(first, selection(options.epochs, rates), [1], selection=True)
     if options.count:
         names = arms(dict.fromkeys(SCALES, RATES[0]), options.epochs)
         left = sum(not job.path.exists() for job in selected)
         print(f"{left} runs for selection, {len(names)} arms of {len(seeds)} seeds in all")
         return
     do(options.task, selected, options.workers)
-    names = [name for name in arms(chosen_rates(first, options.epochs), options.epochs) if options.only in name]
+    chosen = chosen_rates(first, options.epochs, rates)
+    names = [name for name in arms(chosen, options.epochs) if options.only in name]
     do(options.task, jobs(folder, names, seeds), options.workers)
 
 
