@@ -26,7 +26,7 @@ matplotlib.rcParams.update({"svg.hashsalt": "blindtune", "svg.fonttype": "none",
 from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-from experiments.labels.published_figures import measures_table, sensitivity, sweep_table  # noqa: E402
+from experiments.labels.published_figures import measures_table, rates_table, sensitivity, sweep_table  # noqa: E402
 from experiments.labels.sweep import FOLDER as SWEEP  # noqa: E402
 
 PAGE = ROOT / "docs" / "labels" / "results.md"
@@ -386,6 +386,10 @@ def published_blocks(tasks: dict[str, dict[str, Arm]]) -> None:
         if measured:
             labels = {name: arms[name].label for name in measured}
             fill(PAPERS, f"measures-{task}", measures_table(task, measured, labels.__getitem__, any_leak))
+    found = {**runs_by_arm(RESULTS / "selection" / "sst2"), **runs_by_arm(RESULTS / "sst2")}
+    recipes = {name: runs for name, runs in found.items() if name.startswith("p3eft+recipe=2023")}
+    if recipes:
+        fill(PAPERS, "recipe-rates", rates_table(recipes))
     swept_tasks = {task: dict(runs_by_arm(SWEEP / task)) for task in ("sst2", "mrpc")}
     swept_tasks = {task: arms for task, arms in swept_tasks.items() if arms}
     for task, arms in swept_tasks.items():

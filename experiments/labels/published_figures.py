@@ -167,3 +167,18 @@ def sweep_table(task: str, arms: Mapping[str, Sequence[Run]]) -> str:
                 f"| {' | '.join(cells)} |"
             )
     return "\n".join(lines)
+
+
+def rates_table(arms: Mapping[str, Sequence[Run]]) -> str:
+    """Each run by itself on validation texts, since the secret mixing weights differ from run to run.
+
+    Args:
+        arms: runs for selection with `"paper"`, and runs with an audit, by arm.
+    """
+    lines = header("rate", "seed", "run for", "validation accuracy", *(name.replace("\n", " ") for name, _ in PANELS))
+    runs = [run for members in arms.values() for run in members]
+    for run in sorted(runs, key=lambda run: (run["learning_rate"], run["seed"], "test" in run)):
+        cells = [_number(read(run)) for read in (lambda r: r["validation"]["accuracy"], *(read for _, read in PANELS))]
+        kind = "test" if "test" in run else "selection"
+        lines.append(f"| {run['learning_rate']:g} | {run['seed']} | {kind} | {' | '.join(cells)} |")
+    return "\n".join(lines)
