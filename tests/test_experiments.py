@@ -1,5 +1,7 @@
 """Operators in this process, which experiments use, are the same as real ones; arms by name, curves, audits."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -20,7 +22,7 @@ from blindtune.texts import Boundary, CutCausalLM, LocalTrunk, evaluate_question
 from blindtune.wire import Transcript
 from experiments.labels.published import binary_f1, published
 from experiments.labels.run import Arm
-from experiments.labels.sweep import SCALES, arms, selection
+from experiments.labels.sweep import RATES, SCALES, arms, chosen_rates, selection
 from experiments.lower_layers import LowerLayers
 from experiments.texts.run import Arm as TextsArm
 from experiments.texts.run import around, wire_of
@@ -170,6 +172,18 @@ def test_every_arm_of_the_sweep_is_a_method_of_its_own():
         make_method(arm.method, arm.options)
         assert not arm.training
         assert (arm.first, arm.epochs) == (4, 2.0)
+
+
+def test_the_sweep_chooses_the_rate_of_each_scale_by_validation_and_asks_for_no_run_without_a_choice(tmp_path):
+    best = dict(zip(SCALES, RATES, strict=True))
+    for name in selection(2.0):
+        arm = Arm.parse(name)
+        hit = best[arm.options["mixing_scale"]] == arm.lr
+        run = {"validation": {"accuracy": 0.8 if hit else 0.7, "loss": 0.5}}
+        (tmp_path / f"{name}-seed1.json").write_text(json.dumps(run))
+    assert chosen_rates(tmp_path, 2.0, RATES) == best
+    assert selection(2.0, [1e-3]) == []
+    assert chosen_rates(tmp_path / "nowhere", 2.0, [1e-3]) == dict.fromkeys(SCALES, 1e-3)
 
 
 def test_the_papers_measure_sees_a_planted_label_in_the_newest_adapters(tiny_models, film_examples, tmp_path):
