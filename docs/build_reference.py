@@ -28,7 +28,17 @@ GROUPS = (
     ("Demo", "demo"),
 )
 MODULES = {
-    "labels": ("METHODS", "DistanceCorrelation", "PSLF", "RandomizedResponse", "make_method", "scores"),
+    "labels": (
+        "METHODS",
+        "DistanceCorrelation",
+        "PSLF",
+        "RandomizedResponse",
+        "make_method",
+        "MLPHead",
+        "PoolerHead",
+        "make_head",
+        "scores",
+    ),
     "texts": (
         "DESIGNS",
         "Online",

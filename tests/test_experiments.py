@@ -1,12 +1,17 @@
 """Operators in this process, which experiments use, are the same as real ones; arms by name, curves, audits."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
 
+from blindtune.audit import read_view
+from blindtune.audit.labels.published import worst_adapter
 from blindtune.cli.options import make_lora_config
 from blindtune.client import Backbone
 from blindtune.data.questions import Question, tokenize
-from blindtune.labels import LinearHead, PaddedLoRA, PrivateModel, make_method
+from blindtune.labels import LinearHead, LoRA, PaddedLoRA, PrivateModel, make_method
 from blindtune.labels.trainer import TrainConfig, Trainer
 from blindtune.local import local_operators
 from blindtune.models import Cut, CutModel, Tokenizer, load_backbone
@@ -15,7 +20,9 @@ from blindtune.models.cut.parts import Part, pack, unpack
 from blindtune.privacy.randomness import SecureGenerator
 from blindtune.texts import Boundary, CutCausalLM, LocalTrunk, evaluate_questions, make_design
 from blindtune.wire import Transcript
+from experiments.labels.published import binary_f1, published
 from experiments.labels.run import Arm
+from experiments.labels.sweep import RATES, SCALES, arms, chosen_rates, selection
 from experiments.lower_layers import LowerLayers
 from experiments.texts.run import Arm as TextsArm
 from experiments.texts.run import around, wire_of
@@ -148,3 +155,62 @@ def test_an_emulator_takes_the_trunks_place_and_the_model_stays(cut_model):
 def test_an_arm_of_private_texts_is_read_from_its_name():
     arm = TextsArm.parse("gradfree+start=60+start_weight=8.0+up=fp32+bottom=4")
     assert (arm.start, arm.start_weight, arm.options, arm.cut) == (60, 8.0, {"up": "fp32"}, Cut(4, 2))
+
+
+def test_an_arm_of_a_recipe_trains_as_the_recipe_says_but_for_what_is_given():
+    arm = Arm.parse("p3eft+recipe=2023+first=4+head=pooler+max_grad_norm=0.5")
+    assert (arm.options, arm.first, arm.head) == ({"recipe": 2023}, 4, "pooler")
+    method = make_method(arm.method, arm.options)
+    completed = method.complete_training(arm.training)
+    assert (completed["max_grad_norm"], completed["weight_decay"]) == (0.5, 0.01)
+
+
+def test_every_arm_of_the_sweep_is_a_method_of_its_own():
+    names = [*selection(2.0), *arms(dict.fromkeys(SCALES, 5e-4), 2.0)]
+    assert len(set(names)) == len(names)
+    for arm in map(Arm.parse, names):
+        make_method(arm.method, arm.options)
+        assert not arm.training
+        assert (arm.first, arm.epochs) == (4, 2.0)
+
+
+def test_the_sweep_chooses_the_rate_of_each_scale_by_validation_and_asks_for_no_run_without_a_choice(tmp_path):
+    best = dict(zip(SCALES, RATES, strict=True))
+    for name in selection(2.0):
+        arm = Arm.parse(name)
+        hit = best[arm.options["mixing_scale"]] == arm.lr
+        run = {"validation": {"accuracy": 0.8 if hit else 0.7, "loss": 0.5}}
+        (tmp_path / f"{name}-seed1.json").write_text(json.dumps(run))
+    assert chosen_rates(tmp_path, 2.0, RATES) == best
+    assert selection(2.0, [1e-3]) == []
+    assert chosen_rates(tmp_path / "nowhere", 2.0, [1e-3]) == dict.fromkeys(SCALES, 1e-3)
+
+
+def test_the_papers_measure_sees_a_planted_label_in_the_newest_adapters(tiny_models, film_examples, tmp_path):
+    """Adapters that were trained on labels in the clear, on texts that the run trained on and on others."""
+    backbone = load_backbone(str(tiny_models["bert"]))
+    pool = local_operators(backbone, record=[tmp_path / "a"])
+    client = Backbone(pool, num_adapters=0, max_length=32)
+    client.adapter_config = make_lora_config(client.info, rank=4, alpha=8, targets=None, layers="0-1")
+    trained, others = film_examples.take(range(96)), film_examples.take(range(96, 192))
+    model = PrivateModel(client, LinearHead(client.hidden_size, 2), LoRA(), seed=1)
+    trainer = Trainer(model, trained, TrainConfig(steps=60, batch_size=32, learning_rate=1e-2, seed=1))
+    trainer.prepare()
+    for _ in trainer.steps():
+        pass
+    with torch.no_grad():
+        hidden = client.all_adapters(trained.texts)
+    pool.close()
+    view = read_view(Transcript(tmp_path / "a"), "A")
+    found = published(backbone, view, {"training": trained, "validation": others}, 1000, 32)
+    assert found["training"]["texts"] == found["validation"]["texts"] == 96
+    expected = worst_adapter(hidden.numpy(), np.array(trained.labels))
+    assert found["training"]["activations"]["spectral"] == pytest.approx(expected["spectral"], abs=1e-3)
+    assert found["training"]["activations"]["spectral"] > found["training"]["frozen"]["spectral"] + 0.1
+    assert "differences" not in found["training"], "there is one adapter"
+
+
+def test_f1_is_that_of_the_second_class():
+    predicted, labels = torch.tensor([1, 1, 0, 0, 1]), torch.tensor([1, 0, 1, 0, 1])
+    assert binary_f1(predicted, labels) == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
+    assert binary_f1(torch.zeros(3), torch.zeros(3)) == 0.0

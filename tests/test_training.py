@@ -190,3 +190,14 @@ class TestSummary:
         (tmp_path / "blindtune.json").write_text(content)
         with pytest.raises(CheckpointError, match="holds no JSON object"):
             read_summary(tmp_path, TextsSummary)
+
+
+def test_clipping_bounds_the_norm_over_all_parameters():
+    trainer = Parabola(None, replace(CONFIG, max_grad_norm=0.5))
+    next(trainer.steps())
+    assert trainer.weight.grad.norm() == pytest.approx(0.5)
+    trainer = Parabola(None)
+    next(trainer.steps())
+    assert trainer.weight.grad.norm() == pytest.approx(12**0.5), "off by default"
+    with pytest.raises(ConfigError, match=r"max_grad_norm = -1 is no norm.*0 for no clipping"):
+        replace(CONFIG, max_grad_norm=-1)

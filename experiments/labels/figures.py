@@ -26,7 +26,11 @@ matplotlib.rcParams.update({"svg.hashsalt": "blindtune", "svg.fonttype": "none",
 from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
+from experiments.labels.published_figures import measures_table, rates_table, sensitivity, sweep_table  # noqa: E402
+from experiments.labels.sweep import FOLDER as SWEEP  # noqa: E402
+
 PAGE = ROOT / "docs" / "labels" / "results.md"
+PAPERS = ROOT / "docs" / "papers.md"
 PICTURES = ROOT / "docs" / "images"
 PUBLISHED_ATTACKS = ("spectral", "norm", "k-means")
 ORDER = ("features", "lora", "distance-correlation", "pslf", "randomized-response", "p3eft", "padded-lora")
@@ -40,7 +44,7 @@ COLOURS = dict.fromkeys(NAMES, "#1a202c") | {
     "p3eft": "#b7791f",
     "padded-lora": "#6b46c1",
 }
-IN_WORDS = {"first=0": "all layers", "m=2": "gradients in shares"}
+IN_WORDS = {"first=0": "all layers", "first=4": "top two blocks", "m=2": "gradients in shares"}
 TASKS = {
     "sst2": "SST-2, MiniLM",
     "mrpc": "MRPC, MiniLM",
@@ -375,6 +379,26 @@ def areas(arms: dict[str, Arm]) -> str:
     return "\n".join(lines)
 
 
+def published_blocks(tasks: dict[str, dict[str, Arm]]) -> None:
+    """Fills the blocks of the page on papers: the paper's measure beside ours, and the sweep."""
+    for task, arms in tasks.items():
+        measured = {name: arm.runs for name, arm in arms.items() if all("paper" in run for run in arm.runs)}
+        if measured:
+            labels = {name: arms[name].label for name in measured}
+            fill(PAPERS, f"measures-{task}", measures_table(task, measured, labels.__getitem__, any_leak))
+    found = {**runs_by_arm(RESULTS / "selection" / "sst2"), **runs_by_arm(RESULTS / "sst2")}
+    recipes = {name: runs for name, runs in found.items() if name.startswith("p3eft+recipe=2023")}
+    if recipes:
+        fill(PAPERS, "recipe-rates", rates_table(recipes))
+    swept_tasks = {task: dict(runs_by_arm(SWEEP / task)) for task in ("sst2", "mrpc")}
+    swept_tasks = {task: arms for task, arms in swept_tasks.items() if arms}
+    for task, arms in swept_tasks.items():
+        fill(PAPERS, f"sweep-{task}", sweep_table(task, arms))
+    if swept_tasks:
+        save(sensitivity(swept_tasks), "sensitivity")
+        fill(PAPERS, "sensitivity", "![Accuracy against leak for each setting of P3EFT](images/sensitivity.svg)")
+
+
 def planes(pictures: dict[str, Any], rows: Sequence[tuple[str, str]]) -> Figure:
     """Figures 1 and 3: two principal components at several steps, coloured by the true label."""
     steps = sorted(pictures, key=int)
@@ -450,6 +474,7 @@ def main() -> None:
     save(bars(tasks), "accuracy-and-leak")
     for task, arms in tasks.items():
         fill(PAGE, task, table(arms, main_arms(arms) + with_shares(arms) + on_all_layers(arms)))
+    published_blocks(tasks)
     sst2 = tasks["sst2"]
     save(tradeoff(sst2), "tradeoff")
     fill(PAGE, "areas", areas(sst2))

@@ -3,7 +3,8 @@
 python -m experiments.labels.run TASK [--arms lora,pslf+epsilon=2] [--seeds 1,2,3] [--selection]
 
 An arm is a method's name, then what differs from its defaults: `rank`, `lr`, `warmup`, `epochs`, `first` (the lowest
-block with adapters), or one of its options.
+block with adapters), `head`, another option of `TrainConfig`, or one of its own options. A recipe (`p3eft+recipe=2023`)
+sets head, rates and clipping too.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import multiprocessing
 import shutil
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -34,16 +35,18 @@ from blindtune.audit import (
     read_view,
 )
 from blindtune.audit.labels.run import label_rows
+from blindtune.audit.observe import View
 from blindtune.cli.options import make_lora_config
 from blindtune.client import Backbone
 from blindtune.data import Examples
-from blindtune.labels import METHODS, LinearHead, Method, PrivateModel, make_method
+from blindtune.labels import METHODS, LinearHead, Method, PrivateModel, make_head, make_method
 from blindtune.labels.methods import options_of
 from blindtune.labels.metrics import scores
 from blindtune.labels.trainer import TrainConfig, Trainer, predict
 from blindtune.local import local_operators
 from blindtune.models import FrozenBackbone, load_backbone
 from blindtune.wire import Transcript
+from experiments.labels.published import binary_f1, published
 from experiments.labels.tasks import TASKS, Task
 from experiments.lower_layers import LowerLayers
 
@@ -67,13 +70,18 @@ class Arm:
     """Factor on the task's steps."""
     first: int | None = None
     """Adapters sit on this block and those above."""
+    head: str | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    """Further options of `TrainConfig`."""
 
     @staticmethod
     def parse(name: str) -> Arm:
         """`method+key=value+…`, values in JSON, or bare words."""
         method, given = read_settings(name)
-        own = {key: given.pop(key) for key in ("rank", "lr", "warmup", "epochs", "first") if key in given}
-        return Arm(name, method, given, **own)
+        own = {key: given.pop(key) for key in ("rank", "lr", "warmup", "epochs", "first", "head") if key in given}
+        known = {f.name for f in fields(TrainConfig)} - {"steps", "batch_size", "seed", "learning_rate", "warmup"}
+        training = {key: given.pop(key) for key in sorted(known & set(given))}
+        return Arm(name, method, given, training=training, **own)
 
 
 def read_settings(name: str) -> tuple[str, dict[str, Any]]:
@@ -126,44 +134,59 @@ def operator_folders(work: Path, m: int) -> list[Path]:
     return [work / name for name in ("a", "b")[: 2 if m > 1 else 1]]
 
 
-def make_model(stage: Stage, method: Method, folders: list[Path], rank: int, seed: int) -> PrivateModel:
+def make_model(
+    stage: Stage, method: Method, folders: list[Path], rank: int, seed: int, head: str = "linear"
+) -> PrivateModel:
     """An untrained model over operators in this process, with adapters on the task's upper blocks."""
     pool = local_operators(stage.backbone, record=folders)
     backbone = Backbone(pool, num_adapters=0, max_length=stage.task.max_length)
     layers = f"{stage.task.first}-{backbone.info.layers - 1}"
     backbone.adapter_config = make_lora_config(backbone.info, rank=rank, alpha=2 * rank, targets=None, layers=layers)
-    return PrivateModel(backbone, LinearHead(backbone.hidden_size, len(stage.train.classes)), method, seed=seed)
+    return PrivateModel(
+        backbone, make_head(head, backbone.hidden_size, len(stage.train.classes), seed=seed), method, seed=seed
+    )
 
 
-def run(stage: Stage, arm: Arm, seed: int, *, selection: bool = False, attacked: bool = True) -> dict[str, Any]:
+Attacks = Literal["all", "paper", "none"]
+"""All attacks on all channels and the paper's measures, the paper's measures alone, or nothing."""
+
+
+def run(stage: Stage, arm: Arm, seed: int, *, selection: bool = False, attacks: Attacks = "all") -> dict[str, Any]:
     """One run: trained, evaluated on validation (and, unless for selection, on test), attacked."""
     task, kind = stage.task, METHODS[arm.method]
-    rank, lr, steps = arm.rank or kind.default_rank, arm.lr or kind.default_lr, round(arm.epochs * task.steps)
+    rank, steps = arm.rank or kind.default_rank, round(arm.epochs * task.steps)
     method = make_method(arm.method, arm.options, steps=steps)
+    given = {"warmup": arm.warmup, **({"learning_rate": arm.lr} if arm.lr else {}), **arm.training}
+    config = TrainConfig(steps=steps, seed=seed, **method.complete_training(given))
     options = options_of(method)
-    recorded = {name: value for name, value in options.items() if name in arm.options or name == "steps"}
+    chosen = set(options) if "recipe" in arm.options else {*arm.options, "steps"}
+    recorded = {name: value for name, value in options.items() if name in chosen}
     work = Path(tempfile.mkdtemp(prefix="blindtune-"))
     folders = operator_folders(work, options.get("m", 1))
     try:
-        model = make_model(stage, method, folders, rank, seed)
-        config = TrainConfig(steps=steps, seed=seed, learning_rate=lr, warmup=arm.warmup)
+        model = make_model(stage, method, folders, rank, seed, arm.head or method.default_head)
         trainer = Trainer(model, stage.train, config)
         start = time.perf_counter()
         trainer.prepare()
-        frozen = accuracy_frozen(model, stage.test)
+        frozen = accuracy_frozen(model, stage)
         losses = run_steps(trainer, f"{arm.name} seed {seed}") if model.method.num_adapters else []
         seconds = time.perf_counter() - start
         result: dict[str, Any] = {
             "task": stage.name, "arm": arm.name, "method": arm.method, "options": recorded, "seed": seed, "rank": rank,
-            "learning_rate": lr, "warmup": arm.warmup, "steps": steps, "train_examples": len(stage.train),
+            "learning_rate": config.learning_rate, "warmup": arm.warmup, "steps": steps,
+            "training": asdict(config), "head": type(model.head).__name__, "train_examples": len(stage.train),
             "validation": evaluate(model, stage.validation),
         }  # fmt: skip
         if not selection:
             result |= {"test": evaluate(model, stage.test), "frozen_test": frozen}
         result |= {"report": model.method.report(), "losses": losses, "train_seconds": round(seconds, 1)}
         model.backbone.pool.close()
-        if model.method.num_adapters and attacked:
-            result["audit"] = audit(stage, folders, control=arm.method == "padded-lora")
+        if model.method.num_adapters and attacks != "none":
+            views = read_views(folders)
+            parts = {"training": stage.train, "validation": stage.validation}
+            result["paper"] = published(stage.backbone, views[0], parts, task.attacked, task.max_length)
+            if attacks == "all":
+                result["audit"] = audit(stage, views, control=arm.method == "padded-lora")
         result["seconds"] = round(time.perf_counter() - start, 1)
         return result
     finally:
@@ -180,25 +203,36 @@ def run_steps(trainer: Trainer, title: str) -> list[float]:
     return losses
 
 
-def accuracy_frozen(model: PrivateModel, examples: Examples) -> dict[str, float]:
-    """The head before any adapter is trained."""
+def accuracy_frozen(model: PrivateModel, stage: Stage) -> dict[str, float]:
+    """The head before any adapter is trained; a linear one, if the model's starts from random weights."""
+    head = model.head
+    if not isinstance(head, LinearHead):
+        head = LinearHead(model.backbone.hidden_size, model.classes)
+        head.fit(model.backbone.frozen(stage.train.texts), torch.tensor(stage.train.labels))
     with torch.no_grad():
-        chances = model.head(model.backbone.frozen(examples.texts)).softmax(-1)
-    return scores(chances, torch.tensor(examples.labels))
+        chances = head(model.backbone.frozen(stage.test.texts)).softmax(-1)
+    return scores(chances, torch.tensor(stage.test.labels))
 
 
 def evaluate(model: PrivateModel, examples: Examples) -> dict[str, float]:
-    return scores(predict(model, examples.texts), torch.tensor(examples.labels))
+    """Accuracy, macro F1 and loss; for two classes also GLUE's F1."""
+    chances, labels = predict(model, examples.texts), torch.tensor(examples.labels)
+    binary = {"binary_f1": binary_f1(chances.argmax(-1), labels)} if chances.shape[-1] == 2 else {}
+    return {**scores(chances, labels), **binary}
 
 
-def audit(stage: Stage, folders: list[Path], *, control: bool) -> dict[str, Any]:
+def read_views(folders: list[Path]) -> list[View]:
+    """What each operator saw, where it saw adapters."""
+    views = [read_view(Transcript(folder), name) for folder, name in zip(folders, ("A", "B"), strict=False)]
+    return [view for view in views if view.checkpoints]
+
+
+def audit(stage: Stage, views: list[View], *, control: bool) -> dict[str, Any]:
     """Both operators, and both together, at `LOOKS` moments on a sample of training texts (gradients: on all of them).
 
     Args:
         control: whether adapters in random order are attacked too. They make sense where the adapters are random.
     """
-    views = [read_view(Transcript(folder), name) for folder, name in zip(folders, ("A", "B"), strict=False)]
-    views = [view for view in views if view.checkpoints]
     known = label_rows(stage.train.texts, stage.train.labels, views, stage.backbone)
     plan = Plan(known, LOOKS, 1, stage.task.attacked, control=control)
     recompute = Recomputation(stage.backbone)
@@ -271,7 +305,7 @@ class Job:
     arm: Arm
     seed: int
     selection: bool
-    attacked: bool
+    attacks: Attacks
 
 
 _stage: list[Stage] = []
@@ -280,11 +314,11 @@ _stage: list[Stage] = []
 
 def work(job: Job) -> str:
     """Does a job in a worker and writes its file; one line about it."""
-    result = run(_stage[0], job.arm, job.seed, selection=job.selection, attacked=job.attacked)
+    result = run(_stage[0], job.arm, job.seed, selection=job.selection, attacks=job.attacks)
     job.path.write_text(json.dumps(result, indent=1) + "\n")
     shown = result.get("test") or result["validation"]
     attacks = result.get("audit", {}).get("unsupervised", {})
-    best = f"best attack {max(attacks.values(), default=0.5):.3f}, " if job.attacked else ""
+    best = f"best attack {max(attacks.values(), default=0.5):.3f}, " if attacks else ""
     return (
         f"{result['task']} {job.arm.name} seed {job.seed}: accuracy {shown['accuracy']:.4f}, loss {shown['loss']:.4f}, "
         f"{best}{result['seconds']:.0f} s"
@@ -298,24 +332,32 @@ def main() -> None:
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--selection", action="store_true", help="validation only, into selection/")
     parser.add_argument("--no-audit", action="store_true", help="train and evaluate only (with --selection)")
+    parser.add_argument("--paper-only", action="store_true", help="the paper's measures only (with --selection)")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
-    if options.no_audit and not options.selection:
-        parser.error("--no-audit needs --selection: results are reported with their attacks.")
-    torch.set_num_threads(1)
+    if (options.no_audit or options.paper_only) and not options.selection:
+        parser.error("--no-audit and --paper-only need --selection: results are reported with their attacks.")
+    attacks: Attacks = "none" if options.no_audit else "paper" if options.paper_only else "all"
     folder = RESULTS / ("selection" if options.selection else "") / options.task
-    folder.mkdir(parents=True, exist_ok=True)
     jobs = [
-        Job(folder / f"{arm}-seed{seed}.json", Arm.parse(arm), int(seed), options.selection, not options.no_audit)
+        Job(folder / f"{arm}-seed{seed}.json", Arm.parse(arm), int(seed), options.selection, attacks)
         for seed in options.seeds.split(",")
         for arm in options.arms.split(",")
     ]
+    do(options.task, jobs, options.workers)
+
+
+def do(task: str, jobs: list[Job], workers: int) -> None:
+    """Does the jobs on one task whose files aren't there yet, in several processes."""
+    torch.set_num_threads(1)
     jobs = [job for job in jobs if not job.path.exists()]
+    for folder in {job.path.parent for job in jobs}:
+        folder.mkdir(parents=True, exist_ok=True)
     for first in sorted({job.arm.first for job in jobs}, key=str):
-        _stage[:] = [set_stage(options.task, first)]
+        _stage[:] = [set_stage(task, first)]
         some = [job for job in jobs if job.arm.first == first]
-        with multiprocessing.get_context("fork").Pool(min(options.workers, len(some))) as workers:
-            for line in workers.imap_unordered(work, some):
+        with multiprocessing.get_context("fork").Pool(min(workers, len(some))) as pool:
+            for line in pool.imap_unordered(work, some):
                 print(line, flush=True)
 
 

@@ -4,9 +4,13 @@ from typing import get_args
 
 import numpy as np
 import pytest
+from sklearn.cluster import KMeans
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import cross_val_score
 
 from blindtune.audit.labels import ATTACKS, SHARE_ATTACKS, UPDATE_ATTACKS, Channel, catalogue
 from blindtune.audit.labels.boosting import NAME, classifier
+from blindtune.audit.labels.published import PUBLISHED, published_measures, worst_adapter
 from blindtune.audit.labels.registry import Knowledge, Needs, Observes
 from blindtune.audit.statistics import best_auc, mean_auc
 
@@ -122,3 +126,35 @@ def test_updates_are_wanted_without_gaps_where_all_adapters_are_observed():
         "update inverted": False,
         "update inverted, Adam": True,
     }
+
+
+def test_the_papers_measures_find_what_is_there_and_nothing_in_noise():
+    found = {kind: published_measures(*planted(kind)) for kind in ("shift", "norm")}
+    assert min(found["shift"][name] for name in ("spectral", "k-means accuracy", "logistic regression")) > 0.95
+    assert found["norm"]["norm"] > 0.95
+    assert max(published_measures(*noise()).values()) < 0.6
+    assert tuple(found["shift"]) == PUBLISHED
+
+
+def test_the_papers_logistic_regression_and_k_means_are_those_of_scikit_learn():
+    features, labels = noise(90, 5)
+    features[:, 0] += 1.5 * labels
+    found = published_measures(features, labels)
+    assert found["logistic regression"] == pytest.approx(
+        cross_val_score(LogisticRegression(), features, labels, cv=3).mean()
+    )
+    clusters = KMeans(2, n_init=10, random_state=0).fit_predict(features)
+    assert found["k-means accuracy"] == pytest.approx(max((clusters == labels).mean(), (clusters != labels).mean()))
+
+
+def test_clusters_of_several_classes_are_matched_with_the_best_class_each():
+    labels = np.arange(300) % 3
+    features = np.eye(8, dtype=np.float32)[(labels + 1) % 3] * 9 + noise(300, 8)[0]
+    assert published_measures(features, labels)["k-means accuracy"] > 0.99
+
+
+def test_the_worst_adapter_counts():
+    quiet, labels = noise()
+    loud = quiet + 4 * labels[:, None].astype(np.float32)
+    both = worst_adapter(np.stack([quiet, loud]), labels)
+    assert both == {name: max(published_measures(each, labels)[name] for each in (quiet, loud)) for name in PUBLISHED}

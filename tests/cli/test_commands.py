@@ -151,6 +151,11 @@ def test_ctrl_c_leaves_a_checkpoint_and_resume_ends_with_the_same_weights(two_se
         (["--method", "p4eft"], "There is no method 'p4eft'"),
         (["--method", "p3eft", "--set", "n=1"], "P3EFT mixes at least two adapters"),
         (
+            ["--method", "p3eft", "--set", "recipe=2023", "--set", "mixing_scale=5"],
+            "recipe = 2023 sets mixing_scale = 31.0, not 5. Remedy: Leave out mixing_scale",
+        ),
+        (["--head", "forest"], "There is no head 'forest'. Remedy: Use one of: linear, mlp, pooler"),
+        (
             ["--set", "n=2"],
             "padded-lora has no option ['n']. Remedy: It has: allow_single_operator, batch_size, check_every, ",
         ),
@@ -168,7 +173,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_resume_ends_with_the_same_weights(two_se
         (
             ["--training", "epoch=2"],
             "There is no training option 'epoch'. Remedy: There are: betas, epochs, floor, head_learning_rate, "
-            "random_adam_moments, save_every, seed, warmup, weight_decay.",
+            "max_grad_norm, random_adam_moments, save_every, seed, warmup, weight_decay.",
         ),
         (["--training", "steps=2"], "There is no training option 'steps'."),
         (["--training", "warmup=long"], "--training warmup=long can't be read. Remedy: Write a number"),
@@ -303,6 +308,46 @@ def test_a_method_has_its_own_defaults_and_options_overrule_them(
     assert (adapter["r"], adapter["lora_alpha"]) == (rank, alpha)
     options = json.loads((tmp_path / "blindtune.json").read_text())["options"]
     assert options.get("steps") == (None if method == "lora" else 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "head", "rates", "norm"),
+    [
+        ([], "MLPHead", None, 1.0),
+        (["--head", "pooler", "--lr", "0.01", "--training", "max_grad_norm=0.5"], "PoolerHead", (0.01, 0.01), 0.5),
+        (["--training", "head_learning_rate=0.02", "--lr", "0.01"], "MLPHead", (0.01, 0.02), 1.0),
+    ],
+)
+def test_a_recipe_sets_head_rates_and_clipping_unless_told_otherwise(
+    four_servers, notes, tmp_path, monkeypatch, arguments, head, rates, norm
+):
+    from typer.testing import CliRunner
+
+    from blindtune.cli import app
+    from blindtune.labels.trainer import Trainer
+
+    configs = []
+    original = Trainer.__init__
+
+    def spy(self, model, train, config, **options):
+        configs.append(config)
+        original(self, model, train, config, **options)
+
+    monkeypatch.setattr(Trainer, "__init__", spy)
+    command = ["labels", "train", *to(four_servers[:2]), *map(str, columns(notes)), *SMALL, "--steps", "2"]
+    command += ["--method", "p3eft", "--set", "recipe=2023", *arguments, "--output", str(tmp_path)]
+    for again in ([], ["--resume"]):
+        result = CliRunner().invoke(app, [*command, *again], env={"COLUMNS": "300"})
+        assert result.exit_code == 0, result.output
+    config, resumed = configs
+    assert resumed == config
+    assert (config.learning_rate == config.head_learning_rate) if rates is None else True
+    assert rates in (None, (config.learning_rate, config.head_learning_rate))
+    assert (config.max_grad_norm, config.weight_decay) == (norm, 0.01)
+    summary = json.loads((tmp_path / "blindtune.json").read_text())
+    assert (summary["head"], summary["options"]["mixing_scale"]) == (head, 31.0)
+    other = CliRunner().invoke(app, [*command, "--resume", "--head", "linear"], env={"COLUMNS": "300"})
+    assert "was trained with head" in other.output
 
 
 def test_a_run_is_as_long_as_its_pads_are_made_for_unless_told_otherwise(four_servers, notes, tmp_path):

@@ -15,19 +15,19 @@ from blindtune.errors import CheckpointError, SingleOperator
 from blindtune.labels import (
     P3EFT,
     Features,
-    LinearHead,
     LoRA,
     PaddedLoRA,
     PrivateModel,
     TrainConfig,
     Trainer,
     adapter_config,
+    make_head,
 )
 
 
-def trained(backbone, film_examples, method):
+def trained(backbone, film_examples, method, head="linear"):
     texts, labels = [str(t) for t in film_examples.texts[:16]], film_examples.labels[:16]
-    model = PrivateModel(backbone, LinearHead(backbone.hidden_size, 2), method)
+    model = PrivateModel(backbone, make_head(head, backbone.hidden_size, 2), method)
     model.prepare(texts, labels)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(2):
@@ -54,6 +54,17 @@ def test_a_loaded_model_predicts_the_same(connect, film_examples, tmp_path, meth
         assert torch.allclose(first, second, atol=0.3 * float(first.std()))
     else:
         assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("head", ["mlp", "pooler"])
+def test_a_loaded_model_has_its_head_and_the_options_of_its_recipe(connect, film_examples, tmp_path, head):
+    model = trained(connect(), film_examples, P3EFT(recipe=2023), head)
+    model.save_pretrained(tmp_path)
+    again = PrivateModel.from_pretrained(tmp_path, connect(adapter=adapter_config(tmp_path)))
+    texts = [str(t) for t in film_examples.texts[20:30]]
+    with torch.no_grad():
+        assert torch.equal(model(texts).logits, again(texts).logits)
+    assert again.method == model.method
 
 
 @pytest.mark.parametrize(

@@ -90,3 +90,14 @@ def test_a_loaded_model_predicts_the_same(connect, film_examples, tmp_path):
 def test_weights_that_weigh_nothing_are_refused(option, value):
     with pytest.raises(ConfigError, match=rf"{option} = .* is no weight.*0 to switch it off"):
         make_method("distance-correlation", {option: value})
+
+
+def test_the_estimator_is_an_option_and_no_other_is_known(connect, film_examples):
+    losses = {}
+    for estimator in ("unbiased", "biased"):
+        method = make_method("distance-correlation", {"estimator": estimator, "activation_weight": 1.0})
+        model, texts, labels = start(connect(), film_examples, method)
+        losses[estimator] = model(texts, labels).parts["distance_correlation"]
+    assert losses["unbiased"] < losses["biased"] < 0
+    with pytest.raises(ConfigError, match=r"no estimator 'plain'.*unbiased, biased"):
+        make_method("distance-correlation", {"estimator": "plain"})

@@ -6,7 +6,8 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from blindtune.labels import LinearHead
+from blindtune.errors import ConfigError
+from blindtune.labels import HEADS, LinearHead, make_head
 
 
 def test_the_fit_agrees_with_scikit_learn():
@@ -39,3 +40,24 @@ def test_a_fit_on_features_that_no_model_gives_is_not_broken_off(value):
     features = torch.randn(20, 4)
     features[3] = value
     head.fit(features, torch.arange(20) % 2)
+
+
+@pytest.mark.parametrize("name", list(HEADS))
+def test_heads_give_a_logit_for_each_class(name):
+    assert make_head(name, 12, 3)(torch.randn(5, 12)).shape == (5, 3)
+
+
+def test_initial_weights_follow_the_seed_and_are_secret_without_one():
+    first, again, other, secret = (
+        make_head("mlp", 12, 3, **({} if seed is None else {"seed": seed}))(torch.ones(1, 12))
+        for seed in (1, 1, 2, None)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert not torch.equal(first, secret)
+    assert not torch.equal(secret, make_head("mlp", 12, 3)(torch.ones(1, 12)))
+
+
+def test_a_head_that_does_not_exist_is_named():
+    with pytest.raises(ConfigError, match=r"no head 'forest'.*linear, mlp, pooler"):
+        make_head("forest", 12, 3)

@@ -1,10 +1,23 @@
 """P3EFT: secret mixing weights, and the adversary that adapters are trained against."""
 
+import re
+
 import pytest
 import torch
 
 from blindtune.errors import ConfigError
-from blindtune.labels import P3EFT, LinearHead, PrivateBackpropOptions, PrivateModel, make_method
+from blindtune.labels import (
+    HEADS,
+    P3EFT,
+    LinearHead,
+    PrivateBackpropOptions,
+    PrivateModel,
+    TrainConfig,
+    make_head,
+    make_method,
+)
+from blindtune.labels.methods import options_of
+from blindtune.labels.methods.p3eft import OWN, RECIPES
 from blindtune.privacy.randomness import SecureGenerator
 
 
@@ -150,3 +163,95 @@ def test_options_that_make_no_sense_are_named(options, words):
         P3EFT(PrivateBackpropOptions(**{"m": 2, **of_shares}), **own)
     with pytest.raises(ConfigError, match=words):
         make_method("p3eft", options)
+
+
+def test_a_recipe_sets_the_options_that_are_not_given():
+    made = make_method("p3eft", {"recipe": 2023, "n": 3})
+    expected = {"centre": False, "mixing_scale": 31.0, "regularizer": "flip", "adversary_fit": "batch"}
+    expected |= {"adversary_l2": 1.0, "activation_weight": 0.31, "shift_weight": 0.31, "n": 3, "recipe": 2023}
+    assert expected.items() <= options_of(made).items()
+    assert made == P3EFT(PrivateBackpropOptions(m=2), n=3, recipe=2023)
+    assert make_method("p3eft", options_of(made)) == made, "as a checkpoint restores it"
+    later = P3EFT(recipe=2025)
+    assert (later.centre, later.mixing_scale, later.shift_weight) == (True, 1.0, 0.0)
+    own = P3EFT()
+    assert (own.centre, own.regularizer, own.adversary_fit, own.default_head) == (True, "confusion", "buffer", "linear")
+
+
+def test_every_option_of_a_recipe_is_one_of_the_method():
+    for recipe in RECIPES.values():
+        assert set(recipe.options) <= set(OWN.options)
+        assert recipe.head in HEADS
+        TrainConfig(**recipe.training)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"recipe": 2023, "mixing_scale": 5.0},
+            r"recipe = 2023 sets mixing_scale = 31\.0, not 5\.0\..*Leave out",
+        ),
+        ({"recipe": 2023, "regularizer": "confusion"}, "recipe = 2023 sets regularizer = 'flip', not 'confusion'"),
+        ({"recipe": 2025, "shift_weight": 0.1}, r"recipe = 2025 sets shift_weight = 0\.0, not 0\.1"),
+        ({"recipe": 2023, "buffer": 20}, "recipe = 2023 sets buffer = 1, not 20"),
+        ({"recipe": 2024}, r"no recipe 2024\..*Use one of: 2023, 2025"),
+        ({"adversary_fit": "epoch"}, "no adversary_fit 'epoch'"),
+        ({"centre": "no"}, "centre = 'no' is neither true nor false"),
+    ],
+)
+def test_options_that_contradict_the_recipe_are_named(options, words):
+    with pytest.raises(ConfigError) as error:
+        make_method("p3eft", options)
+    assert re.search(words, str(error.value))
+
+
+def test_what_a_recipe_sets_may_be_given_again():
+    assert P3EFT(recipe=2023, mixing_scale=31) == P3EFT(recipe=2023)
+    P3EFT(recipe=2025, activation_weight=1.0)  # the authors varied it
+
+
+def test_a_recipe_sets_training_too_unless_told_otherwise():
+    method = P3EFT(recipe=2023)
+    assert method.default_head == "mlp"
+    config = TrainConfig(**method.complete_training({}))
+    assert config.head_learning_rate == config.learning_rate
+    assert (config.max_grad_norm, config.weight_decay) == (1.0, 0.01)
+    config = TrainConfig(**method.complete_training({"learning_rate": 0.5, "max_grad_norm": 0.0}))
+    assert (config.learning_rate, config.head_learning_rate, config.max_grad_norm) == (0.5, 0.5, 0.0)
+    config = TrainConfig(**P3EFT().complete_training({"steps": 3}))
+    assert config == TrainConfig(steps=3, learning_rate=P3EFT.default_lr)
+
+
+def test_a_head_that_could_not_learn_from_zeros_is_refused(connect):
+    backbone = connect()
+    with pytest.raises(ConfigError, match="mixes into zeros"):
+        PrivateModel(backbone, LinearHead(backbone.hidden_size, 2), P3EFT(recipe=2023))
+    PrivateModel(backbone, make_head("mlp", backbone.hidden_size, 2), P3EFT(recipe=2023))
+
+
+def test_the_recipe_of_2023_learns_although_its_adapters_start_as_zeros(connect, film_examples):
+    texts, labels = texts_and_labels(film_examples, 32)
+    backbone, method = connect(), P3EFT(recipe=2023)
+    head = make_head("mlp", backbone.hidden_size, 2, seed=0)
+    model = PrivateModel(backbone, head, method, generator=SecureGenerator(bytes(32)))
+    model.prepare(texts, labels)
+    with torch.no_grad():
+        assert method.mix(backbone.all_adapters(texts)).abs().max() < 1e-3
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    losses = []
+    for _ in range(25):
+        output = model(texts, labels)
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+        losses.append(output.parts["task"])
+    assert losses[-1] < losses[0] / 2
+    assert method.state_dict()["adversary.weights"].shape[0] == 4
+
+
+def test_the_manual_states_the_values_without_a_recipe():
+    stated = [value for group in re.findall(r"\[([^\]]+)\]", P3EFT.__doc__) for value in group.split(", ")]
+    order = ("centre", "mixing_scale", "regularizer", "activation_weight", "shift_weight", "adversary_fit", "buffer")
+    values = [OWN.options[name] for name in (*order, "adversary_l2")]
+    assert stated == [str(value).lower() if isinstance(value, (bool, str)) else f"{value:g}" for value in values]

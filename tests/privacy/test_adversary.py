@@ -1,7 +1,9 @@
 """The adversary: finds labels that are there, and its penalty moves features until it doesn't."""
 
+import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 
 from blindtune.privacy.adversary import Adversary
 
@@ -99,3 +101,38 @@ def test_state_restores_fit_and_buffer_and_is_not_changed_by_later_steps():
     again = Adversary(1, 48, 2, buffer=3)
     again.load_state_dict(state)
     assert torch.equal(again.penalty(*labelled(seed=2)), first)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.003])
+@pytest.mark.parametrize(("classes", "present"), [(2, [0, 1]), (3, [0, 1, 2]), (4, [0, 2, 3])])
+@pytest.mark.parametrize("l2", [1.0, 0.1])
+def test_a_fit_on_one_batch_is_that_of_scikit_learn(classes, present, l2, scale):
+    """On raw features, whatever their scale, and on the classes that are there."""
+    random = torch.Generator().manual_seed(0)
+    labels = torch.tensor(present)[torch.randint(len(present), (32,), generator=random)]
+    channels = scale * (0.5 + torch.randn(2, 32, 384, generator=random))
+    adversary = Adversary(2, 384, classes, form="flip", l2=l2, fit="batch")
+    penalty = adversary.penalty(channels, labels)
+    for channel, weights, loss in zip(channels.double(), adversary.weights.double(), penalty, strict=True):
+        stock = LogisticRegression(C=1 / l2, max_iter=10_000, tol=1e-10).fit(channel.numpy(), labels.numpy())
+        expected = stock.predict_log_proba(channel.numpy())
+        logits = (channel @ weights[:-1] + weights[-1])[:, present]
+        assert np.allclose(logits.softmax(-1).numpy(), np.exp(expected), atol=1e-4)
+        wrong = 1 - torch.nn.functional.one_hot(labels, classes)[:, present].double()
+        flipped = -(torch.tensor(expected) * wrong).sum(-1).mean() / (len(present) - 1)
+        assert float(loss) == pytest.approx(float(flipped), rel=1e-3)
+
+
+def test_a_fit_on_one_batch_remembers_no_other():
+    adversary, fresh = (Adversary(1, 48, 2, form="flip", l2=1.0, fit="batch") for _ in range(2))
+    adversary.penalty(*labelled(seed=1))
+    assert torch.equal(adversary.penalty(*labelled(seed=2)), fresh.penalty(*labelled(seed=2)))
+    assert set(adversary.state_dict()) == {"weights"}
+
+
+def test_a_batch_of_one_class_has_no_penalty_and_no_gradient():
+    features = torch.randn(2, 8, 5, requires_grad=True)
+    penalty = Adversary(2, 5, 3, form="flip", fit="batch").penalty(features, torch.ones(8, dtype=torch.long))
+    (gradient,) = torch.autograd.grad(penalty.sum(), features)
+    assert not penalty.any()
+    assert not gradient.any()

@@ -165,3 +165,19 @@ def test_too_few_or_unequal_rows_are_refused(rows, other):
 def test_a_floor_without_logarithm_is_refused(floor):
     with pytest.raises(ValueError, match="floor"):
         log_distance_correlation(*draw(8, 3, seed=0), floor=floor)
+
+
+@pytest.mark.parametrize("rows", [4, 32])
+def test_the_biased_estimator_is_the_plain_one(rows):
+    x, y = draw(rows, 40, seed=2)
+    value = squared_distance_correlation(x, y, "biased").item()
+    assert value == pytest.approx(plain(x, y), abs=1e-5)
+    assert log_distance_correlation(x, y, estimator="biased").item() == pytest.approx(math.log(value), abs=1e-5)
+
+
+def test_the_biased_estimator_penalises_what_chance_explains_too():
+    x, y = draw(32, 384, seed=3)
+    for estimator, pulls in (("unbiased", False), ("biased", True)):
+        moving = x.clone().requires_grad_()
+        log_distance_correlation(moving, y, estimator=estimator).backward()
+        assert bool(moving.grad.abs().max() > 0) == pulls

@@ -31,3 +31,10 @@ def test_a_difference_between_adapters_is_amplified():
 def test_mixing_needs_two_adapters_and_a_scale(n, scale):
     with pytest.raises(ValueError, match="two adapters"):
         mixing_weights(n, 4, scale, generator=SecureGenerator())
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_without_a_centre_equal_adapters_mix_into_zero(n):
+    weights = mixing_weights(n, 64, 31.0, generator=SecureGenerator(bytes(32)), centre=False)
+    assert torch.allclose(weights.sum(0), torch.zeros(64), atol=1e-4)
+    assert 20 < float(weights.std()) < 60

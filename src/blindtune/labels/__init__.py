@@ -6,7 +6,7 @@ from blindtune.labels.channels.private_backprop import PrivateBackprop, PrivateB
 from blindtune.labels.checkpoint import adapter_config, readout_of
 from blindtune.labels.classifiers import Candidate, Choice
 from blindtune.labels.exposure import exposure
-from blindtune.labels.head import Head, KernelHead, LinearHead, MLPHead
+from blindtune.labels.head import HEADS, Head, KernelHead, LinearHead, MLPHead, PoolerHead, TwoLayerHead, make_head
 from blindtune.labels.methods import (
     METHODS,
     P3EFT,
@@ -28,6 +28,7 @@ from blindtune.labels.side import SideHead
 from blindtune.labels.trainer import Step, TrainConfig, Trainer, evaluate, predict
 
 __all__ = [
+    "HEADS",
     "METHODS",
     "P3EFT",
     "PSLF",
@@ -44,6 +45,7 @@ __all__ = [
     "Output",
     "PaddedAdapters",
     "PaddedLoRA",
+    "PoolerHead",
     "PrivateBackprop",
     "PrivateBackpropOptions",
     "PrivateModel",
@@ -53,9 +55,11 @@ __all__ = [
     "Step",
     "TrainConfig",
     "Trainer",
+    "TwoLayerHead",
     "adapter_config",
     "evaluate",
     "exposure",
+    "make_head",
     "make_method",
     "method",
     "method_class",

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from blindtune.client import Backbone
 from blindtune.errors import CheckpointError
 from blindtune.files import read_tensors, write_tensors
-from blindtune.labels.head import HEADS as PLAIN_HEADS
-from blindtune.labels.head import Head
+from blindtune.labels.head import HEADS, Head, KernelHead, TwoLayerHead
 from blindtune.labels.methods.base import Method
 from blindtune.labels.side import SideHead
 from blindtune.models.adapters import read_lora_config
@@ -31,8 +30,10 @@ from blindtune.privacy.randomness import SecureGenerator
 from blindtune.training.summary import LabelsSummary, read_summary
 from blindtune.training.trainer import RESUME
 
-HEADS: dict[str, type[Head]] = {**PLAIN_HEADS, SideHead.__name__: SideHead}
-"""Heads that a checkpoint can restore, by class name."""
+RESTORED: dict[str, type[nn.Module]] = {
+    kind.__name__: kind for kind in (*HEADS.values(), KernelHead, TwoLayerHead, SideHead)
+}
+"""Classes of heads that a checkpoint can restore, by name."""
 HEAD, SECRET = "head.safetensors", "secret.safetensors"
 
 
@@ -84,23 +85,30 @@ def load_head(folder: Path, summary: LabelsSummary, head: nn.Module | None) -> n
     """Reads the trained head.
 
     Args:
-        head: a module of the head's class, needed unless that is one of `HEADS`.
+        head: a module of the head's class, needed unless that is one of `RESTORED`.
     Raises:
         CheckpointError: the file is missing, or the head doesn't fit it.
     """
-    if head is None and summary.head not in HEADS:
+    if head is None and summary.head not in RESTORED:
         raise CheckpointError(f"The head is a {summary.head}.", remedy="Pass head= with a module of that class.")
     weights, metadata = read_tensors(folder / HEAD)
     check_run(folder, summary.run, metadata.get("run"))
     try:
         if head is None:
-            head = HEADS[summary.head].build(json.loads(metadata["config"]))
+            kind = RESTORED[summary.head]
+            config = json.loads(metadata.get("config", "null"))
+            head = kind.build(config) if issubclass(kind, Head) else kind(summary.hidden_size, summary.num_classes)
         head.load_state_dict(weights)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{folder / HEAD} doesn't fit the head: {error}", remedy="Pass the head of this run."
         ) from None
     return head
+
+
+def head_name(summary: LabelsSummary) -> str | None:
+    """Returns the name of a checkpoint's head in `HEADS`; None for a class that isn't there."""
+    return next((name for name, kind in HEADS.items() if kind.__name__ == summary.head), None)
 
 
 def check_run(folder: Path | None, run: str, other: str | None) -> None:

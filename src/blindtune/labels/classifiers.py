@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from blindtune.errors import ConfigError
-from blindtune.labels.head import Head, KernelHead, LinearHead, MLPHead
+from blindtune.labels.head import Head, KernelHead, LinearHead, TwoLayerHead
 
 Kind = Literal["logistic", "rbf", "mlp"]
 """Names of the classifiers."""
@@ -29,7 +29,7 @@ SMALL = 2000
 SETTINGS: dict[str, tuple[type[Head], list[dict[str, float]]]] = {
     "logistic": (LinearHead, [{"l2": l2} for l2 in (30.0, 300.0, 1000.0, 3000.0)]),
     "rbf": (KernelHead, [{"gamma": g, "ridge": r} for g in (0.25, 1.0) for r in (0.05, 0.3, 1.0)]),
-    "mlp": (MLPHead, [{}]),
+    "mlp": (TwoLayerHead, [{}]),
 }
 """The classifiers, and the settings of each that are tried."""
 

@@ -3,11 +3,14 @@
 All of them standardise their input, and can be fitted on frozen features at once. The heads of methods that train
 adapters are linear: they are fitted first and then fine-tuned with the adapters (linear probing, then fine-tuning).
 `blindtune.labels.classifiers` chooses among all of them for the method `features`.
+
+The heads of P3EFT's authors start from random weights instead.
 """
 
 from __future__ import annotations
 
 import math
+import secrets
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
@@ -15,6 +18,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from blindtune.errors import ConfigError
 
 LARGEST = 1e3
 """Bound on the absolute value of standardised features in the fit.
@@ -193,7 +198,7 @@ class KernelHead(Head):
         return distances.mul_(-self.gamma).exp_().add_(0.5)
 
 
-class MLPHead(Head):
+class TwoLayerHead(Head):
     """Two layers, tanh between them: d' → width → K, fitted with AdamW.
 
     Args:
@@ -247,10 +252,6 @@ class MLPHead(Head):
         optimizer.zero_grad()
 
 
-HEADS: dict[str, type[Head]] = {kind.__name__: kind for kind in (LinearHead, KernelHead, MLPHead)}
-"""Heads that a checkpoint can restore, by class name."""
-
-
 def _minimise(linear: nn.Linear, x: Tensor, labels: Tensor, l2: float, iterations: int) -> None:
     """Fits a linear layer on `x (N, d)` by L-BFGS: mean cross entropy plus l2 |W|² / 2N."""
     optimizer = torch.optim.LBFGS(list(linear.parameters()), max_iter=iterations, line_search_fn="strong_wolfe")
@@ -264,3 +265,50 @@ def _minimise(linear: nn.Linear, x: Tensor, labels: Tensor, l2: float, iteration
 
     optimizer.step(objective)  # pyright: ignore[reportArgumentType]
     optimizer.zero_grad()
+
+
+class MLPHead(nn.Sequential):
+    """Computes logits `(B, K)` from features `(B, d)`: a pooler, then hidden layers of 128 and 32 units (ReLU).
+
+    It is the head of P3EFT's code of 2023, with random initial weights. The pooler is DeBERTa's: a linear layer from d
+    to d, then GELU.
+    """
+
+    def __init__(self, dim: int, classes: int) -> None:
+        hidden = (nn.Linear(dim, 128), nn.ReLU(), nn.Linear(128, 32), nn.ReLU())
+        super().__init__(nn.Linear(dim, dim), nn.GELU(), *hidden, nn.Linear(32, classes))
+
+
+class PoolerHead(nn.Sequential):
+    """Computes logits `(B, K)` from features `(B, d)`: a pooler, then a linear layer.
+
+    It is the head of P3EFT's code of 2025 for DeBERTa, with random initial weights.
+    """
+
+    def __init__(self, dim: int, classes: int) -> None:
+        super().__init__(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, classes))
+
+
+HEADS: dict[str, type[LinearHead] | type[MLPHead] | type[PoolerHead]] = {
+    "linear": LinearHead,
+    "mlp": MLPHead,
+    "pooler": PoolerHead,
+}
+"""Classes of heads for training in steps, by name. Each takes d and K."""
+
+
+def make_head(name: str, dim: int, classes: int, *, seed: int | None = None) -> nn.Module:
+    """Creates the head with this name.
+
+    Args:
+        dim: d, the dimension of features.
+        classes: K, the number of classes.
+        seed: seed of the initial weights. Default: a random, secret one.
+    Raises:
+        ConfigError: no head has this name.
+    """
+    if name not in HEADS:
+        raise ConfigError(f"There is no head {name!r}.", remedy=f"Use one of: {', '.join(HEADS)}.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(secrets.randbits(63) if seed is None else seed)
+        return HEADS[name](dim, classes)

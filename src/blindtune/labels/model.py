@@ -28,7 +28,7 @@ from blindtune.labels.checkpoint import (
     save_secret,
 )
 from blindtune.labels.classifiers import Choice
-from blindtune.labels.head import Head
+from blindtune.labels.head import Head, LinearHead
 from blindtune.labels.methods.base import Method, make_method, options_of
 from blindtune.models.tokenizer import Text, TokenRow
 from blindtune.privacy.accountant import Guarantee, gaussian_guarantee
@@ -83,7 +83,7 @@ class PrivateModel(nn.Module):
             in memory until `save_pretrained`, so that a crash loses the record of what was sent.
     Raises:
         PrivacyError: with these operators the method can't keep its guarantee.
-        ConfigError: the method belongs to another model.
+        ConfigError: the method belongs to another model, or it can't train this head.
     """
 
     def __init__(
@@ -104,6 +104,11 @@ class PrivateModel(nn.Module):
         self._monitor: BatchMonitor | None = None
         self.precision: dict[str, float] = {}
         """Errors that the method adds to what the head reads, by name (`Method.probe`). Measured by `prepare`."""
+        if isinstance(head, LinearHead) and method.mixes_equal_to_zero:
+            raise ConfigError(
+                "A LinearHead is fitted on frozen features, which this method mixes into zeros: nothing could train.",
+                remedy="Use a head with random initial weights (--head mlp), or centre=true.",
+            )
         with torch.no_grad():
             self.classes = int(head(torch.zeros(1, backbone.hidden_size)).shape[-1])
         self.history = LabelHistory()
@@ -274,7 +279,8 @@ class PrivateModel(nn.Module):
         """Loads a trained model onto a backbone whose operators host the same weights.
 
         Args:
-            head: a module of the head's class, needed unless that is one of ours (`blindtune.labels.head.HEADS`).
+            head: a module of the head's class, needed unless that is one of ours (`blindtune.labels.HEADS`, or what a
+                method fits).
             predict_only: see `PrivateModel`.
         Raises:
             CheckpointError: files are missing, the operators host another model, or the head doesn't fit.

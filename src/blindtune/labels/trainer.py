@@ -82,6 +82,8 @@ class Trainer(training.Trainer[TrainConfig, Step]):
     Args:
         checkpoint: folder for checkpoints. Without it, none are written.
         save_every: number of steps between checkpoints.
+    Raises:
+        ConfigError: clipping would tell adapters that learn other labels about the true ones.
     """
 
     def __init__(
@@ -93,6 +95,12 @@ class Trainer(training.Trainer[TrainConfig, Step]):
         checkpoint: Path | None = None,
         save_every: int = 10,
     ) -> None:
+        if config.max_grad_norm and model.auxiliary is not None:
+            raise ConfigError(
+                f"{model.method.name} trains its adapters on other labels than its head. Clipping by a norm over both "
+                "gradients would make the adapters depend on the true labels.",
+                remedy="Use max_grad_norm=0.",
+            )
         parameters = dict(model.named_parameters())
         rates = {name: config.head_learning_rate for name in parameters if not name.startswith("backbone.")}
         super().__init__(config, parameters, rates=rates, checkpoint=checkpoint, save_every=save_every)

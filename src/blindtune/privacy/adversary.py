@@ -4,7 +4,8 @@ For every channel that an operator can observe (an adapter's activations h_i, or
 classifier of labels is fitted. It is then held fixed, and a penalty trains the adapters so that the classifier fails.
 
 With d ≫ B a classifier separates any single batch perfectly, which says nothing about the channel, so it is fitted on a
-buffer of recent batches. All channels are fitted in one L-BFGS run, which starts from the last step's weights.
+buffer of recent batches. All channels are fitted in one L-BFGS run, which starts from the last step's weights. The
+authors' own fit, from scratch on one batch, is there for comparison.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Form = Literal["flip", "reversal", "confusion"]
+Fit = Literal["buffer", "batch"]
+BATCH_ITERATIONS = 150
+"""Largest number of L-BFGS iterations of a fit on one batch, as in the authors' code."""
 
 
 @dataclass
@@ -30,11 +34,15 @@ class Adversary:
         classes: K, the number of classes.
         form: the objective of the penalty. "flip" (the authors') is the cross entropy to the wrong classes, "reversal"
             maximises the classifier's loss, "confusion" moves all logits to their mean.
-        buffer: number of recent batches on which the classifiers are fitted.
-        iterations: L-BFGS iterations in each step.
+        buffer: number of recent batches on which the classifiers are fitted; not used by the fit "batch".
+        iterations: L-BFGS iterations in each step; not used by the fit "batch", which has up to 150.
         l2: strength of the penalty on the classifiers' weights, in units of one example. A smaller value gives no
             stronger adversary: if d is of the order of the buffer's examples, the classifier fits noise, guesses worse,
             and its gradients are many times larger.
+        fit: what the classifiers are fitted on. "buffer": recent batches, on features of unit variance, from the last
+            step's weights. "batch" (the authors'): this batch alone, on raw features, from zero weights until the fit
+            converges. That is the solution of scikit-learn's logistic regression with C = 1 / l2. Classes that the
+            batch lacks take no part, and with one class in the batch the penalty is zero.
     """
 
     channels: int
@@ -44,6 +52,7 @@ class Adversary:
     buffer: int = 20
     iterations: int = 10
     l2: float = 100.0
+    fit: Fit = "buffer"
     weights: Tensor = field(init=False)
     """Weights of the classifiers, `(c, d + 1, K)`; the last row is the bias."""
     _recent: list[tuple[Tensor, Tensor]] = field(init=False, default_factory=list[tuple[Tensor, Tensor]])
@@ -52,7 +61,7 @@ class Adversary:
         self.weights = torch.zeros(self.channels, self.dim + 1, self.classes)
 
     def penalty(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Fits the classifiers on the buffer, which this batch joins, then computes the penalty of each channel.
+        """Fits the classifiers (on the buffer, which this batch joins), then computes the penalty of each channel.
 
         Args:
             hidden: the channels, `(c, B, d)`.
@@ -60,6 +69,8 @@ class Adversary:
         Returns:
             One penalty for each channel, `(c,)`, differentiable in `hidden`.
         """
+        if self.fit == "batch":
+            return self._batch_penalty(hidden, labels)
         # a new list, so that earlier results of `state_dict` don't change
         self._recent = [*self._recent, (hidden.detach(), labels)][-self.buffer :]
         past = torch.cat([batch for batch, _ in self._recent], dim=1)  # (c, N, d)
@@ -68,6 +79,17 @@ class Adversary:
         scale = (past - mean).pow(2).mean((1, 2), keepdim=True).sqrt().clamp_min(1e-6)
         self.weights = _fit((past - mean) / scale, past_labels, self.weights, self.iterations, self.l2)
         return _loss(self.form, _logits((hidden - mean) / scale, self.weights), labels)
+
+    def _batch_penalty(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        present, index = labels.unique(return_inverse=True)
+        if len(present) < 2:
+            return hidden.flatten(1).sum(1) * 0.0
+        # with two classes, scikit-learn penalises w = w_1 - w_0, where |w|² = 2 (|w_0|² + |w_1|²) at the optimum
+        l2 = self.l2 * (2 if len(present) == 2 else 1)
+        start = torch.zeros(self.channels, self.dim + 1, len(present), dtype=torch.float64)
+        weights = _fit(hidden.detach().double(), index, start, BATCH_ITERATIONS, l2).to(hidden.dtype)
+        self.weights = torch.zeros(self.channels, self.dim + 1, self.classes).index_copy(2, present, weights.float())
+        return _loss(self.form, _logits(hidden, weights), index)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns weights and buffer. Later steps replace these tensors and never change them in place."""

@@ -8,11 +8,15 @@ from torch import Tensor
 from blindtune.privacy.randomness import SecureGenerator
 
 
-def mixing_weights(n: int, dim: int, scale: float, *, generator: SecureGenerator) -> Tensor:
+def mixing_weights(n: int, dim: int, scale: float, *, generator: SecureGenerator, centre: bool = True) -> Tensor:
     """Draws secret weights W (eq. 4): 1/n plus antisymmetric noise ξ_ij ~ N(0, scale²) for each pair of adapters.
 
     Columns sum to one, so the mixture of n equal outputs is that output (eq. 5). With a large scale, a small difference
     between adapters changes the mixed output much, so each single adapter needs to change little.
+
+    Args:
+        centre: whether 1/n is added, as in eq. 4. Without it, as in the authors' code of 2023, columns sum to zero, and
+            the mixture of n equal outputs is zero.
 
     Returns:
         `(n, dim)`, float32.
@@ -21,7 +25,7 @@ def mixing_weights(n: int, dim: int, scale: float, *, generator: SecureGenerator
     """
     if n < 2 or scale <= 0:
         raise ValueError(f"n = {n} and scale = {scale}: mixing needs two adapters and a positive scale.")
-    weights = torch.full((n, dim), 1.0 / n, dtype=torch.float64)
+    weights = torch.full((n, dim), 1.0 / n if centre else 0.0, dtype=torch.float64)
     for i in range(n):
         for j in range(i + 1, n):
             xi = scale * generator.normal(dim)

@@ -30,11 +30,7 @@ COUNT_EVERY = 25
 
 @dataclass(frozen=True)
 class TrainConfig(training.TrainConfig):
-    """Options for training the ends.
-
-    Args:
-        max_grad_norm: norm to which a step's gradient is clipped; 0 for no clipping.
-    """
+    """Options for training the ends."""
 
     batch_size: int = 16
     learning_rate: float = 1e-3
@@ -113,14 +109,15 @@ class Trainer(training.Trainer[TrainConfig, Step]):
         batch = self.batch(self.done)
         with self.model.boundary.training_step(self.done), self._counting(batch):
             losses = self.design.step(self.model, self.ends, batch, self._generator())
-        if self.config.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(self.ends.parameters(), self.config.max_grad_norm, error_if_nonfinite=True)
         self._update()
         self.done += 1
         flops = round(self._flops_per_token * batch.ids.numel())
         step = Step(self.done, losses, self._traffic_since(before), time.perf_counter() - start, flops)
         self._steps += Costs(seconds=step.seconds, flops=step.flops)
         return step
+
+    def _clip(self, parameters: Sequence[torch.nn.Parameter], norm: float) -> None:
+        torch.nn.utils.clip_grad_norm_(parameters, norm, error_if_nonfinite=True)
 
     def _traffic_so_far(self) -> dict[str, int]:
         return dict(self.model.boundary.trunk.traffic)

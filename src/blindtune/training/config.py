@@ -20,9 +20,11 @@ class TrainConfig:
         betas: decay rates of AdamW's moments.
         warmup: number of steps over which the learning rates rise.
         floor: lower limit of the decay, as a fraction of the highest learning rate.
+        max_grad_norm: norm to which a step's gradient over all trained parameters is clipped; 0 for no clipping.
         seed: seed of the batches and of all public random numbers.
     Raises:
-        ConfigError: there are no steps or no examples in a step, or the learning rate isn't positive.
+        ConfigError: there are no steps or no examples in a step, the learning rate isn't positive, or the norm is
+            negative.
     """
 
     steps: int = 150
@@ -32,6 +34,7 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     warmup: int = 10
     floor: float = 0.03
+    max_grad_norm: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -39,6 +42,11 @@ class TrainConfig:
             raise ConfigError(
                 f"steps = {self.steps}, batch_size = {self.batch_size}, learning_rate = {self.learning_rate}.",
                 remedy="Use at least one step, one example and a positive learning rate.",
+            )
+
+        if not self.max_grad_norm >= 0:
+            raise ConfigError(
+                f"max_grad_norm = {self.max_grad_norm} is no norm.", remedy="Use a positive number; 0 for no clipping."
             )
 
     def rate(self, step: int) -> float:

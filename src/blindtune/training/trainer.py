@@ -99,10 +99,16 @@ class Trainer(ABC, Generic[C, S]):
         """Runs one step: computes gradients, then calls `_update`. Returns its metrics."""
 
     def _update(self) -> None:
-        """Steps the optimizer with this step's learning rates."""
+        """Clips the gradients, then steps the optimizer with this step's learning rates."""
+        if self.config.max_grad_norm:
+            self._clip(list(self.parameters.values()), self.config.max_grad_norm)
         for group, highest in zip(self.optimizer.param_groups, self._highest, strict=True):
             group["lr"] = highest * self.config.rate(self.done)
         self.optimizer.step()
+
+    def _clip(self, parameters: Sequence[nn.Parameter], norm: float) -> None:
+        """Scales the gradients of all parameters by one factor, so that their common norm is at most `norm`."""
+        nn.utils.clip_grad_norm_(parameters, norm)
 
     @abstractmethod
     def _identity(self) -> dict[str, object]:

@@ -59,6 +59,13 @@ def train(
     ] = None,
     readout: options.ReadoutOption = None,
     store: options.Store = None,
+    head: Annotated[
+        str | None,
+        typer.Option(
+            help="Head: linear (fitted on frozen features first), mlp (128 and 32 hidden units) or pooler. The last "
+            "two start from random weights. Default: linear, or that of p3eft's recipe."
+        ),
+    ] = None,
     rank: Annotated[
         int | None,
         typer.Option(
@@ -105,7 +112,7 @@ def train(
     --resume continues from it. The output folder holds PEFT adapters, the head, and the secrets of the run.
 
     Further training options (--training name=value): epochs, head_learning_rate, weight_decay, betas, warmup, floor,
-    random_adam_moments, seed, save_every.
+    max_grad_norm, random_adam_moments, seed, save_every.
 
     Example: blindtune labels train --server https://a.example --server https://b.example --data notes.csv --text note
     --label diagnosis --output out/
@@ -131,21 +138,24 @@ def train(
         epochs, save_every, seed = more.pop("epochs", 3.0), more.pop("save_every", 10), more.get("seed", 0)
         examples, held_out = _read(data, text, label, options.parse_names(classes), validation, seed)
         more.setdefault("steps", steps_for(len(examples), batch_size, epochs))
-        name = read_summary(output, LabelsSummary).method if resume else (method or DEFAULT_METHOD)
-        kind = method_class(name)
-        more.setdefault("learning_rate", kind.default_lr)
-        config = TrainConfig(**more)
         chosen = options.parse_settings(set_)
         if resume:
-            private = _resume_model(server, output, connection, {"method": method, **chosen})
+            summary = read_summary(output, LabelsSummary)
+            algorithm = make_method(summary.method, summary.options)
         else:
-            rank = kind.default_rank if rank is None else rank
+            algorithm = make_method(method or DEFAULT_METHOD, chosen, steps=more["steps"], batch_size=batch_size)
+        config = TrainConfig(**algorithm.complete_training(more))
+        if resume:
+            private = _resume_model(server, output, connection, {"method": method, "head": head, **chosen})
+        else:
+            rank = algorithm.default_rank if rank is None else rank
             adapter = {"rank": rank, "layers": layers, **options.read_lora(lora, rank)}
-            algorithm = make_method(name, chosen, steps=config.steps, batch_size=batch_size)
-            settings = {"max_length": max_length, **kind.reads, **options.read_readout(readout)}
+            settings = {"max_length": max_length, **algorithm.reads, **options.read_readout(readout)}
             if len(text) == 1:
                 settings.pop("pairs", None)
-            private = _new_model(server, algorithm, len(examples.classes), adapter, {**settings, **connection}, seed)
+            head = head or algorithm.default_head
+            connected = {**settings, **connection}
+            private = _new_model(server, algorithm, head, len(examples.classes), adapter, connected, seed)
         if private.method.by_steps:
             trainer = Trainer(private, examples, config, checkpoint=output, save_every=save_every)
             result = _run(trainer, held_out, output, resume=resume)
@@ -194,17 +204,19 @@ def _read(
 def _new_model(
     servers: list[str],
     algorithm: "Method",
+    head: str,
     classes: int,
     lora: dict[str, Any],
     connection: dict[str, Any],
     seed: int,
 ) -> "PrivateModel":
-    from blindtune.labels import LinearHead, PrivateModel
+    from blindtune.labels import PrivateModel, make_head
 
+    make_head(head, 1, classes)  # an unknown name is refused before anything is sent
     backbone = options.connect(servers, num_adapters=0, **connection)
     if algorithm.num_adapters:
         backbone.adapter_config = options.make_lora_config(backbone.info, **lora)
-    return PrivateModel(backbone, LinearHead(backbone.hidden_size, classes), algorithm, seed=seed)
+    return PrivateModel(backbone, make_head(head, backbone.hidden_size, classes), algorithm, seed=seed)
 
 
 def _resume_model(
@@ -216,10 +228,11 @@ def _resume_model(
         CheckpointError: a method or option that is given again differs from the checkpoint's.
     """
     from blindtune.labels import PrivateModel, adapter_config, method_class, readout_of
+    from blindtune.labels.checkpoint import head_name
     from blindtune.training import LabelsSummary, read_summary
 
     summary = read_summary(folder, LabelsSummary)
-    trained = {"method": summary.method, **summary.options}
+    trained = {"method": summary.method, "head": head_name(summary), **summary.options}
     for name, value in chosen.items():
         if value is not None and value != trained.get(name):
             raise CheckpointError(

@@ -90,6 +90,20 @@ class Method:
         """
         return None
 
+    @property
+    def mixes_equal_to_zero(self) -> bool:
+        """Whether `mix` returns zeros for adapters that compute the same, as they do before training."""
+        return False
+
+    @property
+    def default_head(self) -> str:
+        """Name of the head that the command line uses by default (`blindtune.labels.HEADS`)."""
+        return "linear"
+
+    def complete_training(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the given options of `TrainConfig`, and the method's own values of others: its learning rate."""
+        return {"learning_rate": self.default_lr, **given}
+
     def attach(self, backbone: Backbone, classes: int, generator: SecureGenerator) -> None:
         """Installs the method's channel in the backbone, and draws the method's secrets.
 
