@@ -36,7 +36,7 @@ def published(
         texts = [examples.texts[index] for index in chosen]
         labels = np.array(examples.labels, dtype=np.int64)[chosen]
         hidden, frozen = (
-            _run(backbone, texts, view.pooling, max_length, *adapters) for adapters in ((layout, weights), ())
+            _run(backbone, texts, view.readout, max_length, *adapters) for adapters in ((layout, weights), ())
         )
         channels = {"activations": hidden, "shifts": hidden - frozen, "frozen": frozen}
         if len(hidden) > 1:

@@ -83,7 +83,7 @@ class Head(nn.Module):
     def standardise(self, features: Tensor) -> Tensor:
         """Sets the statistics from features `(N, d)`. Returns the standardised features `(N, d')`, bounded."""
         features = self.select(features)
-        deviation = features.std(0, correction=0)
+        deviation = features.std(0) if len(features) > 1 else torch.zeros(self.read)
         self.mean = features.mean(0)
         varying = deviation[deviation > 0]  # dividing by the deviation of a constant dimension would give infinity
         self.scale = deviation.clamp_min(0.2 * float(varying.median()) if len(varying) else 1.0)
