@@ -3,8 +3,9 @@
 python -m experiments.labels.run TASK [--arms lora,pslf+epsilon=2] [--seeds 1,2,3] [--selection]
 
 An arm is a method's name, then what differs from its defaults: `rank`, `lr`, `warmup`, `epochs`, `first` (the lowest
-block with adapters), `head`, another option of `TrainConfig`, or one of its own options. A recipe (`p3eft+recipe=2023`)
-sets head, rates and clipping too.
+block with adapters), `readout` (the layers that the head reads), `head`, another option of `TrainConfig`, or one of its
+own options. A recipe (`p3eft+recipe=2023`) sets head, rates and clipping too. With `--no-audit`, runs aren't attacked:
+they compare accuracy alone, in accuracy/.
 """
 
 from __future__ import annotations
@@ -71,6 +72,8 @@ class Arm:
     first: int | None = None
     """Adapters sit on this block and those above."""
     head: str | None = None
+    readout: str | None = None
+    """Layers that the head reads; the method's own by default."""
     training: dict[str, Any] = field(default_factory=dict)
     """Further options of `TrainConfig`."""
 
@@ -78,7 +81,11 @@ class Arm:
     def parse(name: str) -> Arm:
         """`method+key=value+…`, values in JSON, or bare words."""
         method, given = read_settings(name)
-        own = {key: given.pop(key) for key in ("rank", "lr", "warmup", "epochs", "first", "head") if key in given}
+        own = {
+            key: given.pop(key)
+            for key in ("rank", "lr", "warmup", "epochs", "first", "head", "readout")
+            if key in given
+        }
         known = {f.name for f in fields(TrainConfig)} - {"steps", "batch_size", "seed", "learning_rate", "warmup"}
         training = {key: given.pop(key) for key in sorted(known & set(given))}
         return Arm(name, method, given, training=training, **own)
@@ -135,11 +142,20 @@ def operator_folders(work: Path, m: int) -> list[Path]:
 
 
 def make_model(
-    stage: Stage, method: Method, folders: list[Path], rank: int, seed: int, head: str = "linear"
+    stage: Stage,
+    method: Method,
+    folders: list[Path],
+    rank: int,
+    seed: int,
+    head: str = "linear",
+    readout: str | None = None,
 ) -> PrivateModel:
     """An untrained model over operators in this process, with adapters on the task's upper blocks."""
     pool = local_operators(stage.backbone, record=folders)
-    backbone = Backbone(pool, num_adapters=0, max_length=stage.task.max_length)
+    reads = dict(method.reads) | ({} if readout is None else {"readout": readout})
+    if stage.task.pair is None:
+        reads.pop("pairs", None)
+    backbone = Backbone(pool, num_adapters=0, max_length=stage.task.max_length, **reads)
     layers = f"{stage.task.first}-{backbone.info.layers - 1}"
     backbone.adapter_config = make_lora_config(backbone.info, rank=rank, alpha=2 * rank, targets=None, layers=layers)
     return PrivateModel(
@@ -164,21 +180,32 @@ def run(stage: Stage, arm: Arm, seed: int, *, selection: bool = False, attacks: 
     work = Path(tempfile.mkdtemp(prefix="blindtune-"))
     folders = operator_folders(work, options.get("m", 1))
     try:
-        model = make_model(stage, method, folders, rank, seed, arm.head or method.default_head)
-        trainer = Trainer(model, stage.train, config)
+        model = make_model(stage, method, folders, rank, seed, arm.head or method.default_head, arm.readout)
         start = time.perf_counter()
-        trainer.prepare()
-        frozen = accuracy_frozen(model, stage)
-        losses = run_steps(trainer, f"{arm.name} seed {seed}") if model.method.num_adapters else []
+        losses: list[float] = []
+        frozen: dict[str, float] | None = None
+        if method.by_steps:
+            trainer = Trainer(model, stage.train, config)
+            trainer.prepare()
+            frozen = accuracy_frozen(model, stage)
+            losses = run_steps(trainer, f"{arm.name} seed {seed}")
+        else:
+            model.prepare(stage.train.texts, stage.train.labels)
         seconds = time.perf_counter() - start
+        traffic = model.backbone.traffic
         result: dict[str, Any] = {
             "task": stage.name, "arm": arm.name, "method": arm.method, "options": recorded, "seed": seed, "rank": rank,
             "learning_rate": config.learning_rate, "warmup": arm.warmup, "steps": steps,
-            "training": asdict(config), "head": type(model.head).__name__, "train_examples": len(stage.train),
+            "training": asdict(config) if method.by_steps else {}, "head": type(model.head).__name__,
+            "train_examples": len(stage.train),
+            "received_per_text": round(traffic.received / len(stage.train)),
+            "sent_per_text": round(traffic.sent / len(stage.train)),
             "validation": evaluate(model, stage.validation),
         }  # fmt: skip
         if not selection:
-            result |= {"test": evaluate(model, stage.test), "frozen_test": frozen}
+            result |= {"test": evaluate(model, stage.test)} | ({} if frozen is None else {"frozen_test": frozen})
+        if model.choice is not None:
+            result["chosen"] = asdict(model.choice.chosen)
         result |= {"report": model.method.report(), "losses": losses, "train_seconds": round(seconds, 1)}
         model.backbone.pool.close()
         if model.method.num_adapters and attacks != "none":
@@ -331,14 +358,14 @@ def main() -> None:
     parser.add_argument("--arms", default=MAIN)
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--selection", action="store_true", help="validation only, into selection/")
-    parser.add_argument("--no-audit", action="store_true", help="train and evaluate only (with --selection)")
+    parser.add_argument("--no-audit", action="store_true", help="train and evaluate only, into accuracy/")
     parser.add_argument("--paper-only", action="store_true", help="the paper's measures only (with --selection)")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
-    if (options.no_audit or options.paper_only) and not options.selection:
-        parser.error("--no-audit and --paper-only need --selection: results are reported with their attacks.")
+    if options.paper_only and not options.selection:
+        parser.error("--paper-only needs --selection: results are reported with all attacks.")
     attacks: Attacks = "none" if options.no_audit else "paper" if options.paper_only else "all"
-    folder = RESULTS / ("selection" if options.selection else "") / options.task
+    folder = RESULTS / ("selection" if options.selection else "accuracy" if options.no_audit else "") / options.task
     jobs = [
         Job(folder / f"{arm}-seed{seed}.json", Arm.parse(arm), int(seed), options.selection, attacks)
         for seed in options.seeds.split(",")

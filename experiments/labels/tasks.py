@@ -60,6 +60,9 @@ TASKS = {
     "sst2": Task("sst2", "minilm", 3, steps=216, max_length=48, train="train_sentences"),
     "mrpc": Task("mrpc", "minilm", 3, steps=230, max_length=80, text="text_a", pair="text_b", attacked=700),
     "trec": Task("trec", "minilm", 3, steps=310, max_length=32, validation=None, attacked=700),
+    # never tuned on
+    "banking77": Task("banking77", "minilm", 3, steps=560, max_length=32, validation=None),
+    "symptom2disease": Task("symptom2disease", "minilm", 3, steps=260, max_length=64, validation=None),
     "sst2-smollm2": Task(
         "sst2",
         "smollm2",
