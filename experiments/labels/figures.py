@@ -33,10 +33,13 @@ PAGE = ROOT / "docs" / "labels" / "results.md"
 PAPERS = ROOT / "docs" / "papers.md"
 PICTURES = ROOT / "docs" / "images"
 PUBLISHED_ATTACKS = ("spectral", "norm", "k-means")
-ORDER = ("features", "lora", "distance-correlation", "pslf", "randomized-response", "p3eft", "padded-lora")
+ZERO_BITS = tuple(name for name, kind in METHODS.items() if not kind.by_steps)
+"""Methods that send nothing about labels. Their runs have nothing to attack, and are in accuracy/."""
+ORDER = (*ZERO_BITS, "lora", "distance-correlation", "pslf", "randomized-response", "p3eft", "padded-lora")
 NAMES = {name: METHODS[name].title for name in (*ORDER, *(set(METHODS) - set(ORDER)))}
 COLOURS = dict.fromkeys(NAMES, "#1a202c") | {
     "features": "#718096",
+    "side": "#4a5568",
     "lora": "#c53030",
     "distance-correlation": "#2b6cb0",
     "pslf": "#2f855a",
@@ -51,6 +54,8 @@ TASKS = {
     "trec": "TREC (6 classes), MiniLM",
     "sst2-smollm2": "SST-2, SmolLM2-135M",
 }
+NEVER_TUNED = {"banking77": "Banking77 (77 classes)", "symptom2disease": "Symptom2Disease (24 classes)"}
+"""Tasks on which no setting was chosen."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,13 @@ class Arm:
 
 def load(task: str) -> dict[str, Arm]:
     """Arm -> its runs, by seed."""
-    return {name: Arm(name, runs) for name, runs in runs_by_arm(RESULTS / task).items()}
+    arms = {name: Arm(name, runs) for name, runs in runs_by_arm(RESULTS / task).items()}
+    return {name: arm for name, arm in accuracies(task).items() if arm.method in ZERO_BITS} | arms
+
+
+def accuracies(task: str) -> dict[str, Arm]:
+    """Arm -> its runs without attacks, by seed."""
+    return {name: Arm(name, runs) for name, runs in runs_by_arm(RESULTS / "accuracy" / task).items()}
 
 
 def runs_by_arm(folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -165,7 +176,7 @@ def table(arms: dict[str, Arm], order: Sequence[Arm]) -> str:
     probes, ten = ([value for arm in order for value in arm.values(f)] for f in (few_frozen, component_frozen))
     if frozen_accuracy(arms):
         lines.append(
-            f"| frozen features, logistic regression | – | {span(frozen_accuracy(arms)[:1])} "
+            f"| last layer, logistic regression | – | {span(frozen_accuracy(arms)[:1])} "
             f"| – | – | – | {span(ten, 2)} | {span(probes, 2)} | – |"
         )
     controls = [value for arm in order if arm.method == "padded-lora" for value in arm.values(chance)]
@@ -174,14 +185,66 @@ def table(arms: dict[str, Arm], order: Sequence[Arm]) -> str:
             f"| padded adapters in random order | {len(controls)} | – | – | {span(controls, 2)} | – | – | – | – |"
         )
     for arm in order:
-        if arm.method == "features":  # frozen features again
-            continue
         lines.append(
             f"| {arm.label} | {len(arm.runs)} | {span(arm.values(accuracy))} | {span(arm.values(published_leak), 2)} "
             f"| {span(arm.values(any_leak), 2)} | {span(arm.values(gradient_leak), 2)} "
             f"| {span(arm.values(component), 2)} | {span(arm.values(few), 2)} "
             f"| {span(arm.values(colluding_leak), 2)} |"
         )
+    return "\n".join(lines)
+
+
+TOGETHER = ("sst2", "mrpc", "trec", "banking77", "symptom2disease")
+COMPARED = {
+    **{name: NAMES[name] for name in ZERO_BITS},
+    "lora+readout=all": "LoRA, all layers read",
+    "lora": "LoRA, last layer read",
+    "padded-lora+epochs=2+lr=0.001+warmup=60+readout=all": "padded LoRA, all layers read",
+    "padded-lora+epochs=2+lr=0.001+warmup=60": "padded LoRA, last layer read",
+}
+"""Arms that are compared with one readout."""
+
+
+def together() -> str:
+    """Test accuracy of the methods that send nothing about labels, and of LoRA with the same readout."""
+    lines = header("", *(f"{TASKS.get(task, NEVER_TUNED.get(task, task))}" for task in TOGETHER))
+    for name, title in COMPARED.items():
+        found = [{**load(task), **accuracies(task)}.get(name) for task in TOGETHER]
+        if any(found):
+            cells = [span(arm.values(accuracy)) if arm else "–" for arm in found]
+            lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def costs() -> str:
+    """What a text costs, once: bytes that the client receives, and seconds of fitting on one core."""
+    lines = header("", *(f"{TASKS.get(task, NEVER_TUNED.get(task, task))}" for task in TOGETHER))
+    for name in ZERO_BITS:
+        found = [accuracies(task).get(name) for task in TOGETHER]
+        if any(found):
+            cells = [
+                f"{np.mean(arm.values(lambda run: run['received_per_text'])) / 1000:.0f} kB, "
+                f"{np.mean(arm.values(lambda run: run['train_seconds'])):.0f} s"
+                if arm
+                else "–"
+                for arm in found
+            ]
+            lines.append(f"| {NAMES[name]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def choices() -> str:
+    """What `features` chose by cross-validation on training texts."""
+    lines = header("task", "chosen", "held-out accuracy", "test accuracy")
+    for task in TOGETHER:
+        arm = accuracies(task).get("features")
+        if arm:
+            run, chosen = arm.runs[0], arm.runs[0]["chosen"]
+            settings = ", ".join(f"{key} {value:g}" for key, value in chosen["settings"].items())
+            lines.append(
+                f"| {TASKS.get(task, NEVER_TUNED.get(task, task))} | {chosen['kind']} on {chosen['layers']}"
+                f"{f' ({settings})' if settings else ''} | {chosen['accuracy']:.3f} | {accuracy(run):.3f} |"
+            )
     return "\n".join(lines)
 
 
@@ -472,6 +535,9 @@ def save(figure: Figure, name: str) -> None:
 def main() -> None:
     tasks = {task: arms for task in TASKS if (arms := load(task))}
     save(bars(tasks), "accuracy-and-leak")
+    fill(PAGE, "together", together())
+    fill(PAGE, "costs", costs())
+    fill(PAGE, "choices", choices())
     for task, arms in tasks.items():
         fill(PAGE, task, table(arms, main_arms(arms) + with_shares(arms) + on_all_layers(arms)))
     published_blocks(tasks)

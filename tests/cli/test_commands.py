@@ -57,6 +57,8 @@ def columns(path: Path) -> list[object]:
 def test_train_predict_and_audit_follow_each_other(recorded, notes, tiny_models, tmp_path):
     servers, folders = recorded
     out, results = tmp_path / "out", tmp_path / "train.json"
+    features = ["--method", "features", "--set", "classifier=logistic", "--output", tmp_path / "features"]
+    run("labels", "train", *to(servers[:1]), *columns(notes), *features)  # which the audit doesn't take for a run
     trained = run("labels", "train", *to(servers), *columns(notes), *SMALL, "--output", out, "--json", results)
     assert trained.stdout.count("sees texts, one adapter under a pad, and one share of each gradient") == 2
     numbers = json.loads(results.read_text())

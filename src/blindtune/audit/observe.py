@@ -300,9 +300,16 @@ def join_views(views: Sequence[View]) -> View:
 
 
 def _common_readout(transcript: Transcript, calls: Sequence[Event]) -> Readout:
-    """Returns the readout of all calls. Raises `TranscriptError` if they differ, or have a vector for each token."""
-    readout = calls[0].readout
-    if any(event.readout != readout for event in calls):
+    """Returns the readout of all calls with adapters; of the first call, if none has any.
+
+    Calls of the frozen model reveal its hidden states of texts, whatever their readout.
+
+    Raises:
+        TranscriptError: the readouts differ, or have a vector for each token.
+    """
+    adapted = [event for event in calls if event.adapters]
+    readout = (adapted or calls)[0].readout
+    if any(event.readout != readout for event in adapted):
         raise TranscriptError(
             f"{transcript.folder} holds calls with different readouts, so it contains several runs.",
             remedy="Record every run into a folder of its own (restart the server with another --record).",
