@@ -52,6 +52,7 @@ TASKS = {
     "sst2": "SST-2, MiniLM",
     "mrpc": "MRPC, MiniLM",
     "trec": "TREC (6 classes), MiniLM",
+    "sst2-mpnet": "SST-2, MPNet-base (3,000 sentences)",
     "sst2-smollm2": "SST-2, SmolLM2-135M",
 }
 NEVER_TUNED = {"banking77": "Banking77 (77 classes)", "symptom2disease": "Symptom2Disease (24 classes)"}

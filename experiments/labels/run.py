@@ -50,6 +50,7 @@ from blindtune.wire import Transcript
 from experiments.labels.published import binary_f1, published
 from experiments.labels.tasks import TASKS, Task
 from experiments.lower_layers import LowerLayers
+from experiments.mpnet import mpnet
 
 RESULTS = Path(__file__).parents[1] / "results" / "labels"
 LOOKS = 4
@@ -120,7 +121,7 @@ def set_stage(name: str, first: int | None = None) -> Stage:
     """Loads a task and runs the layers below the first adapter on all its texts."""
     task = TASKS[name] if first is None else replace(TASKS[name], first=first)
     train, validation, test = task.load()
-    backbone = load_backbone(task.model)
+    backbone = load_backbone(mpnet() if task.model == "mpnet" else task.model)
     lower = LowerLayers(backbone, task.first)
     with tempfile.TemporaryDirectory() as folder:
         pool = local_operators(backbone, record=[Path(folder)])

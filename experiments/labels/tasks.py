@@ -16,6 +16,7 @@ class Task:
     """A data set and a model.
 
     Attributes:
+        model: as `load_backbone` takes it, or mpnet (`experiments.mpnet`).
         first: adapters sit on this block and those above; outputs of the blocks below are computed once for each text.
         steps: of 32 examples.
         held_out: part of the training rows to select on, for sets without validation rows.
@@ -63,6 +64,17 @@ TASKS = {
     # never tuned on
     "banking77": Task("banking77", "minilm", 3, steps=560, max_length=32, validation=None),
     "symptom2disease": Task("symptom2disease", "minilm", 3, steps=260, max_length=64, validation=None),
+    "sst2-mpnet": Task(
+        "sst2",
+        "mpnet",
+        9,
+        steps=94,
+        max_length=40,
+        train="train_sentences",
+        attacked=500,
+        most_train=3000,
+        most_test=1000,
+    ),
     "sst2-smollm2": Task(
         "sst2",
         "smollm2",
