@@ -120,7 +120,6 @@ class TestChoice:
         assert layer_groups([1, 3], 4, "both", "last") == {
             "the last layer of pairs": [1],
             "the last layer of pairs and of each text": [1, 3, 5],
-            "the last layer of each text": [3, 5],
         }
         assert layer_groups([1, 3], 4, "apart", "all") == {"all layers of each text": [0, 1, 2, 3]}
 

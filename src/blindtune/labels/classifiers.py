@@ -1,15 +1,15 @@
 """Chooses layers and a classifier for frozen features, by cross-validation on the training examples alone.
 
-The candidates are every group of layers with logistic regression, a kernel classifier (RBF) and a small network, each
-with a few strengths of regularization. A candidate's score is its mean log-likelihood on the held-out folds among those
-whose accuracy is the best; the winner is fitted again on all examples. All of this runs on the client.
+Every group of layers is tried with logistic regression and a kernel classifier (RBF); then more strengths of
+regularization and a small network on the best group. The candidate with the best accuracy on held-out folds wins, and
+is fitted again on all examples. All of this runs on the client.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -26,12 +26,20 @@ FOLDS = 5
 SMALL = 2000
 """Number of examples up to which all folds are held out in turn; with more, one fold is held out once or twice."""
 
-SETTINGS: dict[str, tuple[type[Head], list[dict[str, float]]]] = {
-    "logistic": (LinearHead, [{"l2": l2} for l2 in (30.0, 300.0, 1000.0, 3000.0)]),
-    "rbf": (KernelHead, [{"gamma": g, "ridge": r} for g in (0.25, 1.0) for r in (0.05, 0.3, 1.0)]),
-    "mlp": (TwoLayerHead, [{}]),
+CLASSES: dict[str, type[Head]] = {"logistic": LinearHead, "rbf": KernelHead, "mlp": TwoLayerHead}
+"""The classifiers by name."""
+COARSE: dict[str, list[dict[str, float]]] = {
+    "logistic": [{"l2": 300.0}, {"l2": 3000.0}],
+    "rbf": [{"gamma": 0.25, "ridge": 0.3}, {"gamma": 1.0, "ridge": 0.3}],
+    "mlp": [],
 }
-"""The classifiers, and the settings of each that are tried."""
+"""Settings that are tried on every group of layers."""
+FINE: dict[str, list[dict[str, float]]] = {
+    "logistic": [{"l2": 30.0}, {"l2": 1000.0}],
+    "rbf": [{"gamma": g, "ridge": r} for g in (0.25, 0.5, 1.0) for r in (0.05, 0.15, 1.0)],
+    "mlp": [{}],
+}
+"""Settings that are tried on the best group alone."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +109,8 @@ def layer_groups(
         if pairs == "both":
             groups[f"{name} of pairs"] = members
             groups[f"{name} of pairs and of each text"] = [*members, *apart]
-        groups[f"{name} of each text"] = apart
+        else:
+            groups[f"{name} of each text"] = apart
     return groups
 
 
@@ -129,25 +138,55 @@ def choose(
     """
     if len(labels) < 2:
         raise ConfigError(f"{len(labels)} example is too few to fit a classifier.", remedy="Use more examples.")
-    candidates = [
-        Candidate(name, kind, settings) for name in groups for kind in kinds for settings in SETTINGS[kind][1]
-    ]
-    if len(candidates) == 1:
-        head = _make(candidates[0], features.shape[1], classes, groups, of)
-        head.fit(features, labels)
-        return Choice(head, candidates[0], candidates)
-    some = _in_random_order(len(labels))[:SEARCHED]
-    folds = _folds(labels[some])
-    tried: list[Candidate] = []
-    losses: list[float] = []
-    for done, candidate in enumerate(candidates):
+    search = _Search(features, labels, classes, groups, of, kinds, on_candidate)
+    for layers in groups:
+        for kind in kinds:
+            for settings in COARSE[kind]:
+                search.attempt(Candidate(layers, kind, settings))
+    layers = search.best.layers if search.tried else next(iter(groups))
+    for kind in kinds:
+        for settings in FINE[kind]:
+            search.attempt(Candidate(layers, kind, settings))
+    head = search.make(search.best)
+    if isinstance(head, KernelHead):
+        x, y = search.fit_on_fold(head, 0)
+        head.fit_temperature(x, y)
+    head.fit(features, labels)
+    return Choice(head, search.best, [candidate for candidate, _ in search.tried])
+
+
+class _Search:
+    """Evaluates candidates on held-out folds. The arguments are those of `choose`."""
+
+    def __init__(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        classes: int,
+        groups: Mapping[str, Sequence[int]],
+        of: int,
+        kinds: Sequence[Kind],
+        on_candidate: Callable[[int, int], None] | None,
+    ) -> None:
+        some = _in_random_order(len(labels))[:SEARCHED]
+        self._features, self._labels, self._classes = features[some], labels[some], classes
+        self._groups, self._of, self._on_candidate = groups, of, on_candidate
+        self._folds = _folds(self._labels)
+        self._total = sum(len(groups) * len(COARSE[kind]) + len(FINE[kind]) for kind in kinds)
+        self.tried: list[tuple[Candidate, float]] = []
+        """Candidates with their accuracy, and the mean loss of each."""
+
+    @property
+    def best(self) -> Candidate:
+        """The candidate with the best accuracy; of equal ones, that with the smallest loss."""
+        return max(self.tried, key=lambda pair: (pair[0].accuracy, -pair[1]))[0]
+
+    def attempt(self, candidate: Candidate) -> None:
+        """Fits and scores a candidate on all folds."""
         hits, loss, count = 0, 0.0, 0
-        for held in folds:
-            kept = torch.ones(len(some), dtype=torch.bool)
-            kept[held] = False
-            head = _make(candidate, features.shape[1], classes, groups, of)
-            head.fit(features[some[kept]], labels[some[kept]])
-            x, y = features[some[held]], labels[some[held]]
+        for number in range(len(self._folds)):
+            head = self.make(candidate)
+            x, y = self.fit_on_fold(head, number)
             if isinstance(head, KernelHead):
                 head.fit_temperature(x, y)
             with torch.no_grad():
@@ -155,26 +194,22 @@ def choose(
             hits += int((logits.argmax(-1) == y).sum())
             loss += float(torch.nn.functional.cross_entropy(logits, y, reduction="sum"))
             count += len(y)
-        tried.append(Candidate(candidate.layers, candidate.kind, candidate.settings, hits / count))
-        losses.append(loss / count)
-        if on_candidate is not None:
-            on_candidate(done + 1, len(candidates))
-    best = max(range(len(tried)), key=lambda index: (tried[index].accuracy, -losses[index]))
-    head = _make(tried[best], features.shape[1], classes, groups, of)
-    if isinstance(head, KernelHead):
-        held = folds[0]
-        kept = torch.ones(len(some), dtype=torch.bool)
+        self.tried.append((replace(candidate, accuracy=hits / count), loss / count))
+        if self._on_candidate is not None:
+            self._on_candidate(len(self.tried), self._total)
+
+    def make(self, candidate: Candidate) -> Head:
+        """Returns the candidate's classifier, not yet fitted."""
+        arguments: dict[str, Any] = {**candidate.settings, "parts": self._groups[candidate.layers], "of": self._of}
+        return CLASSES[candidate.kind](self._features.shape[1], self._classes, **arguments)
+
+    def fit_on_fold(self, head: Head, number: int) -> tuple[Tensor, Tensor]:
+        """Fits a head on all folds but one. Returns the features and labels of that one."""
+        held = self._folds[number]
+        kept = torch.ones(len(self._labels), dtype=torch.bool)
         kept[held] = False
-        head.fit(features[some[kept]], labels[some[kept]])
-        head.fit_temperature(features[some[held]], labels[some[held]])
-    head.fit(features, labels)
-    return Choice(head, tried[best], tried)
-
-
-def _make(candidate: Candidate, dim: int, classes: int, groups: Mapping[str, Sequence[int]], of: int) -> Head:
-    kind = SETTINGS[candidate.kind][0]
-    arguments: dict[str, Any] = {**candidate.settings, "parts": groups[candidate.layers], "of": of}
-    return kind(dim, classes, **arguments)
+        head.fit(self._features[kept], self._labels[kept])
+        return self._features[held], self._labels[held]
 
 
 def _in_random_order(count: int) -> Tensor:
