@@ -176,8 +176,13 @@ def predict(model: PrivateModel, texts: Sequence[Text] | Sequence[TokenRow]) -> 
     """Computes class probabilities `(N, K)` on all operators at once. `model.backbone.on_infer` reports progress."""
     model.check_backbone()
     model.eval()
+    backbone, method = model.backbone, model.method
     with torch.no_grad():
-        return model.head(model.method.mix(model.backbone.infer(texts))).softmax(-1)
+        if method.num_adapters:
+            hidden = backbone.infer(texts)
+        else:
+            hidden = method.inputs(backbone, backbone.rows(texts)).unsqueeze(0)
+        return model.head(method.mix(hidden)).softmax(-1)
 
 
 def evaluate(model: PrivateModel, examples: Examples) -> dict[str, float]:

@@ -269,15 +269,13 @@ def _run(trainer: "Trainer", held_out: "Examples | None", output: Path, *, resum
 def _fit(private: "PrivateModel", examples: "Examples", held_out: "Examples | None", output: Path) -> dict[str, Any]:
     """Fits the head of a method that isn't trained in steps, evaluates, and returns the results."""
     from blindtune.cli.progress import counting, inference_progress
-    from blindtune.labels import Features
 
     _print_plan(private, examples, 1, "no step of training")
     backbone, method = private.backbone, private.method
     with inference_progress(backbone, console, "frozen features", len(examples)):
-        backbone.frozen(examples.texts)
+        method.inputs(backbone, backbone.rows(examples.texts))
     with counting(console, "classifiers") as count:
-        if isinstance(method, Features):
-            method.on_candidate = count
+        method.on_candidate = count
         private.prepare(examples.texts, examples.labels or [])
     result: dict[str, Any] = {"method": method.name, "train_examples": len(examples)}
     if private.choice is not None:

@@ -8,7 +8,7 @@ themselves, so a new method needs one new file only.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
@@ -62,6 +62,8 @@ class Method:
     attached = False
     """Whether the method belongs to a model. It can't be used for another one, since it counts the first one's messages
     and holds its secrets."""
+    on_candidate: Callable[[int, int], None] | None = None
+    """Callback that `fit_head` invokes with the number of candidates that it has tried, and of all."""
 
     @property
     def num_adapters(self) -> int:
@@ -104,11 +106,19 @@ class Method:
     def check(self, backbone: Backbone) -> None:
         """Raises `PrivacyError` or `ConfigError` if the method can't keep its guarantee with these operators."""
 
+    def inputs(self, backbone: Backbone, rows: Sequence[TokenRow]) -> Tensor:
+        """Returns what the head reads of texts under the frozen model: by default their frozen features `(N, d)`.
+
+        It is called for the training texts, and by methods without adapters for all predictions too. What it sends
+        depends on the texts alone.
+        """
+        return backbone.frozen(rows)
+
     def prepare(self, frozen: Tensor, labels: Tensor) -> None:
-        """Computes statistics of the training set's frozen features `(N, d)` and labels `(N,)`."""
+        """Computes statistics of the training set's `inputs` `(N, d)` and labels `(N,)`."""
 
     def fit_head(self, features: Tensor, labels: Tensor, classes: int) -> Choice | None:
-        """Chooses and fits a head on the training set's frozen features `(N, k · d)`; None to keep the model's head."""
+        """Chooses and fits a head on the training set's `inputs` `(N, d)`; None to keep the model's head."""
         return None
 
     def mix(self, hidden: Tensor) -> Tensor:

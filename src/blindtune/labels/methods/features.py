@@ -6,7 +6,6 @@ client chooses layers and a classifier by cross-validation (`blindtune.labels.cl
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args
 
@@ -45,8 +44,6 @@ class Features(Method):
     default_pairs: ClassVar[Pairs] = "both"
     choice: Choice | None = field(init=False, repr=False, compare=False, default=None)
     """What `fit_head` chose; None before."""
-    on_candidate: Callable[[int, int], None] | None = field(init=False, repr=False, compare=False, default=None)
-    """Callback invoked with the number of candidates that were tried, and of all."""
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
