@@ -300,9 +300,14 @@ def join_views(views: Sequence[View]) -> View:
 
 
 def _common_readout(transcript: Transcript, calls: Sequence[Event]) -> Readout:
-    """Returns the readout of all calls. Raises `TranscriptError` if they differ, or have a vector for each token."""
-    readout = calls[0].readout
-    if any(event.readout != readout for event in calls):
+    """Returns the readout of all calls, apart from those for tangents, which have their own.
+
+    Raises:
+        TranscriptError: the readouts differ, or have a vector for each token.
+    """
+    states = [event for event in calls if event.directions is None] or calls
+    readout = states[0].readout
+    if any(event.readout != readout for event in states):
         raise TranscriptError(
             f"{transcript.folder} holds calls with different readouts, so it contains several runs.",
             remedy="Record every run into a folder of its own (restart the server with another --record).",

@@ -6,7 +6,7 @@ from blindtune.labels.channels.private_backprop import PrivateBackprop, PrivateB
 from blindtune.labels.checkpoint import adapter_config, readout_of
 from blindtune.labels.classifiers import Candidate, Choice
 from blindtune.labels.exposure import exposure
-from blindtune.labels.head import Head, KernelHead, LinearHead, MLPHead
+from blindtune.labels.head import Head, KernelHead, LinearHead, MLPHead, SketchHead
 from blindtune.labels.methods import (
     METHODS,
     P3EFT,
@@ -17,6 +17,7 @@ from blindtune.labels.methods import (
     Method,
     PaddedLoRA,
     RandomizedResponse,
+    TangentSketch,
     make_method,
     method,
     method_class,
@@ -46,7 +47,9 @@ __all__ = [
     "PrivateBackpropOptions",
     "PrivateModel",
     "RandomizedResponse",
+    "SketchHead",
     "Step",
+    "TangentSketch",
     "TrainConfig",
     "Trainer",
     "adapter_config",

@@ -44,7 +44,7 @@ class Candidate:
     """
 
     layers: str
-    kind: Kind
+    kind: Kind | Literal["sketch"]
     settings: dict[str, float] = field(default_factory=dict[str, float])
     accuracy: float = 0.0
 
@@ -125,15 +125,38 @@ def choose(
     Raises:
         ConfigError: there are fewer than two examples.
     """
-    if len(labels) < 2:
-        raise ConfigError(f"{len(labels)} example is too few to fit a classifier.", remedy="Use more examples.")
     candidates = [
         Candidate(name, kind, settings) for name in groups for kind in kinds for settings in SETTINGS[kind][1]
     ]
+    kinds_of = {str(kind): SETTINGS[kind][0] for kind in kinds}
+
+    def make(candidate: Candidate) -> Head:
+        arguments: dict[str, Any] = {**candidate.settings, "parts": groups[candidate.layers], "of": of}
+        return kinds_of[candidate.kind](features.shape[1], classes, **arguments)
+
+    return choose_among(candidates, make, features, labels, on_candidate)
+
+
+def choose_among(
+    candidates: Sequence[Candidate],
+    make: Callable[[Candidate], Head],
+    features: Tensor,
+    labels: Tensor,
+    on_candidate: Callable[[int, int], None] | None = None,
+) -> Choice:
+    """Chooses and fits the best of the candidates on features `(N, d)` and labels `(N,)`.
+
+    Args:
+        make: makes an unfitted head.
+    Raises:
+        ConfigError: there are fewer than two examples.
+    """
+    if len(labels) < 2:
+        raise ConfigError(f"{len(labels)} example is too few to fit a classifier.", remedy="Use more examples.")
     if len(candidates) == 1:
-        head = _make(candidates[0], features.shape[1], classes, groups, of)
+        head = make(candidates[0])
         head.fit(features, labels)
-        return Choice(head, candidates[0], candidates)
+        return Choice(head, candidates[0], list(candidates))
     some = _in_random_order(len(labels))[:SEARCHED]
     folds = _folds(labels[some])
     tried: list[Candidate] = []
@@ -143,7 +166,7 @@ def choose(
         for held in folds:
             kept = torch.ones(len(some), dtype=torch.bool)
             kept[held] = False
-            head = _make(candidate, features.shape[1], classes, groups, of)
+            head = make(candidate)
             head.fit(features[some[kept]], labels[some[kept]])
             x, y = features[some[held]], labels[some[held]]
             if isinstance(head, KernelHead):
@@ -158,7 +181,7 @@ def choose(
         if on_candidate is not None:
             on_candidate(done + 1, len(candidates))
     best = max(range(len(tried)), key=lambda index: (tried[index].accuracy, -losses[index]))
-    head = _make(tried[best], features.shape[1], classes, groups, of)
+    head = make(tried[best])
     if isinstance(head, KernelHead):
         held = folds[0]
         kept = torch.ones(len(some), dtype=torch.bool)
@@ -167,12 +190,6 @@ def choose(
         head.fit_temperature(features[some[held]], labels[some[held]])
     head.fit(features, labels)
     return Choice(head, tried[best], tried)
-
-
-def _make(candidate: Candidate, dim: int, classes: int, groups: Mapping[str, Sequence[int]], of: int) -> Head:
-    kind = SETTINGS[candidate.kind][0]
-    arguments: dict[str, Any] = {**candidate.settings, "parts": groups[candidate.layers], "of": of}
-    return kind(dim, classes, **arguments)
 
 
 def _in_random_order(count: int) -> Tensor:

@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from blindtune.errors import TranscriptError
-from blindtune.wire.schema import Codec, LoraSpec, Pooling, Projection, Readout
+from blindtune.wire.schema import Codec, Directions, LoraSpec, Pooling, Projection, Readout
 
 INDEX = "index.jsonl"
 FORMAT = 1
@@ -76,6 +76,8 @@ class Event(BaseModel):
     layers: tuple[int, ...] = ()
     projection: Projection | None = None
     seed: int | None = None
+    directions: Directions | None = None
+    """Directions of a forward call for tangents."""
     up: Codec | None = None
     down: Codec | None = None
     forward: str | None = None

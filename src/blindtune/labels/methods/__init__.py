@@ -8,6 +8,7 @@ from blindtune.labels.methods.p3eft import P3EFT
 from blindtune.labels.methods.padded_lora import PaddedLoRA
 from blindtune.labels.methods.pslf import PSLF
 from blindtune.labels.methods.randomized_response import RandomizedResponse
+from blindtune.labels.methods.tangent_sketch import TangentSketch
 
 __all__ = [
     "METHODS",
@@ -20,6 +21,7 @@ __all__ = [
     "Method",
     "PaddedLoRA",
     "RandomizedResponse",
+    "TangentSketch",
     "make_method",
     "method",
     "method_class",
