@@ -71,8 +71,9 @@ def expand_directions(directions: Directions, size: int) -> Tensor:
 def tangents(backbone: FrozenBackbone, tokens: Tokens, readout: Readout, directions: Directions) -> Tensor:
     """Computes J(x) v for each direction by central differences.
 
-    The step ε is the cube root of the dtype's precision, where errors of rounding and of the difference are about the
-    same: 0.005 in float32, for relative errors of about 1e-4.
+    The step ε is half the cube root of the dtype's precision, where errors of rounding and of the difference are about
+    the same: 0.0025 in float32, for relative errors of about 1e-4 (measured on BERT, DeBERTa and Llama). It is the same
+    in float64, as some models normalise in float32.
 
     Returns:
         `(count, B, k · d)`, or `(count, B, L, k · d)` for pooling `none`, as `FrozenBackbone.forward`.
@@ -82,7 +83,7 @@ def tangents(backbone: FrozenBackbone, tokens: Tokens, readout: Readout, directi
     """
     layout = directions_layout(directions, backbone.lora.shapes)
     vectors = expand_directions(directions, layout.size)
-    step = torch.finfo(backbone.dtype).eps ** (1 / 3)
+    step = max(torch.finfo(backbone.dtype).eps, torch.finfo(torch.float32).eps) ** (1 / 3) / 2.0
     precision = torch.float64 if backbone.dtype == torch.float64 else torch.float32
     results: list[Tensor] = []
     with torch.no_grad():
