@@ -34,7 +34,8 @@ from blindtune.wire import Directions, ModelInfo, Projection, Readout
 Blocks = Literal["upper", "all"]
 WEIGHTS = (0.0, 0.3, 1.0, 3.0)
 """Weights of the sketch's kernel that are tried. With 0 the head reads the frozen features alone."""
-GAMMAS, RIDGES = (0.25, 1.0), (0.05, 0.3, 1.0)
+RIDGES = (0.05, 0.3, 1.0)
+GAMMA = 0.5
 
 
 @method
@@ -89,7 +90,7 @@ class TangentSketch(Method):
         super().attach(backbone, classes, generator)
         info = backbone.info
         key = hashlib.sha256(b"blindtune tangents" + self.seed.to_bytes(8, "little", signed=True)).hexdigest()
-        modules = lora_spec(LoraConfig(r=self.rank, layers_to_transform=self._blocks(info)), info).modules
+        modules = lora_spec(LoraConfig(r=self.rank, layers_to_transform=self.blocks_of(info)), info).modules
         self._directions = Directions(modules=modules, rank=self.rank, seed=key, count=self.directions)
         size = min(self.size or info.hidden_size, info.hidden_size)
         projection = Projection(seed=key, size=size) if size < info.hidden_size else None
@@ -99,7 +100,8 @@ class TangentSketch(Method):
         self._groups = layer_groups(backbone.readout.layers, info.states, backbone.pairs)
         self._parts = backbone.readout.width * {"joint": 1, "apart": 2, "both": 3}[backbone.pairs]
 
-    def _blocks(self, info: ModelInfo) -> list[int]:
+    def blocks_of(self, info: ModelInfo) -> list[int]:
+        """Returns the indices of the blocks with adapters."""
         count = info.states - 1 or info.layers  # of an encoder-decoder as many blocks on either side
         return list(range(count // 2 if self.blocks == "upper" else 0, count))
 
@@ -109,7 +111,7 @@ class TangentSketch(Method):
         return torch.cat([frozen, backbone.tangents(rows, self._directions, readout=self._readout).flatten(1)], dim=-1)
 
     def fit_head(self, features: Tensor, labels: Tensor, classes: int) -> Choice:
-        settings = [{"gamma": g, "ridge": r, "weight": w} for w in WEIGHTS for g in GAMMAS for r in RIDGES]
+        settings = [{"gamma": GAMMA, "ridge": ridge, "weight": weight} for weight in WEIGHTS for ridge in RIDGES]
         candidates = [Candidate(name, "sketch", each) for name in self._groups for each in settings]
         make = partial(self._make, features.shape[1], classes)
         self.choice = choose_among(candidates, make, features, labels, self.on_candidate)
