@@ -211,7 +211,7 @@ class SketchHead(KernelHead):
     kernel of LoRA (`blindtune.models.tangents`).
 
     Args:
-        sketch: S, the number of values of the sketch.
+        sketch: S, the number of values of the sketch; with 0 the head is a `KernelHead`.
         weight: w.
     """
 
@@ -220,7 +220,7 @@ class SketchHead(KernelHead):
         dim: int,
         classes: int,
         *,
-        sketch: int,
+        sketch: int = 0,
         weight: float = 1.0,
         gamma: float = 0.5,
         ridge: float = 0.3,
@@ -253,7 +253,7 @@ class SketchHead(KernelHead):
 
     def _scaled(self, x: Tensor) -> Tensor:
         states, sketch = self._split(x)
-        return torch.cat([states / math.sqrt(self.states), sketch * math.sqrt(self.weight / self.sketch)], dim=-1)
+        return torch.cat([states / math.sqrt(self.states), sketch * math.sqrt(self.weight / max(1, self.sketch))], dim=-1)
 
     def _kernel(self, x: Tensor) -> Tensor:
         (states, sketch), (centres, others) = self._split(x), self._split(self.centres)
