@@ -35,7 +35,7 @@ def passes(model: PrivateModel) -> float:
     if not isinstance(method, TangentSketch):
         return 1.0
     adapted = len(method.blocks_of(model.backbone.info)) / blocks
-    requests = -(-method.directions // 8)  # the blocks below run once for each request
+    requests = method.requests_per_text - 1  # the blocks below run once in each
     return 1.0 + 2 * method.directions * adapted + requests * (1.0 - adapted)
 
 

@@ -253,7 +253,9 @@ class SketchHead(KernelHead):
 
     def _scaled(self, x: Tensor) -> Tensor:
         states, sketch = self._split(x)
-        return torch.cat([states / math.sqrt(self.states), sketch * math.sqrt(self.weight / max(1, self.sketch))], dim=-1)
+        return torch.cat(
+            [states / math.sqrt(self.states), sketch * math.sqrt(self.weight / max(1, self.sketch))], dim=-1
+        )
 
     def _kernel(self, x: Tensor) -> Tensor:
         (states, sketch), (centres, others) = self._split(x), self._split(self.centres)

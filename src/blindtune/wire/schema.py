@@ -175,6 +175,8 @@ class ForwardRequest(Pass):
 class ForwardResponse(Message):
     """Returns the tensor `hidden`, float32: `[n, B, d]`, or `[n, B, L, d]` for pooling `none`.
 
+    If the request names directions, these are tangents J(x) v, and n is the number of directions.
+
     If the request names k layers, there is an axis of k before the last. In another codec than fp32, several tensors
     represent it as `[n · B · k, d]` (`blindtune.wire.quantize`). For pooling `none` they hold the n · Σ lengths · k
     states of real tokens alone, without padding.

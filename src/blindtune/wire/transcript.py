@@ -6,7 +6,7 @@ A transcript is a folder with `index.jsonl` (the first line describes the record
 | event kind | tensors |
 |---|---|
 | adapter | `weights [P]` |
-| forward | `input_ids [B, L]`, `lengths [B]`, (`token_type_ids [B, L]`,) `hidden` as sent (if it was sent) |
+| forward | `input_ids [B, L]`, `lengths [B]`, (`token_type_ids [B, L]`,) `hidden` (or tangents) as sent, if it was |
 | backward | `input_ids`, `lengths`, (`token_type_ids`,) `cotangents [m, n, B, d]` |
 | trunk-forward | `lengths [B]`, `hidden` as received, `answer` as sent; packed, in the event's codecs |
 | plugin | tuned weights by name, as received |

@@ -272,7 +272,7 @@ def _fit(private: "PrivateModel", examples: "Examples", held_out: "Examples | No
 
     _print_plan(private, examples, 1, "no step of training")
     backbone, method = private.backbone, private.method
-    with inference_progress(backbone, console, "frozen features", len(examples)):
+    with inference_progress(backbone, console, "frozen features", len(examples) * method.requests_per_text):
         method.inputs(backbone, backbone.rows(examples.texts))
     with counting(console, "classifiers") as count:
         method.on_candidate = count
@@ -294,7 +294,7 @@ def _finish(
 
     backbone, method = private.backbone, private.method
     if held_out is not None:
-        with inference_progress(backbone, console, "validation", len(held_out)):
+        with inference_progress(backbone, console, "validation", len(held_out) * method.requests_per_text):
             result["validation"] = evaluate(private, held_out)
     traffic = backbone.traffic
     result |= method.report()

@@ -81,6 +81,11 @@ class Method:
         return math.inf
 
     @property
+    def requests_per_text(self) -> int:
+        """Number of requests that `inputs` sends with each text."""
+        return 1
+
+    @property
     def needs_frozen(self) -> bool:
         """Whether `penalties` needs the frozen features."""
         return False

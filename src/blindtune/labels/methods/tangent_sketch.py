@@ -10,6 +10,7 @@ the regime of the neural tangent kernel (Jacot et al. 2018; Malladi et al. 2023)
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +21,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from blindtune.client import Backbone, Layers, Pairs
+from blindtune.client.backbone import DIRECTIONS_AT_ONCE
 from blindtune.errors import ConfigError
 from blindtune.labels.classifiers import Candidate, Choice, choose_among, layer_groups
 from blindtune.labels.head import Head, SketchHead
@@ -86,6 +88,10 @@ class TangentSketch(Method):
     def label_mu(self) -> float:
         return 0.0
 
+    @property
+    def requests_per_text(self) -> int:
+        return 1 + math.ceil(self.directions / DIRECTIONS_AT_ONCE)
+
     def attach(self, backbone: Backbone, classes: int, generator: SecureGenerator) -> None:
         super().attach(backbone, classes, generator)
         info = backbone.info
@@ -94,7 +100,7 @@ class TangentSketch(Method):
         self._directions = Directions(modules=modules, rank=self.rank, seed=key, count=self.directions)
         size = min(self.size or info.hidden_size, info.hidden_size)
         projection = Projection(seed=key, size=size) if size < info.hidden_size else None
-        self._readout = Readout(pooling=backbone.pooling, projection=projection)
+        self._readout = Readout(pooling=backbone.readout.pooling, projection=projection)
         self._sketch = self.directions * size
         check_offered(self._directions, self._readout, info)
         self._groups = layer_groups(backbone.readout.layers, info.states, backbone.pairs)
