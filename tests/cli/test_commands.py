@@ -387,6 +387,30 @@ def test_predictions_over_other_operators_are_counted_in_the_checkpoint(four_ser
     assert call(*predict, *to([first, third])) == 6
 
 
+def test_a_method_without_steps_trains_and_predicts_and_its_second_run_sends_no_text(four_servers, notes, tmp_path):
+    from typer.testing import CliRunner
+
+    from blindtune.cli import app
+
+    results = []
+    for index in range(2):
+        out, found = tmp_path / f"out{index}", tmp_path / f"{index}.json"
+        options = ["--method", "tangent-sketch", "--set", "directions=9", "--set", "rank=2", "--max-length", "32"]
+        train = ["labels", "train", *to(four_servers[:1]), *columns(notes), *options, "--store", tmp_path / "store"]
+        result = CliRunner().invoke(app, list(map(str, [*train, "--output", out, "--json", found])))
+        assert result.exit_code == 0, result.output
+        assert "nothing about labels" in " ".join(result.output.split())
+        results.append(json.loads(found.read_text()))
+    assert results[0]["chosen"].startswith("sketch on")
+    assert results[1]["validation"] == results[0]["validation"]
+    assert results[1]["bytes_sent"] < 0.2 * results[0]["bytes_sent"]
+    predicted = tmp_path / "predicted.csv"
+    predict = ["labels", "predict", out, *to(four_servers[:1]), *columns(notes), "--output", predicted]
+    result = CliRunner().invoke(app, list(map(str, predict)))
+    assert result.exit_code == 0, result.output
+    assert len(predicted.read_text().splitlines()) == 121
+
+
 def test_every_operator_is_told_what_it_can_learn_before_the_first_step(four_servers, notes, tmp_path):
     from typer.testing import CliRunner
 

@@ -44,7 +44,8 @@ def save_to_go_on(model, film_examples, folder):
 
 @pytest.mark.parametrize("method", [LoRA, Features, PaddedLoRA, P3EFT])
 def test_a_loaded_model_predicts_the_same(connect, film_examples, tmp_path, method):
-    model = trained(connect(), film_examples, method())
+    made = PaddedLoRA(steps=20) if method is PaddedLoRA else method()  # few steps, so that rounding is small
+    model = trained(connect(), film_examples, made)
     model.save_pretrained(tmp_path, classes=["bad", "good"])
     again = PrivateModel.from_pretrained(tmp_path, connect(adapter=adapter_config(tmp_path)))
     texts = [str(t) for t in film_examples.texts[20:30]]

@@ -8,7 +8,7 @@ from blindtune.client import PlainChannel
 from blindtune.labels import METHODS, PrivateBackprop, PrivateBackpropOptions, exposure, make_method
 from blindtune.labels.placement import placement
 from blindtune.privacy.randomness import SecureGenerator
-from blindtune.wire import Readout
+from blindtune.wire import Limits, Readout
 
 
 def shares(m, adapters=1):
@@ -74,7 +74,10 @@ def told(
     pool = SimpleNamespace(
         operators=[SimpleNamespace(transport=SimpleNamespace(url=f"https://{o}.example")) for o in range(operators)]
     )
-    readout, info = Readout(pooling="mean"), SimpleNamespace(states=4)
+    info = SimpleNamespace(
+        name="m", states=4, hidden_size=16, model_type="bert", modules={"layer.2.query": (16, 16)}, limits=Limits()
+    )
+    readout = Readout(pooling="mean")
     backbone = SimpleNamespace(
         hidden_size=8, pool=pool, channel=PlainChannel(), readout=readout, info=info, pairs="joint"
     )
@@ -94,7 +97,7 @@ class TestExposure:
         for said in told(name, 2):
             sees, _, learns = said.partition(": ")
             assert learns
-            assert ("consecutive" in sees) == (name not in ("features", "side"))
+            assert ("consecutive" in sees) == (name not in ("features", "side", "tangent-sketch"))
 
     def test_gradients_in_the_clear_tell_what_the_adapter_learns_from(self):
         for name in ("lora", "distance-correlation"):
@@ -179,3 +182,4 @@ class TestExposure:
 
     def test_without_adapters_nothing_depends_on_labels(self):
         assert told("features", 1) == ["sees texts, each once: nothing about labels"]
+        assert told("tangent-sketch", 1) == ["sees texts, with 32 public directions: nothing about labels"]

@@ -56,7 +56,7 @@ CUT_INFO_JSON = (
     '"modules":{"layer.0.query":[4,4]},"peft_kinds":["lora"],"pooling":"mean","poolings":["cls","mean","none"],'
     f'"token_type_ids":true,"pad_token_id":0,"fingerprint":"{"f" * 64}","base_model_name":"m",'
     '"limits":{"max_body_bytes":268435456,"max_answer_bytes":1073741824,"max_header_bytes":1048576,"max_tensors":64,'
-    '"max_tokens":65536,"max_length":512,"max_adapters":16,"max_cotangents":16,"max_rank":256},'
+    '"max_tokens":65536,"max_length":512,"max_adapters":16,"max_cotangents":16,"max_rank":256,"max_directions":64},'
     '"split":{"bottom":2,"top":1,"parts":["bottom","top"],"codecs":["fp32","fp16","int8","int4"],"weights_shared":0.5}}'
 )
 

@@ -9,7 +9,6 @@ optimizer.step()
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,21 +24,22 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from blindtune.client.channel import Channel, PlainChannel, RemoteBatch
 from blindtune.client.feature_store import FeatureSource, FeatureStore
-from blindtune.client.operators import OperatorPool
+from blindtune.client.operators import Operator, OperatorPool
+from blindtune.client.state_cache import StateCache
 from blindtune.client.transport import Timeout, Traffic, Transport
 from blindtune.errors import ConfigError, SequenceTooLong, UnknownReadout
 from blindtune.models import LoraAdapter, Tokenizer
 from blindtune.models.readout import check_readout
+from blindtune.models.tangents import check_offered
 from blindtune.models.tokenizer import Text, TokenRow
-from blindtune.wire import CODECS, Codec, ModelInfo, Pooling, Projection, Readout
+from blindtune.wire import CODECS, Codec, Directions, ModelInfo, Pooling, Projection, Readout
 
 DEFAULT_LENGTH = 128
 """Default number of tokens to which texts are truncated."""
-FROZEN_CACHE_BYTES = 2 * 2**30
-"""Size of the hidden states under the frozen model that are cached in memory, in bytes."""
 INFERENCE_TOKENS = 4096
 """Largest number of tokens in one request without gradient."""
-
+DIRECTIONS_AT_ONCE = 8
+"""Largest number of directions in one request for tangents, and in one entry of the store."""
 
 Layers = Literal["last", "upper", "all", "spread"] | Sequence[int]
 """Names the layers of a readout: the last, the upper half, all, at most eight of them, or indices of states."""
@@ -159,8 +159,7 @@ class Backbone(nn.Module):
         self.optimizer_steps = 0
         """Number of steps so far of optimizers that hold parameters of the adapters."""
         _backbones.add(self)
-        self._frozen: OrderedDict[TokenRow, Tensor] = OrderedDict()
-        self._frozen_bytes = 0
+        self._cache = StateCache()
         self.on_infer: Callable[[int], None] | None = None
         """Callback invoked with the number of texts in each completed chunk of `infer` and `frozen`.
 
@@ -294,38 +293,76 @@ class Backbone(nn.Module):
         Raises:
             CheckpointError: the store is damaged.
         """
-        by_token = self.pooling == "none"
-        missing = list({row for row in rows if row not in self._frozen})
-        if self.store is not None and missing:
-            for row, states in self.store.load(self._source, missing).items():
-                self._keep_frozen(row, states)
-            missing = [row for row in missing if row not in self._frozen]
+        source, by_token = self._source, self.pooling == "none"
 
-        def compute(part: list[TokenRow], team: tuple[int, ...]) -> Tensor:
-            operator = self.pool.operators[team[0]]
-            hidden = operator.forward(self.tokenizer.pad(part), (), self.readout, None, codec=self._source.codec)
-            texts = zip(part, hidden[0], strict=True)
-            states = [self._source.rounded((h[: len(row)] if by_token else h).clone()) for row, h in texts]
-            if self.store is not None:
-                self.store.save(self._source, part, states)
-            for row, state in zip(part, states, strict=True):
-                self._keep_frozen(row, state)
-            return torch.empty(0)
+        def fetch(part: list[TokenRow], operator: Operator) -> list[Tensor]:
+            hidden = operator.forward(self.tokenizer.pad(part), (), self.readout, None, codec=source.codec)
+            return [h[: len(row)] if by_token else h for row, h in zip(part, hidden[0], strict=True)]
 
-        if missing:
-            self._in_chunks(missing, PlainChannel().teams(len(self.pool)), compute)
-        result = [self._frozen[row] for row in rows]
-        while self._frozen_bytes > FROZEN_CACHE_BYTES:
-            self._frozen_bytes -= self._frozen.popitem(last=False)[1].nbytes
-        return result
+        return self._fetched(source, rows, fetch)
 
     def _frozen_stack(self, rows: Sequence[TokenRow]) -> Tensor:
         hidden = self.frozen_states(rows)
         return pad_sequence(hidden, batch_first=True) if hidden else torch.empty(0, self.hidden_size)
 
-    def _keep_frozen(self, row: TokenRow, states: Tensor) -> None:
-        self._frozen[row] = states
-        self._frozen_bytes += states.nbytes
+    def tangents(
+        self,
+        texts: Sequence[Text] | Sequence[TokenRow],
+        directions: Directions,
+        *,
+        readout: Readout | None = None,
+        codec: Codec = "fp16",
+    ) -> Tensor:
+        """Computes J(x) v, how hidden states change along public directions of adapters (`blindtune.models.tangents`).
+
+        Texts are sent and cached as by `frozen`, once for every 8 directions; pairs as one sequence.
+
+        Args:
+            readout: which states, with another pooling than `none`. Default: the model's output, pooled as by `frozen`.
+        Returns:
+            `(N, count, k · d)`.
+        Raises:
+            ConfigError: the servers don't offer as many directions, or such a rank; or the pooling is `none`.
+        """
+        readout = Readout(pooling=self.pooling) if readout is None else readout
+        check_offered(directions, readout, self.info)
+        limits, last = self.info.limits, directions.first + directions.count
+        rows = self.rows(texts)
+        longest = max((len(row) for row in rows), default=1)
+        size = max(1, min(DIRECTIONS_AT_ONCE, limits.max_tokens // longest))
+        width = readout.size(self.info.hidden_size)
+        parts: list[Tensor] = []
+        for first in range(directions.first, last, size):
+            some = directions.model_copy(update={"first": first, "count": min(size, last - first)})
+
+            def fetch(part: list[TokenRow], operator: Operator, some: Directions = some) -> list[Tensor]:
+                return list(operator.tangents(self.tokenizer.pad(part), readout, some, codec=codec).unbind(1))
+
+            states = self._fetched(FeatureSource(self.info, readout, codec, some), rows, fetch, some.count)
+            parts.append(torch.stack(states) if states else torch.empty(0, some.count, width))
+        return torch.cat(parts, dim=1)
+
+    def _fetched(
+        self,
+        source: FeatureSource,
+        rows: Sequence[TokenRow],
+        fetch: Callable[[list[TokenRow], Operator], list[Tensor]],
+        copies: int = 1,
+    ) -> list[Tensor]:
+        """Returns what a source gives for each row, from memory, from the store, or from the operators.
+
+        Args:
+            fetch: asks an operator for the states of some rows.
+            copies: number of copies of a row that the operator computes.
+        """
+        if missing := self._cache.missing(source, rows, self.store):
+
+            def compute(part: list[TokenRow], team: tuple[int, ...]) -> Tensor:
+                self._cache.add(source, part, fetch(part, self.pool.operators[team[0]]), self.store)
+                return torch.empty(0)
+
+            self._in_chunks(missing, PlainChannel().teams(len(self.pool)), compute, copies)
+        return self._cache.take(source, rows)
 
     def _infer(
         self,
@@ -359,12 +396,15 @@ class Backbone(nn.Module):
         rows: Sequence[TokenRow],
         teams: Sequence[tuple[int, ...]],
         compute: Callable[[list[TokenRow], tuple[int, ...]], Tensor],
+        copies: int | None = None,
     ) -> list[tuple[list[int], Tensor]]:
         """Computes rows as `_infer` does. Returns the indices of each chunk's rows with its hidden states."""
         order = sorted(range(len(rows)), key=lambda index: (len(rows[index]), rows[index].ids))
-        copies = max(1, self.num_adapters)
+        copies = max(1, self.num_adapters) if copies is None else copies
         tokens_per_team = sum(len(row) for row in rows) * copies // len(teams) + 1
-        max_tokens = min(INFERENCE_TOKENS, tokens_per_team)  # so that few texts are also divided among all teams
+        max_tokens = min(
+            INFERENCE_TOKENS, self.info.limits.max_tokens, tokens_per_team
+        )  # so that few texts are also divided among all teams
         chunks: list[list[int]] = [[]]
         for index in order:
             if chunks[-1] and (len(chunks[-1]) + 1) * len(rows[index]) * copies > max_tokens:

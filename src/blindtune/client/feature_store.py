@@ -1,8 +1,8 @@
 """Keeps the frozen model's hidden states of texts on the client's disk, so that no text is sent twice.
 
 The key of an entry is the SHA-256 of everything that determines the hidden states: the model's weights, the readout,
-the codec, and the text's tokens. So one store serves all models, readouts and tasks. Entries hold float32 for the codec
-fp32, else float16 with a power of two as their scale, and a checksum.
+the codec, the directions of tangents, and the text's tokens. So one store serves all models, readouts and tasks.
+Entries hold float32 for the codec fp32, else float16 with a power of two as their scale, and a checksum.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from blindtune.errors import CheckpointError
 from blindtune.files import PRIVATE
 from blindtune.models.tokenizer import TokenRow
-from blindtune.wire import Codec, ModelInfo, Readout
+from blindtune.wire import Codec, Directions, ModelInfo, Readout
 
 FILE = "features.sqlite"
 DEFAULT_MAX_BYTES = 8 * 2**30
@@ -128,12 +128,18 @@ class FeatureStore:
 
 
 class FeatureSource:
-    """Everything that determines frozen hidden states apart from the text: the model's weights, readout, and codec."""
+    """Everything that determines frozen hidden states apart from the text: the model's weights, readout, and codec.
 
-    def __init__(self, info: ModelInfo, readout: Readout, codec: Codec) -> None:
+    With directions it determines tangents `(count, k · d)`.
+    """
+
+    def __init__(self, info: ModelInfo, readout: Readout, codec: Codec, directions: Directions | None = None) -> None:
         described = f"1 {info.fingerprint} {info.dtype} {readout.model_dump_json()} {codec}"
+        if directions is not None:
+            described += f" {directions.model_dump_json()}"
         self._digest = hashlib.sha256(described.encode())
         self.codec: Codec = codec
+        self.name = self._digest.hexdigest()
 
     def key(self, row: TokenRow) -> bytes:
         """Returns the key of a text's entry."""

@@ -22,6 +22,7 @@ from blindtune.wire import (
     BackwardRequest,
     BackwardResponse,
     Codec,
+    Directions,
     ForwardRequest,
     ForwardResponse,
     Limits,
@@ -124,6 +125,15 @@ class Operator:
         tensors = self._post_forward(uploads, request, tokens)
         adapters = max(1, len(uploads))
         return decode_hidden(tensors, adapters, tokens.lengths, readout, codec, self.info.hidden_size)
+
+    def tangents(self, tokens: Tokens, readout: Readout, directions: Directions, *, codec: Codec = "fp32") -> Tensor:
+        """Returns J(x) v for each direction, `(count, B, k · d)` or `(count, B, L, k · d)`; float32.
+
+        See `blindtune.models.tangents`.
+        """
+        request = ForwardRequest(**dict(readout), codec=codec, directions=directions)
+        tensors = self._post_forward((), request, tokens)
+        return decode_hidden(tensors, directions.count, tokens.lengths, readout, codec, self.info.hidden_size)
 
     def compute(self, tokens: Tokens, uploads: Sequence[Upload], readout: Readout, seed: int | None) -> None:
         """Makes the server compute a forward pass and keep its graph for a following `backward`.

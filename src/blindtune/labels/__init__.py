@@ -6,7 +6,17 @@ from blindtune.labels.channels.private_backprop import PrivateBackprop, PrivateB
 from blindtune.labels.checkpoint import adapter_config, readout_of
 from blindtune.labels.classifiers import Candidate, Choice
 from blindtune.labels.exposure import exposure
-from blindtune.labels.head import HEADS, Head, KernelHead, LinearHead, MLPHead, PoolerHead, TwoLayerHead, make_head
+from blindtune.labels.head import (
+    HEADS,
+    Head,
+    KernelHead,
+    LinearHead,
+    MLPHead,
+    PoolerHead,
+    SketchHead,
+    TwoLayerHead,
+    make_head,
+)
 from blindtune.labels.methods import (
     METHODS,
     P3EFT,
@@ -18,6 +28,7 @@ from blindtune.labels.methods import (
     PaddedLoRA,
     RandomizedResponse,
     Side,
+    TangentSketch,
     make_method,
     method,
     method_class,
@@ -52,7 +63,9 @@ __all__ = [
     "RandomizedResponse",
     "Side",
     "SideHead",
+    "SketchHead",
     "Step",
+    "TangentSketch",
     "TrainConfig",
     "Trainer",
     "TwoLayerHead",

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from blindtune.client import Backbone
 from blindtune.errors import CheckpointError
 from blindtune.files import read_tensors, write_tensors
-from blindtune.labels.head import HEADS, Head, KernelHead, TwoLayerHead
+from blindtune.labels.head import HEADS, Head, KernelHead, SketchHead, TwoLayerHead
 from blindtune.labels.methods.base import Method
 from blindtune.labels.side import SideHead
 from blindtune.models.adapters import read_lora_config
@@ -31,7 +31,7 @@ from blindtune.training.summary import LabelsSummary, read_summary
 from blindtune.training.trainer import RESUME
 
 RESTORED: dict[str, type[nn.Module]] = {
-    kind.__name__: kind for kind in (*HEADS.values(), KernelHead, TwoLayerHead, SideHead)
+    kind.__name__: kind for kind in (*HEADS.values(), KernelHead, TwoLayerHead, SketchHead, SideHead)
 }
 """Classes of heads that a checkpoint can restore, by name."""
 HEAD, SECRET = "head.safetensors", "secret.safetensors"

@@ -138,16 +138,46 @@ def choose(
     """
     if len(labels) < 2:
         raise ConfigError(f"{len(labels)} example is too few to fit a classifier.", remedy="Use more examples.")
-    search = _Search(features, labels, classes, groups, of, kinds, on_candidate)
-    for layers in groups:
-        for kind in kinds:
-            for settings in COARSE[kind]:
-                search.attempt(Candidate(layers, kind, settings))
-    layers = search.best.layers if search.tried else next(iter(groups))
-    for kind in kinds:
-        for settings in FINE[kind]:
-            search.attempt(Candidate(layers, kind, settings))
-    head = search.make(search.best)
+    coarse = [Candidate(name, kind, settings) for name in groups for kind in kinds for settings in COARSE[kind]]
+
+    def fine(best: Candidate | None) -> list[Candidate]:
+        layers = next(iter(groups)) if best is None else best.layers
+        return [Candidate(layers, kind, settings) for kind in kinds for settings in FINE[kind]]
+
+    def make(candidate: Candidate) -> Head:
+        arguments: dict[str, Any] = {**candidate.settings, "parts": groups[candidate.layers], "of": of}
+        return CLASSES[candidate.kind](features.shape[1], classes, **arguments)
+
+    return choose_among([coarse, fine], make, features, labels, on_candidate)
+
+
+def choose_among(
+    rounds: Sequence[Sequence[Candidate] | Callable[[Candidate | None], Sequence[Candidate]]],
+    make: Callable[[Candidate], Head],
+    features: Tensor,
+    labels: Tensor,
+    on_candidate: Callable[[int, int], None] | None = None,
+) -> Choice:
+    """Chooses the candidate with the best held-out accuracy, and fits it on all features `(N, d)`, labels `(N,)`.
+
+    Args:
+        rounds: candidates of each round, or a function that returns them for the best candidate so far.
+        make: makes an unfitted head.
+        on_candidate: callback with the number of candidates done and the number of all in this round and before.
+    Raises:
+        ConfigError: there are fewer than two examples.
+    """
+    if len(labels) < 2:
+        raise ConfigError(f"{len(labels)} example is too few to fit a classifier.", remedy="Use more examples.")
+    search = _Search(features, labels, make)
+    for candidates in rounds:
+        some = candidates(search.best if search.tried else None) if callable(candidates) else candidates
+        total = len(search.tried) + len(some)
+        for candidate in some:
+            search.attempt(candidate)
+            if on_candidate is not None:
+                on_candidate(len(search.tried), total)
+    head = make(search.best)
     if isinstance(head, KernelHead):
         x, y = search.fit_on_fold(head, 0)
         head.fit_temperature(x, y)
@@ -156,23 +186,12 @@ def choose(
 
 
 class _Search:
-    """Evaluates candidates on held-out folds. The arguments are those of `choose`."""
+    """Evaluates candidates on held-out folds. The arguments are those of `choose_among`."""
 
-    def __init__(
-        self,
-        features: Tensor,
-        labels: Tensor,
-        classes: int,
-        groups: Mapping[str, Sequence[int]],
-        of: int,
-        kinds: Sequence[Kind],
-        on_candidate: Callable[[int, int], None] | None,
-    ) -> None:
+    def __init__(self, features: Tensor, labels: Tensor, make: Callable[[Candidate], Head]) -> None:
         some = _in_random_order(len(labels))[:SEARCHED]
-        self._features, self._labels, self._classes = features[some], labels[some], classes
-        self._groups, self._of, self._on_candidate = groups, of, on_candidate
+        self._features, self._labels, self._make = features[some], labels[some], make
         self._folds = _folds(self._labels)
-        self._total = sum(len(groups) * len(COARSE[kind]) + len(FINE[kind]) for kind in kinds)
         self.tried: list[tuple[Candidate, float]] = []
         """Candidates with their accuracy, and the mean loss of each."""
 
@@ -185,7 +204,7 @@ class _Search:
         """Fits and scores a candidate on all folds."""
         hits, loss, count = 0, 0.0, 0
         for number in range(len(self._folds)):
-            head = self.make(candidate)
+            head = self._make(candidate)
             x, y = self.fit_on_fold(head, number)
             if isinstance(head, KernelHead):
                 head.fit_temperature(x, y)
@@ -195,13 +214,6 @@ class _Search:
             loss += float(torch.nn.functional.cross_entropy(logits, y, reduction="sum"))
             count += len(y)
         self.tried.append((replace(candidate, accuracy=hits / count), loss / count))
-        if self._on_candidate is not None:
-            self._on_candidate(len(self.tried), self._total)
-
-    def make(self, candidate: Candidate) -> Head:
-        """Returns the candidate's classifier, not yet fitted."""
-        arguments: dict[str, Any] = {**candidate.settings, "parts": self._groups[candidate.layers], "of": self._of}
-        return CLASSES[candidate.kind](self._features.shape[1], self._classes, **arguments)
 
     def fit_on_fold(self, head: Head, number: int) -> tuple[Tensor, Tensor]:
         """Fits a head on all folds but one. Returns the features and labels of that one."""

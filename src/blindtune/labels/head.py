@@ -85,9 +85,13 @@ class Head(nn.Module):
         features = self.select(features)
         deviation = features.std(0) if len(features) > 1 else torch.zeros(self.read)
         self.mean = features.mean(0)
-        varying = deviation[deviation > 0]  # dividing by the deviation of a constant dimension would give infinity
-        self.scale = deviation.clamp_min(0.2 * float(varying.median()) if len(varying) else 1.0)
+        self.scale = self._scales(deviation)
         return ((features - self.mean) / self.scale).nan_to_num().clamp(-LARGEST, LARGEST)
+
+    def _scales(self, deviation: Tensor) -> Tensor:
+        """Returns standard deviations with a lower bound."""
+        varying = deviation[deviation > 0]  # dividing by the deviation of a constant dimension would give infinity
+        return deviation.clamp_min(0.2 * float(varying.median()) if len(varying) else 1.0)
 
 
 class LinearHead(Head):
@@ -161,10 +165,10 @@ class KernelHead(Head):
         return super().config() | {"gamma": self.gamma, "ridge": self.ridge, "centres": len(self.centres)}
 
     def logits(self, x: Tensor) -> Tensor:
-        return self.temperature * (self._kernel(x / math.sqrt(self.read)) @ self.coefficients)
+        return self.temperature * (self._kernel(self._scaled(x)) @ self.coefficients)
 
     def fit(self, features: Tensor, labels: Tensor) -> None:
-        x = self.standardise(features) / math.sqrt(self.read)
+        x = self._scaled(self.standardise(features))
         targets = 2.0 * F.one_hot(labels, self.classes).to(x) - 1.0
         if len(x) <= CENTRES:
             self.centres = x
@@ -191,11 +195,76 @@ class KernelHead(Head):
         losses = torch.stack([F.cross_entropy(option * raw, labels) for option in options])
         self.temperature = options[losses.argmin()]
 
+    def _scaled(self, x: Tensor) -> Tensor:
+        """Scales standardised features `(B, d')` for the kernel."""
+        return x / math.sqrt(self.read)
+
     def _kernel(self, x: Tensor) -> Tensor:
         """Returns the kernel of scaled features `(B, d')` and the centres, `(B, M)`."""
-        squares = x.square().sum(1, keepdim=True) + self.centres.square().sum(1)
-        distances = torch.addmm(squares, x, self.centres.T, alpha=-2.0).clamp_min_(0.0)
+        return self._radial(x, self.centres)
+
+    def _radial(self, x: Tensor, centres: Tensor) -> Tensor:
+        squares = x.square().sum(1, keepdim=True) + centres.square().sum(1)
+        distances = torch.addmm(squares, x, centres.T, alpha=-2.0).clamp_min_(0.0)
         return distances.mul_(-self.gamma).exp_().add_(0.5)
+
+
+class SketchHead(KernelHead):
+    """Kernel ridge regression on frozen features and a sketch s of the Jacobian, the last values of the input.
+
+    The kernel is exp(−γ |x − x'|² / d') + ½ + w ⟨s, s'⟩ / S: that of `KernelHead`, and the sketched neural tangent
+    kernel of LoRA (`blindtune.models.tangents`).
+
+    Args:
+        sketch: S, the number of values of the sketch; with 0 the head is a `KernelHead`.
+        weight: w.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        classes: int,
+        *,
+        sketch: int = 0,
+        weight: float = 1.0,
+        gamma: float = 0.5,
+        ridge: float = 0.3,
+        centres: int = 0,
+        parts: Sequence[int] | None = None,
+        of: int = 1,
+    ) -> None:
+        super().__init__(dim - sketch, classes, gamma=gamma, ridge=ridge, parts=parts, of=of)
+        self.sketch, self.weight, self.states = sketch, weight, self.read
+        self.dim, self.read = dim, self.states + sketch
+        self.register_buffer("mean", torch.zeros(self.read))
+        self.register_buffer("scale", torch.ones(self.read))
+        self.register_buffer("centres", torch.zeros(centres, self.read))
+        self.register_buffer("coefficients", torch.zeros(centres, classes))
+
+    def config(self) -> dict[str, Any]:
+        return super().config() | {"sketch": self.sketch, "weight": self.weight}
+
+    def select(self, features: Tensor) -> Tensor:
+        states, sketch = features.split([self.dim - self.sketch, self.sketch], dim=-1)
+        return torch.cat([super().select(states), sketch], dim=-1)
+
+    def _scales(self, deviation: Tensor) -> Tensor:
+        # apart, since states and sketch differ in size
+        return torch.cat([super(SketchHead, self)._scales(part) for part in self._split(deviation)])
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        states, sketch = x.split([self.states, self.sketch], dim=-1)
+        return states, sketch
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        states, sketch = self._split(x)
+        return torch.cat(
+            [states / math.sqrt(self.states), sketch * math.sqrt(self.weight / max(1, self.sketch))], dim=-1
+        )
+
+    def _kernel(self, x: Tensor) -> Tensor:
+        (states, sketch), (centres, others) = self._split(x), self._split(self.centres)
+        return self._radial(states, centres).addmm_(sketch, others.T)
 
 
 class TwoLayerHead(Head):

@@ -109,8 +109,7 @@ class PrivateModel(nn.Module):
                 "A LinearHead is fitted on frozen features, which this method mixes into zeros: nothing could train.",
                 remedy="Use a head with random initial weights (--head mlp), or centre=true.",
             )
-        with torch.no_grad():
-            self.classes = int(head(torch.zeros(1, backbone.hidden_size)).shape[-1])
+        self.classes = _classes(head, backbone.hidden_size)
         self.history = LabelHistory()
         self.choice: Choice | None = None
         """The head that the method chose in `prepare`, and what it chose from; None if the method chooses none."""
@@ -189,7 +188,7 @@ class PrivateModel(nn.Module):
             if self.choice is not None:
                 self.head = self.choice.head
             return
-        features = self.backbone.frozen(rows)
+        features = self.method.inputs(self.backbone, rows)
         self.method.prepare(features, target)
         if watch_batches and self.method.watches_batches:
             self._monitor = BatchMonitor([row.ids for row in rows], target.tolist())
@@ -197,7 +196,7 @@ class PrivateModel(nn.Module):
         adapter_labels = self.method.adapter_labels(rows, target)
         count = max(1, self.method.num_adapters)
         with torch.no_grad():
-            mixed = self.method.mix(features.unsqueeze(0).expand(count, -1, -1))
+            mixed = self.method.mix(features.expand(count, *features.shape))
         if isinstance(self.auxiliary, Head):
             self.auxiliary.fit(mixed, adapter_labels)
         if isinstance(self.head, Head):
@@ -219,7 +218,10 @@ class PrivateModel(nn.Module):
             self._monitor.observe([row.ids for row in rows], target.tolist())
         dropout = self.backbone.adapter_config.lora_dropout > 0 and self.training and labels is not None
         seed = self.seed * 2**32 + self.backbone.steps if dropout else None
-        hidden = self.backbone.all_adapters(rows, seed=seed)  # (n, B, d)
+        if self.method.num_adapters:
+            hidden = self.backbone.all_adapters(rows, seed=seed)  # (n, B, d)
+        else:
+            hidden = self.method.inputs(self.backbone, rows).unsqueeze(0)
         mixed = self.method.mix(hidden)
         logits = self.head(mixed if self.auxiliary is None else mixed.detach())
         if target is None:
@@ -342,3 +344,11 @@ class PrivateModel(nn.Module):
                 remedy="Number the classes from 0, or use a head with more outputs.",
             )
         return target.long()
+
+
+def _classes(head: nn.Module, hidden_size: int) -> int:
+    """Returns K, the number of logits of a head. A `Head` may read something else than hidden states."""
+    if isinstance(head, Head):
+        return head.classes
+    with torch.no_grad():
+        return int(head(torch.zeros(1, hidden_size)).shape[-1])

@@ -187,14 +187,15 @@ def predict(model: PrivateModel, texts: Sequence[Text] | Sequence[TokenRow]) -> 
     """Computes class probabilities `(N, K)` on all operators at once. `model.backbone.on_infer` reports progress."""
     model.check_backbone()
     model.eval()
-    rows = model.backbone.rows(texts)
-    chunks = [rows[start : start + AT_ONCE] for start in range(0, len(rows), AT_ONCE)]
+    backbone, method = model.backbone, model.method
+    rows = backbone.rows(texts)
     with torch.no_grad():
-        if model.method.num_adapters:
-            return model.head(model.method.mix(model.backbone.infer(rows))).softmax(-1)
-        model.backbone.fetch(rows)
-        heads = [model.head(model.method.mix(model.backbone.infer(chunk))) for chunk in chunks]
-        return torch.cat(heads).softmax(-1) if heads else torch.empty(0, model.classes)
+        if method.num_adapters:
+            return model.head(method.mix(backbone.infer(rows))).softmax(-1)
+        method.fetch(backbone, rows)
+        chunks = [rows[start : start + AT_ONCE] for start in range(0, len(rows), AT_ONCE)]
+        logits = [model.head(method.mix(method.inputs(backbone, chunk).unsqueeze(0))) for chunk in chunks]
+        return torch.cat(logits).softmax(-1) if logits else torch.empty(0, model.classes)
 
 
 def evaluate(model: PrivateModel, examples: Examples) -> dict[str, float]:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from blindtune.errors import AdapterMismatch, UnknownAdapter
 from blindtune.models import FrozenBackbone, LoraLayout, Tokens
+from blindtune.models.tangents import directions_layout, tangents
 from blindtune.server.cache import ByteLRU
-from blindtune.wire import LoraSpec, Readout
+from blindtune.wire import Directions, LoraSpec, Readout
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Call:
     Attributes:
         adapters: SHA-256 hashes of uploads.
         seed: seed of dropout, which is off if it is None.
+        directions: directions of tangents, which the pass returns in place of hidden states; None for none.
     """
 
     tenant: str
@@ -57,6 +59,12 @@ class Call:
     readout: Readout
     seed: int | None
     tokens: Tokens
+    directions: Directions | None = None
+
+    @property
+    def copies(self) -> int:
+        """n, the number of adapters or directions; 1 without any."""
+        return max(1, len(self.adapters)) if self.directions is None else self.directions.count
 
     def key(self) -> str:
         """Returns the SHA-256 of the call in hexadecimal, under which its graph is cached."""
@@ -96,7 +104,7 @@ class Engine:
         return LoraLayout(spec, self.backbone.lora.shapes)
 
     def forward(self, call: Call, *, retain: bool) -> Tensor:
-        """Computes hidden states h(x, θ_i).
+        """Computes hidden states h(x, θ_i), or tangents J(x) v_i.
 
         Args:
             retain: whether to keep the graph for `backward`.
@@ -105,7 +113,10 @@ class Engine:
         Raises:
             UnknownAdapter: an adapter isn't in the cache, or belongs to another model.
             AdapterMismatch: the adapters differ in shape.
+            UnknownTargetModule, AdapterMismatch: see `LoraLayout`, for directions.
         """
+        if call.directions is not None:
+            return tangents(self.backbone, call.tokens, call.readout, call.directions).float().cpu()
         if not call.adapters:
             return self.backbone.forward(call.tokens, call.readout, seed=call.seed).float().cpu()
         layout, weights = self._stack(call)
@@ -115,6 +126,10 @@ class Engine:
         graph, nbytes = self._graph(call, layout, weights)
         self._graphs.put((self.name, call.key()), graph, nbytes)
         return graph.hidden.detach().float().cpu()
+
+    def check_directions(self, directions: Directions) -> None:
+        """Raises `UnknownTargetModule` or `AdapterMismatch` for directions that the model doesn't have."""
+        directions_layout(directions, self.backbone.lora.shapes)
 
     def answer_bytes(self, call: Call, cotangents: int) -> int:
         """Returns the size in bytes of the gradients for a number of cotangents.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from blindtune.errors import AdapterMismatch, BodyTooLarge, EmptyBatch, InvalidTensor, SequenceTooLong
-from blindtune.wire import Limits
+from blindtune.wire import Directions, Limits
 
 MAX_TUNED_TENSORS = 4096
 """Largest number of tensors in an upload of tuned parts, which has one or two for each layer, so more than others."""
@@ -34,13 +34,25 @@ def check_rank(rank: int, limits: Limits) -> None:
         raise AdapterMismatch(f"Rank {rank} is over the limit of {limits.max_rank}.", remedy="Lower the rank.")
 
 
-def check_batch(batch: int, length: int, adapters: int, limits: Limits) -> None:
-    """Checks a padded batch `(batch, length)` that runs under a number of adapters.
+def check_directions(directions: Directions, limits: Limits) -> None:
+    """Raises `AdapterMismatch` if a request for tangents names directions beyond the limit, or of a too large rank."""
+    if directions.first + directions.count > limits.max_directions:
+        raise AdapterMismatch(
+            f"The request names {directions.first + directions.count} directions; the limit is "
+            f"{limits.max_directions}.",
+            remedy="Use fewer.",
+        )
+    check_rank(directions.rank, limits)
+
+
+def check_batch(batch: int, length: int, adapters: int, limits: Limits, *, directions: int = 0) -> None:
+    """Checks a padded batch `(batch, length)` that runs under a number of adapters, or along a number of directions.
 
     Raises:
         EmptyBatch: the batch has no example or no token.
         AdapterMismatch: the request names too many adapters.
-        SequenceTooLong: an example has too many tokens, or the batch has too many, counted once for each adapter.
+        SequenceTooLong: an example has too many tokens, or the batch has too many, counted once for each adapter or
+            direction.
     """
     if batch == 0 or length == 0:
         raise EmptyBatch(f"The batch has shape {(batch, length)}.", remedy="Send at least one example.")
@@ -54,11 +66,11 @@ def check_batch(batch: int, length: int, adapters: int, limits: Limits) -> None:
             f"The batch is {length} tokens long; the limit is {limits.max_length}.",
             remedy=f"Truncate to {limits.max_length} tokens (--max-length).",
         )
-    total = batch * length * max(1, adapters)
+    total = batch * length * max(1, adapters, directions)
     if total > limits.max_tokens:
         raise SequenceTooLong(
-            f"{batch} examples of {length} tokens under {adapters} adapters make {total} tokens; "
-            f"the limit is {limits.max_tokens}.",
+            f"{batch} examples of {length} tokens under {directions or adapters} "
+            f"{'directions' if directions else 'adapters'} make {total} tokens; the limit is {limits.max_tokens}.",
             remedy="Send a smaller batch.",
         )
 

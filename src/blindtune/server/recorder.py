@@ -33,7 +33,7 @@ class Recorder:
         self._add("adapter", tenant, upload.model, {"weights": weights}, adapters=[sha256], spec=upload.spec)
 
     def forward(self, model: str, call: Call, hidden: Tensor | None) -> None:
-        """Records a forward call, and the response `hidden (n, B, k · d)` or `(n, B, L, k · d)`.
+        """Records a forward call, and the response `hidden (n, B, k · d)` or `(n, B, L, k · d)`, or tangents.
 
         Args:
             hidden: None if none was requested.
@@ -82,7 +82,8 @@ class Recorder:
         self._writer.close()
 
     def _add_call(self, kind: str, model: str, call: Call, tensors: Mapping[str, Tensor]) -> None:
-        self._add(kind, call.tenant, model, tensors, adapters=call.adapters, seed=call.seed, **dict(call.readout))
+        fields = {"adapters": call.adapters, "seed": call.seed, "directions": call.directions, **dict(call.readout)}
+        self._add(kind, call.tenant, model, tensors, **fields)
 
     def _add(self, kind: str, tenant: str, model: str, tensors: Mapping[str, Tensor], **fields: Any) -> None:
         """Adds one event. The writer replaces the number and the time that are set here."""

@@ -28,3 +28,5 @@ class Limits(BaseModel):
     """Number of cotangents in one backward call."""
     max_rank: PositiveInt = 256
     """Rank of one LoRA adapter."""
+    max_directions: PositiveInt = 64
+    """Number of directions for tangents that the server offers for one seed: v_0 and the following ones."""

@@ -28,7 +28,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, get_args
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, StringConstraints
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    StringConstraints,
+    model_validator,
+)
 
 from blindtune.wire.limits import Limits
 
@@ -116,6 +125,20 @@ class Readout(Message):
         return self.width * (hidden_size if self.projection is None else self.projection.size)
 
 
+class Directions(Message):
+    """Public directions v_first, …, along which a forward request asks for tangents J(x) v in place of hidden states.
+
+    They are directions of the B matrices of LoRA adapters on `modules` at B = 0. Both sides expand the adapters' fixed
+    A, and v_i from its index i, from the seed (`blindtune.models.tangents`).
+    """
+
+    modules: Annotated[list[Name], Field(min_length=1, max_length=4096)]
+    rank: PositiveInt
+    seed: Sha256
+    first: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    count: Annotated[int, Field(ge=1, lt=2**31)]
+
+
 class Pass(Readout):
     """The part that requests for forward and backward passes have in common: a readout and n adapters."""
 
@@ -138,10 +161,21 @@ class ForwardRequest(Pass):
     """Whether the server keeps the autograd graph for a following backward request."""
     return_hidden: bool = True
     """False: the server computes the forward pass, and keeps the graph if `retain` is set, but sends no tensor."""
+    directions: Directions | None = None
+    """If set, the response holds J(x) v for each direction in place of h(x, θ_i), so n is their number. Such a request
+    names no adapters, no seed, and retains nothing."""
+
+    @model_validator(mode="after")
+    def _only_directions(self) -> ForwardRequest:
+        if self.directions is not None and (self.adapters or self.seed is not None or self.retain):
+            raise ValueError("a request for tangents along directions has no adapters and no seed, and retains nothing")
+        return self
 
 
 class ForwardResponse(Message):
     """Returns the tensor `hidden`, float32: `[n, B, d]`, or `[n, B, L, d]` for pooling `none`.
+
+    If the request names directions, these are tangents J(x) v, and n is the number of directions.
 
     If the request names k layers, there is an axis of k before the last. In another codec than fp32, several tensors
     represent it as `[n · B · k, d]` (`blindtune.wire.quantize`). For pooling `none` they hold the n · Σ lengths · k

@@ -6,7 +6,7 @@ A transcript is a folder with `index.jsonl` (the first line describes the record
 | event kind | tensors |
 |---|---|
 | adapter | `weights [P]` |
-| forward | `input_ids [B, L]`, `lengths [B]`, (`token_type_ids [B, L]`,) `hidden` as sent (if it was sent) |
+| forward | `input_ids [B, L]`, `lengths [B]`, (`token_type_ids [B, L]`,) `hidden` (or tangents) as sent, if it was |
 | backward | `input_ids`, `lengths`, (`token_type_ids`,) `cotangents [m, n, B, d]` |
 | trunk-forward | `lengths [B]`, `hidden` as received, `answer` as sent; packed, in the event's codecs |
 | plugin | tuned weights by name, as received |
@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from blindtune.errors import TranscriptError
-from blindtune.wire.schema import Codec, LoraSpec, Pooling, Projection, Readout
+from blindtune.wire.schema import Codec, Directions, LoraSpec, Pooling, Projection, Readout
 
 INDEX = "index.jsonl"
 FORMAT = 1
@@ -76,6 +76,8 @@ class Event(BaseModel):
     layers: tuple[int, ...] = ()
     projection: Projection | None = None
     seed: int | None = None
+    directions: Directions | None = None
+    """Directions of a forward call for tangents."""
     up: Codec | None = None
     down: Codec | None = None
     forward: str | None = None

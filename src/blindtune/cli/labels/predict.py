@@ -70,7 +70,7 @@ def predict(
             model=model or summary.model,
         )
         private = PrivateModel.from_pretrained(checkpoint, backbone, predict_only=True)
-        with inference_progress(backbone, errors, "predicting", len(examples)):
+        with inference_progress(backbone, errors, "predicting", len(examples) * private.method.requests_per_text):
             probabilities = run(private, examples.texts)
         _write_predictions(output, probabilities.tolist(), summary.classes)
         result: dict[str, Any] = {"examples": len(examples)}

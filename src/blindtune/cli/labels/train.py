@@ -284,17 +284,14 @@ def _run(trainer: "Trainer", held_out: "Examples | None", output: Path, *, resum
 def _fit(private: "PrivateModel", examples: "Examples", held_out: "Examples | None", output: Path) -> dict[str, Any]:
     """Fits the head of a method that isn't trained in steps, evaluates, and returns the results."""
     from blindtune.cli.progress import counting, inference_progress
-    from blindtune.labels import Features, Side
 
     _print_plan(private, examples, 1, "no step of training")
     backbone, method = private.backbone, private.method
-    rows = backbone.rows(examples.texts)
-    copies = {"joint": 1, "apart": 2, "both": 3}[backbone.pairs]
+    copies = {"joint": 1, "apart": 2, "both": 3}[backbone.pairs] + method.requests_per_text - 1
     with inference_progress(backbone, console, "frozen features", copies * len(examples)):
-        backbone.fetch(rows)
+        method.fetch(backbone, backbone.rows(examples.texts))
     with counting(console, "fitting") as count:
-        if isinstance(method, Features | Side):
-            method.on_progress = count
+        method.on_progress = count
         private.prepare(examples.texts, examples.labels or [])
     result: dict[str, Any] = {"method": method.name, "train_examples": len(examples)}
     if private.choice is not None:
@@ -315,7 +312,7 @@ def _finish(
 
     backbone, method = private.backbone, private.method
     if held_out is not None:
-        with inference_progress(backbone, console, "validation", len(held_out)):
+        with inference_progress(backbone, console, "validation", len(held_out) * method.requests_per_text):
             result["validation"] = evaluate(private, held_out)
     traffic = backbone.traffic
     result |= method.report()

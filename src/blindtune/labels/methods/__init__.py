@@ -9,6 +9,7 @@ from blindtune.labels.methods.padded_lora import PaddedLoRA
 from blindtune.labels.methods.pslf import PSLF
 from blindtune.labels.methods.randomized_response import RandomizedResponse
 from blindtune.labels.methods.side import Side
+from blindtune.labels.methods.tangent_sketch import TangentSketch
 
 __all__ = [
     "METHODS",
@@ -22,6 +23,7 @@ __all__ = [
     "PaddedLoRA",
     "RandomizedResponse",
     "Side",
+    "TangentSketch",
     "make_method",
     "method",
     "method_class",

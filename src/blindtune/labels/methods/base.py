@@ -8,7 +8,7 @@ themselves, so a new method needs one new file only.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
@@ -60,6 +60,8 @@ class Method:
     attached = False
     """Whether the method belongs to a model. It can't be used for another one, since it counts the first one's messages
     and holds its secrets."""
+    on_progress: Callable[[int, int], None] | None = None
+    """Callback that `fit_head` invokes with the number of candidates that it has tried, and of all."""
 
     @property
     def num_adapters(self) -> int:
@@ -75,6 +77,11 @@ class Method:
     def label_mu(self) -> float:
         """Bound on μ of one label in everything that operators may see of the run; infinite if there is no bound."""
         return math.inf
+
+    @property
+    def requests_per_text(self) -> int:
+        """Number of requests that `inputs` sends with each text."""
+        return 1
 
     @property
     def needs_frozen(self) -> bool:
@@ -116,8 +123,20 @@ class Method:
     def check(self, backbone: Backbone) -> None:
         """Raises `PrivacyError` or `ConfigError` if the method can't keep its guarantee with these operators."""
 
+    def inputs(self, backbone: Backbone, rows: Sequence[TokenRow]) -> Tensor:
+        """Returns what the head reads of texts under the frozen model: by default their frozen features `(N, d)`.
+
+        It is called for the training texts, and by methods without adapters for all predictions too. What it sends
+        depends on the texts alone.
+        """
+        return backbone.frozen(rows)
+
+    def fetch(self, backbone: Backbone, rows: Sequence[TokenRow]) -> None:
+        """Fetches what `inputs` will need for these rows, so that it sends nothing later."""
+        backbone.fetch(rows)
+
     def prepare(self, frozen: Tensor, labels: Tensor) -> None:
-        """Computes statistics of the training set's frozen features `(N, d)` and labels `(N,)`."""
+        """Computes statistics of the training set's `inputs` `(N, d)` and labels `(N,)`."""
 
     def fit_head(self, backbone: Backbone, rows: Sequence[TokenRow], labels: Tensor, classes: int) -> Choice | None:
         """Chooses and fits a head on the frozen model's states of the training set.

@@ -6,7 +6,7 @@ client chooses layers and a classifier by cross-validation (`blindtune.labels.cl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
@@ -45,8 +45,6 @@ class Features(Method):
     reads: ClassVar[Mapping[str, Any]] = {"readout": "all", "pairs": "both"}
     choice: Choice | None = field(init=False, repr=False, compare=False, default=None)
     """What `fit_head` chose; None before."""
-    on_progress: Callable[[int, int], None] | None = field(init=False, repr=False, compare=False, default=None)
-    """Callback invoked with the number of candidates that were tried, and of all."""
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -75,7 +73,7 @@ class Features(Method):
             )
 
     def fit_head(self, backbone: Backbone, rows: Sequence[TokenRow], labels: Tensor, classes: int) -> Choice:
-        features = backbone.frozen(rows)
+        features = self.inputs(backbone, rows)
         kinds: tuple[Kind, ...] = get_args(Kind) if self.classifier == "choose" else (self.classifier,)
         self.choice = choose(features, labels, classes, self._groups, self._parts, kinds, self.on_progress)
         return self.choice

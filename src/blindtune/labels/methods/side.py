@@ -6,8 +6,8 @@ The server projects the states of several layers with a public random matrix and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -44,7 +44,6 @@ class Side(Method):
     title: ClassVar[str] = "side network"
     by_steps: ClassVar[bool] = False
     reads: ClassVar[Mapping[str, Any]] = {"readout": "spread", "pooling": "none", "projection": 128, "codec": "int8"}
-    on_progress: Callable[[int, int], None] | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
         check_counts(epochs=self.epochs, width=self.width)

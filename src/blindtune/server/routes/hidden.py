@@ -16,7 +16,7 @@ from blindtune.errors import InvalidTensor
 from blindtune.lattice import Lattice, expand_noise
 from blindtune.server.engine import Call, Engine
 from blindtune.server.host import Host
-from blindtune.server.limits import check_answer, check_cotangents
+from blindtune.server.limits import check_answer, check_cotangents, check_directions
 from blindtune.server.recorder import Recorder
 from blindtune.server.routes.batch import read_batch
 from blindtune.server.routes.handler import Handler, Received, answer_post, tensors_response
@@ -63,7 +63,7 @@ class ForwardPass:
 
 
 class Forward(Handler[ForwardPass, Tensor | None]):
-    """Computes hidden states `(n, B, k · d)` or `(n, B, L, k · d)`, float32; None for `return_hidden=False`."""
+    """Computes hidden states or tangents `(n, B, k · d)` or `(n, B, L, k · d)`, float32; None if none are returned."""
 
     def decode(self, received: Received) -> ForwardPass:
         request, tensors = decode(received.body, ForwardRequest, self.host.settings.limits)
@@ -75,8 +75,7 @@ class Forward(Handler[ForwardPass, Tensor | None]):
     def run(self, work: ForwardPass) -> Tensor | None:
         hidden = self.host.with_room(lambda: work.engine.forward(work.call, retain=work.retain))
         check_finite("hidden", hidden)
-        passes = max(1, len(work.call.adapters))
-        self.host.metrics.tokens.labels("forward").inc(work.call.tokens.input_ids.numel() * passes)
+        self.host.metrics.tokens.labels("forward").inc(work.call.tokens.input_ids.numel() * work.call.copies)
         return hidden if work.return_hidden else None
 
     def record(self, recorder: Recorder, work: ForwardPass, result: Tensor | None) -> None:
@@ -139,15 +138,20 @@ class Backward(Handler[BackwardPass, tuple[Tensor, bool]]):
 def _call(
     host: Host, received: Received, request: ForwardRequest | BackwardRequest, tensors: Mapping[str, Tensor]
 ) -> Call:
-    tokens = read_batch(host, received.name, tensors, adapters=len(request.adapters))
+    directions = request.directions if isinstance(request, ForwardRequest) else None
+    if directions is not None:
+        check_directions(directions, host.infos[received.name].limits)
+        host.engine(received.name).check_directions(directions)
+    along = 0 if directions is None else directions.count
+    tokens = read_batch(host, received.name, tensors, adapters=len(request.adapters), directions=along)
     host.engine(received.name).backbone.check_readout(request.readout)
-    return Call(received.tenant, request.adapters, request.readout, request.seed, tokens)
+    return Call(received.tenant, request.adapters, request.readout, request.seed, tokens, directions)
 
 
 def check_hidden(call: Call, hidden_size: int, limits: Limits) -> None:
     """Raises `BodyTooLarge` if the hidden states of a call are over the limit, in float32."""
     batch, length = call.tokens.input_ids.shape
-    vectors = max(1, len(call.adapters)) * batch * (length if call.readout.pooling == "none" else 1)
+    vectors = call.copies * batch * (length if call.readout.pooling == "none" else 1)
     size = 4 * vectors * call.readout.size(hidden_size)
     check_answer("hidden states", size, limits, remedy="Send fewer texts, or read fewer layers.")
 
