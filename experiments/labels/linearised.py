@@ -57,7 +57,7 @@ class Linearised:
         self.tokenizer = Tokenizer(
             self.backbone.tokenizer,
             pad_token_id=self.backbone.pad_token_id,
-            with_types=self.backbone.info("", Limits()).token_type_ids,
+            with_types=self.backbone.info("model", Limits()).token_type_ids,
         )
         info = self.backbone.info("model", Limits())
         self.readout = Readout(pooling=info.pooling, layers=select_layers(info, look.readout))
