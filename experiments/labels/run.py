@@ -172,7 +172,7 @@ def run(stage: Stage, arm: Arm, seed: int, *, selection: bool = False, attacks: 
     """One run: trained, evaluated on validation (and, unless for selection, on test), attacked."""
     task, kind = stage.task, METHODS[arm.method]
     rank, steps = arm.rank or kind.default_rank, round(arm.epochs * task.steps)
-    method = make_method(arm.method, arm.options, steps=steps)
+    method = make_method(arm.method, arm.options, steps=steps, head_seed=seed)
     given = {"warmup": arm.warmup, **({"learning_rate": arm.lr} if arm.lr else {}), **arm.training}
     config = TrainConfig(steps=steps, seed=seed, **method.complete_training(given))
     options = options_of(method)

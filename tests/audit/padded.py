@@ -23,9 +23,10 @@ from blindtune.privacy.randomness import SecureGenerator
 from blindtune.privacy.shares import split_gradient
 from blindtune.server.engine import Call
 from blindtune.server.recorder import Recorder
-from blindtune.wire import AdapterUpload, LoraSpec, Transcript
+from blindtune.wire import AdapterUpload, LoraSpec, Pooling, Readout, Transcript
 
-NAME, POOLING = "tiny", "mean"
+NAME = "tiny"
+POOLING: Pooling = "mean"
 BATCH, LENGTH = 24, 12
 NORM = 1e-3
 """|δ| of a trained update."""
@@ -172,7 +173,7 @@ def record(task: Task, folder: Path, deltas: Sequence[Tensor], sigma: float) -> 
         parts = split(gradient.unsqueeze(0), 2, 100.0, shares)  # (2, 1, B, d)
         for sign, name in ((1, "A"), (-1, "B")):
             padded = task.base + (pad.double() + sign * delta.double()).float()
-            call = Call("me", [upload(name, padded)], POOLING, None, tokens)
+            call = Call("me", [upload(name, padded)], Readout(pooling=POOLING), None, tokens)
             with torch.no_grad():
                 recorders[name].forward(NAME, call, task.hidden(tokens, padded).unsqueeze(0))
         bases: dict[str, Call] = {}
@@ -180,7 +181,7 @@ def record(task: Task, folder: Path, deltas: Sequence[Tensor], sigma: float) -> 
             if step == 0:
                 upload(name, task.base)
             base = hashlib.sha256(task.base.numpy().tobytes()).hexdigest()
-            bases[name] = Call("me", [base], POOLING, None, tokens)
+            bases[name] = Call("me", [base], Readout(pooling=POOLING), None, tokens)
             with torch.no_grad():
                 sent = task.hidden(tokens, task.base).unsqueeze(0) if name == "A" else None
             recorder.forward(NAME, bases[name], sent)

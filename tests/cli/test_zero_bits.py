@@ -106,3 +106,10 @@ def test_a_finished_run_is_not_resumed(tiny_server, files, tmp_path):
     train(tiny_server, data, tmp_path / "out", *options)
     refused = train(tiny_server, data, tmp_path / "out", "--resume", check=False)
     assert "holds a finished run" in " ".join((refused.stdout + refused.stderr).split())
+
+
+def test_the_seed_of_a_run_is_the_side_networks_too(tiny_server, files, tmp_path):
+    data = ["--data", files["notes"], "--text", "note", "--label", "diagnosis"]
+    options = ["--method", "side", "--set", "epochs=1", "--set", "width=4", "--training", "seed=5"]
+    train(tiny_server, data, tmp_path / "out", *options)
+    assert json.loads((tmp_path / "out" / "blindtune.json").read_text())["options"]["head_seed"] == 5

@@ -143,7 +143,8 @@ def train(
             summary = read_summary(output, LabelsSummary)
             algorithm = make_method(summary.method, summary.options)
         else:
-            algorithm = make_method(method or DEFAULT_METHOD, chosen, steps=more["steps"], batch_size=batch_size)
+            planned = {"steps": more["steps"], "batch_size": batch_size, "head_seed": seed}
+            algorithm = make_method(method or DEFAULT_METHOD, chosen, **planned)
         config = TrainConfig(**algorithm.complete_training(more))
         if resume:
             private = _resume_model(server, output, connection, {"method": method, "head": head, **chosen})
