@@ -49,6 +49,8 @@ PUBLIC_SEED = hashlib.sha256(b"blindtune projection").hexdigest()
 """Default seed of projections. It isn't secret: a projection only saves bytes."""
 Pairs = Literal["joint", "apart", "both"]
 """How pairs of texts are read: as one sequence, each text alone, or both."""
+PAIR_COPIES: dict[Pairs, int] = {"joint": 1, "apart": 2, "both": 3}
+"""Number of vectors that a pair is read as, and of sequences that are sent for it."""
 _backbones = WeakSet["Backbone"]()
 
 
@@ -136,7 +138,7 @@ class Backbone(nn.Module):
                 remedy=f"Use one of: {', '.join(get_args(Pairs))}; apart and both need another pooling than none.",
             )
         self.pairs: Pairs = pairs
-        self.hidden_size = self.readout.size(self.info.hidden_size) * {"joint": 1, "apart": 2, "both": 3}[pairs]
+        self.hidden_size = self.readout.size(self.info.hidden_size) * PAIR_COPIES[pairs]
         """Number of values for each text: k · d; for pairs read apart 2 k · d, and 3 k · d for both."""
         if codec not in CODECS:
             raise ConfigError(f"There is no codec {codec!r}.", remedy=f"Use one of: {', '.join(CODECS)}.")
@@ -170,6 +172,11 @@ class Backbone(nn.Module):
     def pooling(self) -> Pooling:
         """How hidden states of all positions are reduced to one vector for each text."""
         return self.readout.pooling
+
+    @property
+    def parts(self) -> int:
+        """Number of equal parts of a text's values: k layers, for each vector that a pair is read as."""
+        return self.readout.width * PAIR_COPIES[self.pairs]
 
     @property
     def num_adapters(self) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor
 from blindtune.errors import CheckpointError
 from blindtune.files import PRIVATE
 from blindtune.models.tokenizer import TokenRow
-from blindtune.wire import Codec, Directions, ModelInfo, Readout
+from blindtune.wire import Codec, Directions, ModelInfo, Readout, dequantize, quantize
 
 FILE = "features.sqlite"
 DEFAULT_MAX_BYTES = 8 * 2**30
@@ -156,17 +156,18 @@ class FeatureSource:
         shape = ",".join(map(str, states.shape))
         if self.codec == "fp32":
             return shape, 0, states.float().contiguous().numpy().astype("<f4").tobytes()
-        largest = float(states.abs().max()) if states.numel() else 0.0
-        exponent = math.frexp(largest)[1] - 15 if largest > 0 else 0
-        scaled = torch.ldexp(states.double(), torch.tensor(-float(exponent), dtype=torch.float64))
-        return shape, exponent, scaled.half().contiguous().numpy().astype("<f2").tobytes()
+        sent = quantize("states", states.reshape(1, -1), "fp16")
+        return shape, int(sent["states.exponent"]), sent["states.values"].numpy().astype("<f2").tobytes()
 
 
 def _decode(shape: str, exponent: int, value: bytes) -> Tensor:
     sizes = [int(size) for size in shape.split(",")]
-    wide = len(value) == 4 * math.prod(sizes)
-    states = torch.from_numpy(np.frombuffer(value, dtype="<f4" if wide else "<f2").astype("<f4")).reshape(sizes)
-    return torch.ldexp(states.double(), torch.tensor(float(exponent), dtype=torch.float64)).float()
+    count = math.prod(sizes)
+    if len(value) == 4 * count:
+        return torch.from_numpy(np.frombuffer(value, dtype="<f4").copy()).reshape(sizes)
+    values = torch.from_numpy(np.frombuffer(value, dtype="<f2").copy()).reshape(1, count)
+    sent = {"states.values": values, "states.exponent": torch.tensor([exponent], dtype=torch.int32)}
+    return dequantize("states", sent, "fp16", count).reshape(sizes)
 
 
 def _checksum(key: bytes, shape: str, exponent: int, value: bytes) -> bytes:

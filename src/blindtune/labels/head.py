@@ -123,7 +123,18 @@ class LinearHead(Head):
         x = self.standardise(features)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
-        _minimise(self.linear, x, labels, self.l2, self.iterations)
+        parameters = list(self.linear.parameters())
+        optimizer = torch.optim.LBFGS(parameters, max_iter=self.iterations, line_search_fn="strong_wolfe")
+
+        def objective() -> Tensor:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(self.linear(x), labels)
+            loss = loss + self.l2 / (2 * len(labels)) * self.linear.weight.pow(2).sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(objective)  # pyright: ignore[reportArgumentType]
+        optimizer.zero_grad()
 
 
 class KernelHead(Head):
@@ -319,21 +330,6 @@ class TwoLayerHead(Head):
                 optimizer.step()
                 schedule.step()
         optimizer.zero_grad()
-
-
-def _minimise(linear: nn.Linear, x: Tensor, labels: Tensor, l2: float, iterations: int) -> None:
-    """Fits a linear layer on `x (N, d)` by L-BFGS: mean cross entropy plus l2 |W|² / 2N."""
-    optimizer = torch.optim.LBFGS(list(linear.parameters()), max_iter=iterations, line_search_fn="strong_wolfe")
-
-    def objective() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(linear(x), labels)
-        loss = loss + l2 / (2 * len(labels)) * linear.weight.pow(2).sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(objective)  # pyright: ignore[reportArgumentType]
-    optimizer.zero_grad()
 
 
 class MLPHead(nn.Sequential):

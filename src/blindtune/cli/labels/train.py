@@ -285,10 +285,11 @@ def _run(trainer: "Trainer", held_out: "Examples | None", output: Path, *, resum
 def _fit(private: "PrivateModel", examples: "Examples", held_out: "Examples | None", output: Path) -> dict[str, Any]:
     """Fits the head of a method that isn't trained in steps, evaluates, and returns the results."""
     from blindtune.cli.progress import counting, inference_progress
+    from blindtune.client.backbone import PAIR_COPIES
 
     _print_plan(private, examples, 1, "no step of training")
     backbone, method = private.backbone, private.method
-    copies = {"joint": 1, "apart": 2, "both": 3}[backbone.pairs] + method.requests_per_text - 1
+    copies = PAIR_COPIES[backbone.pairs] + method.requests_per_text - 1
     with inference_progress(backbone, console, "frozen features", copies * len(examples)):
         method.fetch(backbone, backbone.rows(examples.texts))
     with counting(console, "fitting") as count:

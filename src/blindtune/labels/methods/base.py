@@ -210,6 +210,23 @@ class Method:
         raise NotImplementedError
 
 
+class FrozenMethod(Method):
+    """Base class of methods that fit a head on the frozen model's states: nothing that is sent depends on labels."""
+
+    by_steps: ClassVar[bool] = False
+
+    @property
+    def num_adapters(self) -> int:
+        return 0
+
+    @property
+    def label_mu(self) -> float:
+        return 0.0
+
+    def exposure(self, part: Part, operators: int, *, random_adam_moments: float = 0.0) -> str:
+        return "sees texts, each once: nothing about labels"
+
+
 @dataclass
 class AdapterMethod(Method):
     """Base class of methods that send adapters in the clear.

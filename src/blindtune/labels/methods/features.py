@@ -7,7 +7,7 @@ client chooses layers and a classifier by cross-validation (`blindtune.labels.cl
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
@@ -15,15 +15,14 @@ from torch import Tensor
 from blindtune.client import Backbone
 from blindtune.errors import ConfigError
 from blindtune.labels.classifiers import Choice, Kind, choose, layer_groups
-from blindtune.labels.methods.base import Method, method
-from blindtune.labels.placement import Part
+from blindtune.labels.methods.base import FrozenMethod, method
 from blindtune.models.tokenizer import TokenRow
 from blindtune.privacy.randomness import SecureGenerator
 
 
 @method
 @dataclass
-class Features(Method):
+class Features(FrozenMethod):
     """Fits a classifier on frozen states of one, some or all layers: operators see texts, and zero bits about labels.
 
     A method that sends label-dependent messages has to beat it.
@@ -41,10 +40,7 @@ class Features(Method):
 
     name: ClassVar[str] = "features"
     title: ClassVar[str] = "features"
-    by_steps: ClassVar[bool] = False
     reads: ClassVar[Mapping[str, Any]] = {"readout": "all", "pairs": "both"}
-    choice: Choice | None = field(init=False, repr=False, compare=False, default=None)
-    """What `fit_head` chose; None before."""
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -54,19 +50,10 @@ class Features(Method):
             if value not in allowed:
                 raise ConfigError(f"There is no {name} = {value!r}.", remedy=f"Use one of: {', '.join(allowed)}.")
 
-    @property
-    def num_adapters(self) -> int:
-        return 0
-
-    @property
-    def label_mu(self) -> float:
-        return 0.0
-
     def attach(self, backbone: Backbone, classes: int, generator: SecureGenerator) -> None:
         super().attach(backbone, classes, generator)
         layers, states = backbone.readout.layers, backbone.info.states
         self._groups = layer_groups(layers, states, backbone.pairs, self.layers)
-        self._parts = backbone.readout.width * {"joint": 1, "apart": 2, "both": 3}[backbone.pairs]
         if not self._groups:
             raise ConfigError(
                 f"The readout has none of the {self.layers} layers.", remedy="Use layers=choose, or read all layers."
@@ -75,8 +62,4 @@ class Features(Method):
     def fit_head(self, backbone: Backbone, rows: Sequence[TokenRow], labels: Tensor, classes: int) -> Choice:
         features = self.inputs(backbone, rows)
         kinds: tuple[Kind, ...] = get_args(Kind) if self.classifier == "choose" else (self.classifier,)
-        self.choice = choose(features, labels, classes, self._groups, self._parts, kinds, self.on_progress)
-        return self.choice
-
-    def exposure(self, part: Part, operators: int, *, random_adam_moments: float = 0.0) -> str:
-        return "sees texts, each once: nothing about labels"
+        return choose(features, labels, classes, self._groups, backbone.parts, kinds, self.on_progress)

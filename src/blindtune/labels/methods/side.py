@@ -10,22 +10,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from blindtune.checks import check_counts
 from blindtune.client import Backbone
 from blindtune.errors import ConfigError
 from blindtune.labels.classifiers import Candidate, Choice
-from blindtune.labels.methods.base import Method, method
-from blindtune.labels.placement import Part
+from blindtune.labels.methods.base import FrozenMethod, method
 from blindtune.labels.side import SideHead
 from blindtune.models.tokenizer import TokenRow
 
 
 @method
 @dataclass
-class Side(Method):
+class Side(FrozenMethod):
     """Trains a small network on token states of several layers: operators see texts, and zero bits about labels.
 
     Args:
@@ -42,19 +40,10 @@ class Side(Method):
 
     name: ClassVar[str] = "side"
     title: ClassVar[str] = "side network"
-    by_steps: ClassVar[bool] = False
     reads: ClassVar[Mapping[str, Any]] = {"readout": "spread", "pooling": "none", "projection": 128, "codec": "int8"}
 
     def __post_init__(self) -> None:
         check_counts(epochs=self.epochs, width=self.width)
-
-    @property
-    def num_adapters(self) -> int:
-        return 0
-
-    @property
-    def label_mu(self) -> float:
-        return 0.0
 
     def check(self, backbone: Backbone) -> None:
         if backbone.pooling != "none":
@@ -70,9 +59,5 @@ class Side(Method):
         def read(indices: Sequence[int]) -> list[Tensor]:
             return backbone.frozen_states([rows[index] for index in indices])
 
-        with torch.enable_grad():
-            head.fit_tokens(read, [len(row) for row in rows], labels, self.on_progress)
+        head.fit_tokens(read, [len(row) for row in rows], labels, self.on_progress)
         return Choice(head, Candidate("token states", "side"), [])
-
-    def exposure(self, part: Part, operators: int, *, random_adam_moments: float = 0.0) -> str:
-        return "sees texts, each once: nothing about labels"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
@@ -25,7 +25,7 @@ from blindtune.client.backbone import DIRECTIONS_AT_ONCE
 from blindtune.errors import ConfigError
 from blindtune.labels.classifiers import Candidate, Choice, choose_among, layer_groups
 from blindtune.labels.head import Head, SketchHead
-from blindtune.labels.methods.base import Method, method
+from blindtune.labels.methods.base import FrozenMethod, method
 from blindtune.labels.placement import Part
 from blindtune.models.adapters import lora_spec
 from blindtune.models.tangents import check_offered
@@ -42,7 +42,7 @@ GAMMA = 0.5
 
 @method
 @dataclass
-class TangentSketch(Method):
+class TangentSketch(FrozenMethod):
     """Fits a kernel classifier on frozen states and on LoRA's Jacobian along public directions: zero bits about labels.
 
     Operators compute 2 K passes through the adapted blocks for each text, once.
@@ -65,10 +65,7 @@ class TangentSketch(Method):
 
     name: ClassVar[str] = "tangent-sketch"
     title: ClassVar[str] = "tangent sketch"
-    by_steps: ClassVar[bool] = False
     reads: ClassVar[Mapping[str, Any]] = {"readout": "all", "pairs": "both"}
-    choice: Choice | None = field(init=False, repr=False, compare=False, default=None)
-    """What `fit_head` chose; None before."""
 
     def __post_init__(self) -> None:
         if self.blocks not in get_args(Blocks):
@@ -78,14 +75,6 @@ class TangentSketch(Method):
                 raise ConfigError(
                     f"{name} = {getattr(self, name)} is less than {least}.", remedy="Use a larger number."
                 )
-
-    @property
-    def num_adapters(self) -> int:
-        return 0
-
-    @property
-    def label_mu(self) -> float:
-        return 0.0
 
     @property
     def requests_per_text(self) -> int:
@@ -103,7 +92,6 @@ class TangentSketch(Method):
         self._sketch = self.directions * size
         check_offered(self._directions, self._readout, info)
         self._groups = layer_groups(backbone.readout.layers, info.states, backbone.pairs)
-        self._parts = backbone.readout.width * {"joint": 1, "apart": 2, "both": 3}[backbone.pairs]
 
     def blocks_of(self, info: ModelInfo) -> list[int]:
         """Returns the indices of the blocks with adapters."""
@@ -123,12 +111,11 @@ class TangentSketch(Method):
         features = self.inputs(backbone, rows)
         settings = [{"gamma": GAMMA, "ridge": ridge, "weight": weight} for weight in WEIGHTS for ridge in RIDGES]
         candidates = [Candidate(name, "sketch", each) for name in self._groups for each in settings]
-        make = partial(self._make, features.shape[1], classes)
-        self.choice = choose_among([candidates], make, features, labels, self.on_progress)
-        return self.choice
+        make = partial(self._make, backbone.parts, features.shape[1], classes)
+        return choose_among([candidates], make, features, labels, self.on_progress)
 
-    def _make(self, dim: int, classes: int, candidate: Candidate) -> Head:
-        arguments: dict[str, Any] = {**candidate.settings, "parts": self._groups[candidate.layers], "of": self._parts}
+    def _make(self, of: int, dim: int, classes: int, candidate: Candidate) -> Head:
+        arguments: dict[str, Any] = {**candidate.settings, "parts": self._groups[candidate.layers], "of": of}
         return SketchHead(dim, classes, sketch=self._sketch, **arguments)
 
     def exposure(self, part: Part, operators: int, *, random_adam_moments: float = 0.0) -> str:
