@@ -49,7 +49,7 @@ def numbers(method: dict[str, Any]) -> dict[str, float]:
 def main() -> None:
     seeds = [int(argument) for argument in sys.argv[1:]] or list(SEEDS)
     runs = [run(seed) for seed in seeds]
-    summary: dict[str, Any] = {"seeds": seeds, "frozen_accuracy": spread([r["frozen_accuracy"] for r in runs])}
+    summary: dict[str, Any] = {"seeds": seeds, "features_accuracy": spread([r["features"]["accuracy"] for r in runs])}
     for method in ("lora", "padded-lora"):
         found = [numbers(r["methods"][method]) for r in runs]
         summary[method] = {key: spread([n[key] for n in found]) for key in found[0]}

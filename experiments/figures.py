@@ -33,7 +33,7 @@ def demo_table() -> str:
     attacked = ("spectral, norm, k-means", "all without labels", "gradients", "64 known labels")
     lines = [
         *header("", "test accuracy", *attacked, "μ", "ε"),
-        f"| frozen model | {span(summary['frozen_accuracy'], 3)} | – | {span(summary['frozen_attack_auc'])} | – "
+        f"| features | {span(summary['features_accuracy'], 3)} | – | {span(summary['frozen_attack_auc'])} | – "
         f"| {span(summary['frozen_few_label_auc'])} | – | – |",
     ]
     for method, name in (("lora", "plain LoRA"), ("padded-lora", "padded LoRA")):

@@ -40,7 +40,8 @@ def test_the_ledger_counts_at_least_what_operators_have_recorded(
         command = [
             sys.executable, "-c", LAUNCH, "labels", "train",
             *(part for server in servers for part in ("--server", server.url)),
-            "--data", str(data), "--output", str(out), "--steps", str(STEPS), "--batch-size", "8",
+            "--method", "padded-lora", "--data", str(data), "--output", str(out),
+            "--steps", str(STEPS), "--batch-size", "8",
             "--training", "save_every=4", "--validation", "0", "--set", "check_every=5", "--set", f"steps={40 * STEPS}",
         ]  # fmt: skip
         for kill in range(KILLS):

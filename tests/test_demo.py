@@ -1,4 +1,5 @@
-"""The demo, shortened: the attack succeeds against plain LoRA and fails against padded LoRA."""
+"""The demo, shortened: operators see texts alone with features; the attack succeeds against plain LoRA, and fails
+against padded LoRA."""
 
 from __future__ import annotations
 
@@ -11,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from blindtune.audit.observe import read_view
+from blindtune.wire import Transcript
 from tests.conftest import CACHE
 
 pytestmark = pytest.mark.timeout(1200)  # the longest of all tests, beside others on the same two cores
@@ -84,8 +87,16 @@ def test_the_json_has_what_scripts_read(demo):
     result = demo[0]
     for method in ("lora", "padded-lora"):
         assert {"accuracy", "best_attack_auc", "seconds", "bytes_per_step"} <= set(result["methods"][method])
-    assert 0.6 < result["frozen_accuracy"] < 0.9
+    assert 0.65 < result["features"]["accuracy"] < 0.9
     assert result["methods"]["padded-lora"]["accuracy"] > 0.7
+
+
+def test_operators_saw_the_texts_of_features_and_no_adapter(demo):
+    first, second = (Transcript(demo[1] / "seen" / name) for name in ("operator-A", "operator-B"))
+    view = read_view(first, "operator A", tenant="features")
+    assert len(view.first_seen) > 1400  # training and test texts, some of them equal
+    assert not view.checkpoints
+    assert "features" not in {event.tenant for event in second.events}
 
 
 def test_reports_and_checkpoints_are_where_the_demo_says(demo):

@@ -67,8 +67,11 @@ def test_a_data_owner_needs_no_extra(environment: Path, four_servers: list[Serve
     rows = [f"pain for {day} days,heart\nitching for {day} days,skin" for day in range(1, 21)]
     (tmp_path / "notes.csv").write_text("\n".join(["note,diagnosis", *rows, ""]))
     done = shell(
-        f"blindtune labels train {servers} --data notes.csv --text note --label diagnosis --steps 3 --output out "
-        f"&& blindtune labels predict out {servers} --data notes.csv --text note --output predicted.csv",
+        f"blindtune labels train {servers} --data notes.csv --text note --label diagnosis --output out "
+        f"&& blindtune labels train --method padded-lora {servers} --data notes.csv --text note --label diagnosis "
+        "--steps 3 --output padded "
+        f"&& blindtune labels predict out {servers} --data notes.csv --text note --output predicted.csv "
+        f"&& blindtune labels predict padded {servers} --data notes.csv --text note --output padded.csv",
         environment,
         tmp_path,
     )

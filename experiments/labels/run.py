@@ -3,9 +3,9 @@
 python -m experiments.labels.run TASK [--arms lora,pslf+epsilon=2] [--seeds 1,2,3] [--selection]
 
 An arm is a method's name, then what differs from its defaults: `rank`, `lr`, `warmup`, `epochs`, `first` (the lowest
-block with adapters), `readout` (the layers that the head reads), `head`, another option of `TrainConfig`, or one of its
-own options. A recipe (`p3eft+recipe=2023`) sets head, rates and clipping too. With `--no-audit`, runs aren't attacked:
-they compare accuracy alone, in accuracy/.
+block with adapters), `readout` (the layers that the head reads), `head`, `loss`, another option of `TrainConfig`, or
+one of its own options. A recipe (`p3eft+recipe=2023`) sets head, rates and clipping too. With `--no-audit`, runs
+aren't attacked: they compare accuracy alone, in accuracy/.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from blindtune.audit.observe import View
 from blindtune.cli.options import make_lora_config
 from blindtune.client import Backbone
 from blindtune.data import Examples
-from blindtune.labels import METHODS, LinearHead, Method, PrivateModel, make_head, make_method
+from blindtune.labels import LOSSES, METHODS, LinearHead, Method, PrivateModel, make_head, make_method
 from blindtune.labels.methods import options_of
 from blindtune.labels.metrics import scores
 from blindtune.labels.trainer import TrainConfig, Trainer, predict
@@ -73,6 +73,7 @@ class Arm:
     first: int | None = None
     """Adapters sit on this block and those above."""
     head: str | None = None
+    loss: str = "cross_entropy"
     readout: str | None = None
     """Layers that the head reads; the method's own by default."""
     training: dict[str, Any] = field(default_factory=dict)
@@ -84,7 +85,7 @@ class Arm:
         method, given = read_settings(name)
         own = {
             key: given.pop(key)
-            for key in ("rank", "lr", "warmup", "epochs", "first", "head", "readout")
+            for key in ("rank", "lr", "warmup", "epochs", "first", "head", "loss", "readout")
             if key in given
         }
         known = {f.name for f in fields(TrainConfig)} - {"steps", "batch_size", "seed", "learning_rate", "warmup"}
@@ -150,6 +151,7 @@ def make_model(
     seed: int,
     head: str = "linear",
     readout: str | None = None,
+    loss: str = "cross_entropy",
 ) -> PrivateModel:
     """An untrained model over operators in this process, with adapters on the task's upper blocks."""
     pool = local_operators(stage.backbone, record=folders)
@@ -159,9 +161,8 @@ def make_model(
     backbone = Backbone(pool, num_adapters=0, max_length=stage.task.max_length, **reads)
     layers = f"{stage.task.first}-{backbone.info.layers - 1}"
     backbone.adapter_config = make_lora_config(backbone.info, rank=rank, alpha=2 * rank, targets=None, layers=layers)
-    return PrivateModel(
-        backbone, make_head(head, backbone.hidden_size, len(stage.train.classes), seed=seed), method, seed=seed
-    )
+    made = make_head(head, backbone.hidden_size, len(stage.train.classes), seed=seed)
+    return PrivateModel(backbone, made, method, loss=LOSSES[loss], seed=seed)
 
 
 Attacks = Literal["all", "paper", "none"]
@@ -181,7 +182,7 @@ def run(stage: Stage, arm: Arm, seed: int, *, selection: bool = False, attacks: 
     work = Path(tempfile.mkdtemp(prefix="blindtune-"))
     folders = operator_folders(work, options.get("m", 1))
     try:
-        model = make_model(stage, method, folders, rank, seed, arm.head or method.default_head, arm.readout)
+        model = make_model(stage, method, folders, rank, seed, arm.head or method.default_head, arm.readout, arm.loss)
         start = time.perf_counter()
         losses: list[float] = []
         frozen: dict[str, float] | None = None
@@ -197,7 +198,7 @@ def run(stage: Stage, arm: Arm, seed: int, *, selection: bool = False, attacks: 
         result: dict[str, Any] = {
             "task": stage.name, "arm": arm.name, "method": arm.method, "options": recorded, "seed": seed, "rank": rank,
             "learning_rate": config.learning_rate, "warmup": arm.warmup, "steps": steps,
-            "training": asdict(config) if method.by_steps else {}, "head": type(model.head).__name__,
+            "training": asdict(config) if method.by_steps else {}, "head": type(model.head).__name__, "loss": arm.loss,
             "train_examples": len(stage.train),
             "received_per_text": round(traffic.received / len(stage.train)),
             "sent_per_text": round(traffic.sent / len(stage.train)),

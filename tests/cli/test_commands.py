@@ -24,7 +24,7 @@ from blindtune.privacy.ledger import read_journal
 from tests.conftest import Server
 from tests.processes import run
 
-SMALL = ["--steps", "6", "--batch-size", "12", "--max-length", "32"]
+SMALL = ["--method", "padded-lora", "--steps", "6", "--batch-size", "12", "--max-length", "32"]
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +195,8 @@ def test_wrong_options_are_answered_with_the_value_and_the_remedy(tiny_server, n
 
     from blindtune.cli import app
 
-    command = ["labels", "train", "--server", tiny_server.url, "--model", "bert", *map(str, columns(notes)), *arguments]
+    command = ["labels", "train", "--server", tiny_server.url, "--model", "bert", *map(str, columns(notes))]
+    command += ["--method", "padded-lora", *arguments]
     result = CliRunner().invoke(app, [*command, "--output", str(tmp_path / "out")], env={"COLUMNS": "300"})
     assert result.exit_code == 1
     assert words in result.output.replace("\n", " ")

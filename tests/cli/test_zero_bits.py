@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from blindtune.training import LabelsSummary, read_summary
 from tests.processes import run
 
 
@@ -53,6 +54,13 @@ def test_one_server_is_enough_and_the_second_run_sends_nothing(tiny_server, file
     run("labels", "predict", tmp_path / "out1", *options, "--output", predicted)
     with predicted.open() as file:
         assert len(list(csv.DictReader(file))) == 120
+
+
+def test_the_default_method_sends_nothing_about_labels(tiny_server, files, tmp_path):
+    data = ["--data", files["notes"], "--text", "note", "--label", "diagnosis", "--store", "none"]
+    done = train(tiny_server, data, tmp_path / "out", "--set", "classifier=logistic")
+    assert "sees texts, each once: nothing about labels" in done.stdout
+    assert read_summary(tmp_path / "out", LabelsSummary).method == "features"
 
 
 def test_pairs_are_read_as_one_sequence_and_apart(tiny_server, files, tmp_path):

@@ -17,6 +17,7 @@ from blindtune.labels.head import (
     TwoLayerHead,
     make_head,
 )
+from blindtune.labels.losses import LOSSES, squared_error
 from blindtune.labels.methods import (
     METHODS,
     P3EFT,
@@ -40,6 +41,7 @@ from blindtune.labels.trainer import Step, TrainConfig, Trainer, evaluate, predi
 
 __all__ = [
     "HEADS",
+    "LOSSES",
     "METHODS",
     "P3EFT",
     "PSLF",
@@ -80,4 +82,5 @@ __all__ = [
     "randomise_adam_moments",
     "readout_of",
     "scores",
+    "squared_error",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -29,6 +29,7 @@ from blindtune.labels.checkpoint import (
 )
 from blindtune.labels.classifiers import Choice
 from blindtune.labels.head import Head, LinearHead
+from blindtune.labels.losses import Loss
 from blindtune.labels.methods.base import Method, make_method, options_of
 from blindtune.models.tokenizer import Text, TokenRow
 from blindtune.privacy.accountant import Guarantee, gaussian_guarantee
@@ -41,7 +42,6 @@ from blindtune.training.summary import LabelsSummary, read_summary, write_summar
 
 PROBE_TEXTS = 16
 """Number of training texts on which `prepare` measures the method's precision."""
-Loss = Callable[[Tensor, Tensor], Tensor]
 _ATTACHING = Lock()
 """Lock held while a model attaches its method to a backbone, so that two models can't do it at the same time."""
 
@@ -75,7 +75,7 @@ class PrivateModel(nn.Module):
         head: any module from `(B, k · d)` to `(B, K)`, such as `LinearHead`. Methods that aren't trained in
             steps replace a `Head` by the one that they fit.
         method: `PaddedLoRA(...)`, or another method for comparison: any class of `blindtune.labels.methods.METHODS`.
-        loss: `(logits, labels) -> scalar`, a mean over the batch. Default: cross entropy.
+        loss: `(logits, labels) -> scalar`, a mean over the batch, such as `squared_error`. Default: cross entropy.
         generator: secret random generator. Default: seeded by the operating system.
         seed: seed of the adapters' public initial weights, and of dropout if the `LoraConfig` has any.
         predict_only: skips the checks that only training needs. One operator is enough to predict.

@@ -16,8 +16,9 @@ MARKER = ".blindtune-demo"
 """File that marks a folder as made by this command, which may therefore remove it."""
 PLAN = """\
 You will see, in about three minutes on two cores:
-  1. Private labels. Two servers on this machine host MiniLM. The demo trains plain LoRA and then padded LoRA, the
-     default, over them on film reviews. The private label is the sign of a human rating.
+  1. Private labels. Two servers on this machine host MiniLM. The demo fits a classifier on frozen features, the
+     default, which sends nothing about labels. Then it trains plain LoRA and padded LoRA. The data are film reviews;
+     the private label is the sign of a human rating.
   2. An attack on what each server recorded. Its AUC measures how well the server can infer labels; 0.5 is guessing.
   3. Private texts. A server hosts SmolLM2. Undefended split learning sends it hidden states, and an attack
      reconstructs the text from them. The design `offline` sends nothing.
@@ -43,13 +44,13 @@ def demo(
 ) -> None:
     """Fine-tune with private labels and with private texts on this machine, and attack what the servers saw.
 
-    The demo starts two operators as separate processes, trains plain LoRA and then padded LoRA over them with the same
-    number of steps, and audits what each operator recorded. Then it sends sentences through the trunk of a cut decoder,
-    reconstructs them from what the server recorded, and trains with the design that sends nothing. It needs no account,
-    no hub and no GPU.
+    The demo starts two operators as separate processes and fits a classifier on frozen features of one of them. Then it
+    trains plain LoRA and padded LoRA over both with the same number of steps, and audits what each operator recorded.
+    Then it sends sentences through the trunk of a cut decoder, reconstructs them from what the server recorded, and
+    trains with the design that sends nothing. It needs no account, no hub and no GPU.
     """
     with reporting_errors():
-        from blindtune.cli.demo.labels import DemoPlan, attack_both, train_both
+        from blindtune.cli.demo.labels import DemoPlan, attack_both, train_all
         from blindtune.cli.demo.picture import write_picture
         from blindtune.cli.demo.texts import print_texts, texts_in_background
         from blindtune.data.film_reviews import film_reviews
@@ -69,7 +70,7 @@ def demo(
         try:
             sentences = [str(text) for text in test_set.texts]
             with texts_in_background(decoder, sentences, output) if decoder else nullcontext() as wait_for_texts:
-                labels = attack_both(plan, train_set, train_both(plan, train_set, test_set))
+                labels = attack_both(plan, train_set, *train_all(plan, train_set, test_set))
                 example = wait_for_texts() if wait_for_texts else None
             if example is not None:
                 print_texts(decoder, example)

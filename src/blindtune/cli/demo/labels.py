@@ -1,9 +1,9 @@
-"""The demo's part on private labels: trains plain LoRA and padded LoRA over two local operators, and attacks what they
-recorded."""
+"""The demo's part on private labels: fits a classifier on frozen features, trains plain LoRA and padded LoRA over two
+local operators, and attacks what they recorded."""
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 OPERATORS = ("operator A", "operator B")
 MAX_LENGTH = 32
 SOME_LABELS = "64 labels"
+FEATURES = "features"
+"""The method that sends nothing about labels. Operators see texts alone, so there is nothing to attack but those."""
 TITLES = {"lora": "Plain LoRA", "padded-lora": "Padded LoRA"}
+"""Methods that train adapters, which are attacked."""
 
 
 @dataclass(frozen=True)
@@ -53,18 +56,33 @@ class Run:
     """Result of training one method.
 
     Attributes:
-        frozen_accuracy: test accuracy of the head on frozen features; 0 if it wasn't measured.
         accuracy: test accuracy after training.
         seconds: duration of the training, preparation included.
         bytes_per_step: mean bytes of HTTP messages in a step, in both directions.
         report: numbers that the method reports.
     """
 
-    frozen_accuracy: float
     accuracy: float
     seconds: float
     bytes_per_step: float
     report: dict[str, float]
+
+
+@dataclass(frozen=True)
+class FeaturesRun:
+    """Result of the method that sends nothing about labels.
+
+    Attributes:
+        accuracy: test accuracy.
+        chosen: the layers and the classifier that cross-validation chose.
+        seconds: duration of the training.
+        bytes_per_text: mean bytes of HTTP messages for a text, in both directions.
+    """
+
+    accuracy: float
+    chosen: str
+    seconds: float
+    bytes_per_text: float
 
 
 @dataclass(frozen=True)
@@ -82,27 +100,61 @@ class LabelsPart:
     classes: list[str]
 
 
-def train_both(plan: DemoPlan, train_set: "Examples", test_set: "Examples") -> dict[str, Run]:
-    """Trains both methods over two servers, each method as a tenant of its own. Returns the runs by method."""
+def train_all(plan: DemoPlan, train_set: "Examples", test_set: "Examples") -> tuple[FeaturesRun, dict[str, Run]]:
+    """Trains over two servers, each method as a tenant of its own. Returns the run of `features`, and those of methods
+    that train adapters, by method."""
     from blindtune.server.auth import add_token
 
     token_file = plan.output / "tenants.txt"
-    tokens = {name: add_token(token_file, name) for name in TITLES}
+    tokens = {name: add_token(token_file, name) for name in (FEATURES, *TITLES)}
     console.print("Starting two servers …")
     threads = max(1, (os.cpu_count() or 2) // len(OPERATORS))
     with local_servers(plan.model, list(plan.transcripts.values()), threads=threads, token_file=token_file) as servers:
         for operator, server in zip(OPERATORS, servers, strict=True):
             console.print(f"{operator}: {server.url} (process {server.process.pid})")
-        return {name: _train(name, plan, servers, tokens[name], train_set, test_set) for name in TITLES}
+        features = _fit_features(plan, servers[0], tokens[FEATURES], train_set, test_set)
+        return features, {name: _train(name, plan, servers, tokens[name], train_set, test_set) for name in TITLES}
 
 
-def attack_both(plan: DemoPlan, train_set: "Examples", runs: dict[str, Run]) -> LabelsPart:
-    """Attacks what the operators recorded of both runs, prints a table, and writes a report of each."""
+def attack_both(plan: DemoPlan, train_set: "Examples", features: FeaturesRun, runs: dict[str, Run]) -> LabelsPart:
+    """Attacks what the operators recorded of the runs with adapters, prints a table, and writes a report of each."""
     verdicts = _audit(plan, train_set, runs)
-    summary = _summarise(runs, verdicts)
+    summary = _summarise(features, runs, verdicts)
     _print(summary, len(train_set))
     _report(plan.output, runs, verdicts, train_set)
     return LabelsPart(summary, verdicts, train_set.classes)
+
+
+def _fit_features(
+    plan: DemoPlan, server: ServerProcess, token: str, train_set: "Examples", test_set: "Examples"
+) -> FeaturesRun:
+    """Fits a classifier on frozen features that one server computes, and evaluates it."""
+    from blindtune.cli.options import connect
+    from blindtune.cli.progress import counting, inference_progress
+    from blindtune.labels import Features, LinearHead, PrivateModel, evaluate
+
+    console.rule(f"[bold]{FEATURES}")
+    method = Features()
+    reads = {name: value for name, value in method.reads.items() if name != "pairs"}
+    backbone = connect(
+        [server.url], token=[token], tls_ca=None, wait=60.0, max_length=MAX_LENGTH, num_adapters=0, store=None, **reads
+    )
+    head = LinearHead(backbone.hidden_size, len(train_set.classes))
+    private = PrivateModel(backbone, head, method, seed=plan.seed)
+    begin = time.perf_counter()
+    with inference_progress(backbone, console, "frozen features", len(train_set)):
+        method.fetch(backbone, backbone.rows(train_set.texts))
+    with counting(console, "fitting") as count:
+        method.on_progress = count
+        private.prepare(train_set.texts, train_set.labels or [])
+    seconds = time.perf_counter() - begin
+    traffic = backbone.traffic.sent + backbone.traffic.received
+    with inference_progress(backbone, console, "test", len(test_set)):
+        accuracy = evaluate(private, test_set)["accuracy"]
+    backbone.close()
+    chosen = "" if private.choice is None else str(private.choice.chosen)
+    console.print(f"{FEATURES}: test accuracy {accuracy:.3f}, {chosen}")
+    return FeaturesRun(accuracy, chosen, seconds, traffic / len(train_set))
 
 
 def _train(
@@ -132,7 +184,6 @@ def _train(
     begin = time.perf_counter()
     with inference_progress(backbone, console, "frozen features", len(train_set)):
         trainer.prepare()
-    frozen = _frozen_accuracy(private, test_set) if name == "lora" else 0.0
     done = trainer.run([StepBar(console, name, labels_status)])
     seconds = time.perf_counter() - begin
     with inference_progress(backbone, console, "test", len(test_set)):
@@ -140,18 +191,7 @@ def _train(
     backbone.close()
     console.print(f"{name}: test accuracy {accuracy:.3f}")
     traffic = sum(step.bytes_sent + step.bytes_received for step in done) / len(done)
-    return Run(frozen, accuracy, seconds, traffic, private.method.report())
-
-
-def _frozen_accuracy(private: Any, test_set: "Examples") -> float:
-    """Returns the test accuracy of the head on frozen features, before any adapter is trained."""
-    import torch
-
-    from blindtune.labels.metrics import scores
-
-    with torch.no_grad():
-        probabilities = private.head(private.backbone.frozen(test_set.texts)).softmax(-1)
-    return scores(probabilities, torch.tensor(test_set.labels))["accuracy"]
+    return Run(accuracy, seconds, traffic, private.method.report())
 
 
 def _audit(plan: DemoPlan, train_set: "Examples", runs: dict[str, Run]) -> dict[str, "Verdict"]:
@@ -180,7 +220,7 @@ def _audit(plan: DemoPlan, train_set: "Examples", runs: dict[str, Run]) -> dict[
     return verdicts
 
 
-def _summarise(runs: dict[str, Run], verdicts: dict[str, "Verdict"]) -> dict[str, Any]:
+def _summarise(features: FeaturesRun, runs: dict[str, Run], verdicts: dict[str, "Verdict"]) -> dict[str, Any]:
     from blindtune.audit import ChannelKind
 
     computed = (ChannelKind.ACTIVATION, ChannelKind.SHIFT, ChannelKind.SENT_ACTIVATION)
@@ -205,7 +245,7 @@ def _summarise(runs: dict[str, Run], verdicts: dict[str, "Verdict"]) -> dict[str
     frozen = verdicts["padded-lora"]
     return {
         "methods": methods,
-        "frozen_accuracy": runs["lora"].frozen_accuracy,
+        "features": asdict(features),
         "frozen_attack_auc": frozen.frozen.auc,
         "frozen_component_auc": frozen.frozen_component.auc,
         "frozen_probe_auc": frozen.frozen_probe.auc,
@@ -236,7 +276,17 @@ def _print(result: dict[str, Any], examples: int) -> None:
     for column in columns:
         table.add_column(column, justify="left" if column == "method" else "right")
     frozen = [f"{result['frozen_attack_auc']:.2f}", _with_some_labels(result["frozen_few_label_auc"])]
-    table.add_row("frozen model", f"{result['frozen_accuracy']:.3f}", frozen[0], "–", frozen[1], *"–––––")
+    features = result["features"]
+    table.add_row(
+        "Features",
+        f"{features['accuracy']:.3f}",
+        frozen[0],
+        "–",
+        frozen[1],
+        *("0", "0", "0"),
+        "–",
+        f"{features['seconds']:.0f}",
+    )
     for name, run in result["methods"].items():
         mu, epsilon, bits = run.get("mu"), run.get("epsilon"), run.get("information_bits")
         table.add_row(
@@ -257,8 +307,9 @@ def _print(result: dict[str, Any], examples: int) -> None:
         "Best attack: AUC of the strongest attack that knows no label (spectral, norm, k-means, the most bimodal "
         "component, what adapters share) on activations, shifts and received gradients of either operator, at the best "
         "snapshot of the run; 0.5 is guessing. With 64 labels: the best probe of an attacker who knows the labels of "
-        "64 texts. The row of the frozen model shows what the texts themselves reveal, with as many attacks, and "
-        "adapters in random order. μ, ε (at δ = 1e-5) and bits bound what everything that one operator sees in the run "
+        "64 texts. With features, operators see texts and nothing that depends on labels: its row shows what texts "
+        "themselves reveal, with as many attacks, and adapters in random order. μ, ε (at δ = 1e-5) and bits bound what "
+        "everything that one operator sees in the run "
         f"reveals of all {examples} labels together, and so of any one of them."
     )
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from blindtune.labels import Method, PrivateModel, TrainConfig, Trainer
 
 LABELS_HELP = "Column of labels: class names, integers or booleans."
-DEFAULT_METHOD = "padded-lora"
+DEFAULT_METHOD = "features"
 
 
 def train(
@@ -49,8 +49,9 @@ def train(
     method: Annotated[
         str | None,
         typer.Option(
-            help="Training method. Default: padded-lora, which bounds what one operator learns. Try features first: it "
-            "needs one server and sends nothing about labels. See `blindtune labels methods` for the others."
+            help="Training method. Default: features, which needs one server and sends nothing about labels. "
+            "padded-lora trains adapters, and bounds what one of two operators learns. See `blindtune labels methods` "
+            "for the others."
         ),
     ] = None,
     set_: Annotated[
@@ -106,16 +107,17 @@ def train(
 ) -> None:
     """Fine-tune a hosted model on private labels.
 
-    Texts and adapters are sent to the servers; labels, the head and the optimizer stay here. With features, one server
-    is enough, and what it gets doesn't depend on labels. With padded-lora, each operator gets the adapter under a pad
-    and one share of each gradient, so give at least two operators that don't collude. Ctrl-C saves a checkpoint, and
-    --resume continues from it. The output folder holds PEFT adapters, the head, and the secrets of the run.
+    Texts are sent to the servers; labels and the head stay here. With features, the default, one server is enough, and
+    what it gets doesn't depend on labels. With --method padded-lora, each operator also gets an adapter under a pad and
+    one share of each gradient, so give at least two operators that don't collude. Ctrl-C saves a checkpoint of a method
+    that trains in steps, and --resume continues from it. The output folder holds the head, PEFT adapters, and the
+    secrets of the run.
 
     Further training options (--training name=value): epochs, head_learning_rate, weight_decay, betas, warmup, floor,
     max_grad_norm, random_adam_moments, seed, save_every.
 
-    Example: blindtune labels train --server https://a.example --server https://b.example --data notes.csv --text note
-    --label diagnosis --output out/
+    Example: blindtune labels train --server https://a.example --data notes.csv --text note --label diagnosis
+    --output out/
     """
     with reporting_errors():
         from blindtune.labels import TrainConfig, Trainer, make_method, method_class
@@ -171,7 +173,10 @@ def _refuse_unused(method: str, given: dict[str, Any], training: dict[str, Any])
     used = [name for name, value in given.items() if value is not None]
     used += [f"--training {name}" for name in training if name not in ("seed", "batch_size", "steps", "learning_rate")]
     if used:
-        raise ConfigError(f"{method} isn't trained in steps, so it has no use for {used[0]}.", remedy="Leave it out.")
+        raise ConfigError(
+            f"{method} isn't trained in steps, so it has no use for {used[0]}.",
+            remedy="Leave it out, or name a method that trains adapters, such as --method padded-lora.",
+        )
 
 
 def methods() -> None:
