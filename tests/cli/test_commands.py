@@ -539,3 +539,14 @@ def test_runs_on_the_same_labels_add_up_in_the_plan(four_servers, notes, tmp_pat
         assert found, plan
         spent = [read_journal(tmp_path / str(number) / "ledger.jsonl").guarantee().mu for number in range(count)]
         assert float(found[1]) == pytest.approx((0.25**2 + sum(mu**2 for mu in spent)) ** 0.5, abs=0.002)
+
+
+def test_the_version_is_shown():
+    from importlib.metadata import version
+
+    from typer.testing import CliRunner
+
+    from blindtune.cli import app
+
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.output.strip()) == (0, f"blindtune {version('blindtune')}")
