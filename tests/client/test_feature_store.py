@@ -214,15 +214,18 @@ class TestStore:
         else:
             content = path.read_bytes()
             path.write_bytes(b"not a database " * 100 if how == "no database" else content[: len(content) // 2])
-        other = connect(tiny_server, model="bert", num_adapters=0, readout="all")
-        before = other.traffic.requests
+        sent: list[int] = []
 
         def read() -> None:
-            other.store = FeatureStore(tmp_path)
-            other.frozen(film_sentences[:50])
+            other = connect(tiny_server, model="bert", num_adapters=0, readout="all", store=FeatureStore(tmp_path))
+            before = other.traffic.requests
+            try:
+                other.frozen(film_sentences[:50])
+            finally:
+                sent.append(other.traffic.requests - before)
 
         with pytest.raises(CheckpointError, match=r"features\.sqlite") as caught:
             read()
-        assert other.traffic.requests == before
+        assert not any(sent)
         assert "Delete the file" in caught.value.remedy
         assert path.exists()

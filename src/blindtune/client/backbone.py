@@ -9,7 +9,8 @@ optimizer.step()
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -25,9 +26,9 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from blindtune.client.channel import Channel, PlainChannel, RemoteBatch
 from blindtune.client.feature_store import FeatureSource, FeatureStore
 from blindtune.client.operators import Operator, OperatorPool
-from blindtune.client.state_cache import StateCache
+from blindtune.client.state_cache import MEMORY, StateCache
 from blindtune.client.transport import Timeout, Traffic, Transport
-from blindtune.errors import ConfigError, SequenceTooLong, UnknownReadout
+from blindtune.errors import ConfigError, PrivacyError, SequenceTooLong, UnknownReadout
 from blindtune.models import LoraAdapter, Tokenizer
 from blindtune.models.readout import check_readout
 from blindtune.models.tangents import check_offered
@@ -89,8 +90,9 @@ class Backbone(nn.Module):
         projection: public random projection of each layer's states on the server, or its size; None for none. If the
             states have no more values than that size, they aren't projected.
         codec: codec in which hidden states of the frozen model are sent: fp32, fp16, int8 or int4.
-        store: folder in which hidden states of the frozen model are kept, or a `FeatureStore`, so that no text is sent
-            twice. Default: in memory only.
+        store: folder in which hidden states of the frozen model are kept, or a `FeatureStore`, so that later runs don't
+            send the same texts again. Default: none; one `Backbone` never sends a text twice.
+        memory: size in bytes beyond which hidden states of the frozen model are moved from memory to a temporary file.
         max_length: number of tokens to which texts are truncated. Default: 128, or the model's limit if that is less.
         channel: decides what each operator is sent. Default: adapters and gradients in the clear.
         verify, insecure, timeout, on_wait: see `Transport`.
@@ -112,6 +114,7 @@ class Backbone(nn.Module):
         projection: Projection | int | None = None,
         codec: Codec = "fp32",
         store: str | Path | FeatureStore | None = None,
+        memory: int = MEMORY,
         max_length: int | None = None,
         channel: Channel | None = None,
         verify: Any = True,
@@ -143,7 +146,8 @@ class Backbone(nn.Module):
         if codec not in CODECS:
             raise ConfigError(f"There is no codec {codec!r}.", remedy=f"Use one of: {', '.join(CODECS)}.")
         self._source = FeatureSource(self.info, self.readout, codec)
-        self.store = FeatureStore(store) if isinstance(store, str | Path) else store
+        self._cache = StateCache(FeatureStore(store) if isinstance(store, str | Path) else store, memory)
+        self._offline = False
         max_length = min(DEFAULT_LENGTH, self.info.limits.max_length) if max_length is None else max_length
         if not 1 <= max_length <= self.info.limits.max_length:
             raise SequenceTooLong(
@@ -161,7 +165,6 @@ class Backbone(nn.Module):
         self.optimizer_steps = 0
         """Number of steps so far of optimizers that hold parameters of the adapters."""
         _backbones.add(self)
-        self._cache = StateCache()
         self.on_infer: Callable[[int], None] | None = None
         """Callback invoked with the number of texts in each completed chunk of `infer` and `frozen`.
 
@@ -172,6 +175,11 @@ class Backbone(nn.Module):
     def pooling(self) -> Pooling:
         """How hidden states of all positions are reduced to one vector for each text."""
         return self.readout.pooling
+
+    @property
+    def codec(self) -> Codec:
+        """Codec in which hidden states of the frozen model are sent."""
+        return self._source.codec
 
     @property
     def parts(self) -> int:
@@ -288,25 +296,42 @@ class Backbone(nn.Module):
         return torch.cat([*joint[: int(self.pairs == "both")], (u - v).abs(), u * v], dim=-1)
 
     def fetch(self, rows: Sequence[TokenRow]) -> None:
-        """Fetches what `frozen` will need for these rows, so that it sends nothing later."""
+        """Fetches what `frozen` will need for these rows, so that it sends nothing later.
+
+        The order in which texts are sent doesn't depend on the order of the rows.
+        """
         parts = [part for row in rows for part in row.parts] if self.pairs != "joint" else []
-        self.frozen_states([*(rows if self.pairs != "apart" else []), *parts])
+        self._fetch(self._source, [*(rows if self.pairs != "apart" else []), *parts], self._ask_states)
+
+    @contextmanager
+    def offline(self) -> Generator[None]:
+        """Context in which texts whose hidden states haven't been fetched are refused instead of sent.
+
+        Raises:
+            PrivacyError: in the context, for such texts.
+        """
+        before, self._offline = self._offline, True
+        try:
+            yield
+        finally:
+            self._offline = before
 
     def frozen_states(self, rows: Sequence[TokenRow]) -> list[Tensor]:
-        """Returns h(x, 0) of each token row, from memory, from the store, or from an operator.
+        """Returns h(x, 0) of each token row, from memory, from disk, or from an operator.
 
         Returns:
             `(k · d,)` for each row; for pooling `none` `(L, k · d)`, with the row's own L.
         Raises:
             CheckpointError: the store is damaged.
+            PrivacyError: texts would be sent inside of `offline`.
         """
-        source, by_token = self._source, self.pooling == "none"
+        self._fetch(self._source, rows, self._ask_states)
+        return self._cache.take(self._source, rows)
 
-        def fetch(part: list[TokenRow], operator: Operator) -> list[Tensor]:
-            hidden = operator.forward(self.tokenizer.pad(part), (), self.readout, None, codec=source.codec)
-            return [h[: len(row)] if by_token else h for row, h in zip(part, hidden[0], strict=True)]
-
-        return self._fetched(source, rows, fetch)
+    def _ask_states(self, part: list[TokenRow], operator: Operator) -> list[Tensor]:
+        hidden = operator.forward(self.tokenizer.pad(part), (), self.readout, None, codec=self._source.codec)
+        by_token = self.pooling == "none"
+        return [h[: len(row)] if by_token else h for row, h in zip(part, hidden[0], strict=True)]
 
     def _frozen_stack(self, rows: Sequence[TokenRow]) -> Tensor:
         hidden = self.frozen_states(rows)
@@ -335,8 +360,8 @@ class Backbone(nn.Module):
         check_offered(directions, readout, self.info)
         limits, last = self.info.limits, directions.first + directions.count
         rows = self.rows(texts)
-        longest = max((len(row) for row in rows), default=1)
-        size = max(1, min(DIRECTIONS_AT_ONCE, limits.max_tokens // longest))
+        # it is the same in every call, or else texts would be sent again in other groups of directions
+        size = max(1, min(DIRECTIONS_AT_ONCE, limits.max_tokens // self.max_length))
         width = readout.size(self.info.hidden_size)
         parts: list[Tensor] = []
         for first in range(directions.first, last, size):
@@ -345,31 +370,39 @@ class Backbone(nn.Module):
             def fetch(part: list[TokenRow], operator: Operator, some: Directions = some) -> list[Tensor]:
                 return list(operator.tangents(self.tokenizer.pad(part), readout, some, codec=codec).unbind(1))
 
-            states = self._fetched(FeatureSource(self.info, readout, codec, some), rows, fetch, some.count)
+            source = FeatureSource(self.info, readout, codec, some)
+            self._fetch(source, rows, fetch, some.count)
+            states = self._cache.take(source, rows)
             parts.append(torch.stack(states) if states else torch.empty(0, some.count, width))
         return torch.cat(parts, dim=1)
 
-    def _fetched(
+    def _fetch(
         self,
         source: FeatureSource,
         rows: Sequence[TokenRow],
-        fetch: Callable[[list[TokenRow], Operator], list[Tensor]],
+        ask: Callable[[list[TokenRow], Operator], list[Tensor]],
         copies: int = 1,
-    ) -> list[Tensor]:
-        """Returns what a source gives for each row, from memory, from the store, or from the operators.
+    ) -> None:
+        """Sees to it that what a source gives for each row is kept, and asks the operators for what isn't.
 
         Args:
-            fetch: asks an operator for the states of some rows.
+            ask: asks an operator for the states of some rows.
             copies: number of copies of a row that the operator computes.
         """
-        if missing := self._cache.missing(source, rows, self.store):
+        missing = self._cache.missing(source, rows)
+        if not missing:
+            return
+        if self._offline:
+            raise PrivacyError(
+                f"{len(missing)} texts were not fetched before labels were used. Sending them now could reveal labels.",
+                remedy="Call fetch(texts) or prepare(texts, labels) of the model first, with all texts that it needs.",
+            )
 
-            def compute(part: list[TokenRow], team: tuple[int, ...]) -> Tensor:
-                self._cache.add(source, part, fetch(part, self.pool.operators[team[0]]), self.store)
-                return torch.empty(0)
+        def compute(part: list[TokenRow], team: tuple[int, ...]) -> Tensor:
+            self._cache.add(source, part, ask(part, self.pool.operators[team[0]]))
+            return torch.empty(0)
 
-            self._in_chunks(missing, PlainChannel().teams(len(self.pool)), compute, copies)
-        return self._cache.take(source, rows)
+        self._in_chunks(missing, PlainChannel().teams(len(self.pool)), compute, copies)
 
     def _infer(
         self,
@@ -406,7 +439,7 @@ class Backbone(nn.Module):
         copies: int | None = None,
     ) -> list[tuple[list[int], Tensor]]:
         """Computes rows as `_infer` does. Returns the indices of each chunk's rows with its hidden states."""
-        order = sorted(range(len(rows)), key=lambda index: (len(rows[index]), rows[index].ids))
+        order = sorted(range(len(rows)), key=lambda index: (len(rows[index]), rows[index].ids, rows[index].types))
         copies = max(1, self.num_adapters) if copies is None else copies
         tokens_per_team = sum(len(row) for row in rows) * copies // len(teams) + 1
         max_tokens = min(
@@ -432,8 +465,7 @@ class Backbone(nn.Module):
     def close(self) -> None:
         """Closes all connections and the store."""
         self.pool.close()
-        if self.store is not None:
-            self.store.close()
+        self._cache.close()
 
     @property
     def version(self) -> tuple[int, ...]:

@@ -46,7 +46,9 @@ class FeatureStore:
         self._lock = Lock()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, PRIVATE))
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT, PRIVATE)
+            os.fchmod(file, PRIVATE)  # a file that was there may be open to others; SQLite's own files get its mode
+            os.close(file)
             self._database = sqlite3.connect(self.path, check_same_thread=False, timeout=60.0)
             self._database.execute("PRAGMA journal_mode=WAL")
             self._database.execute(

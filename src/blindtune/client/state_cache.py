@@ -1,53 +1,115 @@
-"""Keeps the frozen model's hidden states and tangents of texts in memory, and reads and writes the client's store."""
+"""Keeps the frozen model's hidden states and tangents of texts, so that no text is sent twice.
+
+They are kept in memory, beyond a limit in a temporary file, and, if the user wants, in the client's store. What is kept
+never has to be asked for again: a server that sees a text twice could learn when and in which order the client uses it.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Sequence
+from tempfile import TemporaryDirectory
+from threading import Lock
 
 from torch import Tensor
 
 from blindtune.client.feature_store import FeatureSource, FeatureStore
 from blindtune.models.tokenizer import TokenRow
 
-MAX_BYTES = 2 * 2**30
-"""Size in bytes of the states that are kept in memory."""
+MEMORY = 2 * 2**30
+"""Size in bytes of the states that are kept in memory by default."""
+_AT_ONCE = 500
+"""Number of rows that are read from a file at once."""
+_Key = tuple[str, TokenRow]
 
 
 class StateCache:
-    """States of token rows from several sources, in memory; the oldest are dropped."""
+    """States of token rows from several sources. Nothing is forgotten until it is closed.
 
-    def __init__(self) -> None:
-        self._known: OrderedDict[tuple[str, TokenRow], Tensor] = OrderedDict()
+    Args:
+        store: the client's store; None for none.
+        memory: size in bytes beyond which the oldest states are moved to a temporary file.
+    """
+
+    def __init__(self, store: FeatureStore | None, memory: int) -> None:
+        self.store, self.memory = store, memory
+        self._known: OrderedDict[_Key, Tensor] = OrderedDict()
         self._bytes = 0
+        self._moved: set[_Key] = set()
+        """Keys of the states in the temporary file."""
+        self._sources: dict[str, FeatureSource] = {}
+        self._folder: TemporaryDirectory[str] | None = None
+        self._file: FeatureStore | None = None
+        self._lock = Lock()
 
-    def missing(self, source: FeatureSource, rows: Sequence[TokenRow], store: FeatureStore | None) -> list[TokenRow]:
-        """Returns the distinct rows whose states are neither in memory nor in the store, and loads the others."""
-        missing = list({row for row in rows if (source.name, row) not in self._known})
-        if store is None or not missing:
-            return missing
-        loaded = store.load(source, missing)
-        for row, states in loaded.items():
-            self._keep(source, row, states)
-        return [row for row in missing if row not in loaded]
+    def missing(self, source: FeatureSource, rows: Sequence[TokenRow]) -> list[TokenRow]:
+        """Returns the distinct rows whose states aren't kept, and loads those that are in the store alone.
 
-    def add(
-        self, source: FeatureSource, rows: Sequence[TokenRow], fetched: Sequence[Tensor], store: FeatureStore | None
-    ) -> None:
-        """Keeps states that an operator sent, in memory and in the store. Several threads may call it."""
+        Raises:
+            CheckpointError: the store is damaged.
+        """
+        unknown = list({row for row in rows if not self._holds((source.name, row))})
+        if self.store is None:
+            return unknown
+        missing: list[TokenRow] = []
+        for start in range(0, len(unknown), _AT_ONCE):
+            part = unknown[start : start + _AT_ONCE]
+            loaded = self.store.load(source, part)
+            self._keep(source, list(loaded), list(loaded.values()))
+            missing += [row for row in part if row not in loaded]
+        return missing
+
+    def add(self, source: FeatureSource, rows: Sequence[TokenRow], fetched: Sequence[Tensor]) -> None:
+        """Keeps states that an operator sent, and writes them to the store. Several threads may call it."""
         states = [source.rounded(each.clone()) for each in fetched]
-        if store is not None:
-            store.save(source, rows, states)
-        for row, state in zip(rows, states, strict=True):
-            self._keep(source, row, state)
+        if self.store is not None:
+            self.store.save(source, rows, states)
+        self._keep(source, rows, states)
 
     def take(self, source: FeatureSource, rows: Sequence[TokenRow]) -> list[Tensor]:
-        """Returns the states of rows, none of which are missing. Drops the oldest states if there are too many."""
-        states = [self._known[source.name, row] for row in rows]
-        while self._bytes > MAX_BYTES:
-            self._bytes -= self._known.popitem(last=False)[1].nbytes
-        return states
+        """Returns the states of rows, none of which are missing."""
+        found = {row: self._known[source.name, row] for row in rows if (source.name, row) in self._known}
+        moved = list({row for row in rows if row not in found})
+        for start in range(0, len(moved), _AT_ONCE):
+            found |= self._temporary().load(source, moved[start : start + _AT_ONCE])
+        return [found[row] for row in rows]
 
-    def _keep(self, source: FeatureSource, row: TokenRow, states: Tensor) -> None:
-        self._known[source.name, row] = states
-        self._bytes += states.nbytes
+    def close(self) -> None:
+        """Deletes the temporary file and closes the store."""
+        if self._file is not None and self._folder is not None:
+            self._file.close()
+            self._folder.cleanup()
+        if self.store is not None:
+            self.store.close()
+
+    def _holds(self, key: _Key) -> bool:
+        return key in self._known or key in self._moved
+
+    def _keep(self, source: FeatureSource, rows: Sequence[TokenRow], states: Sequence[Tensor]) -> None:
+        with self._lock:
+            self._sources[source.name] = source
+            for row, state in zip(rows, states, strict=True):
+                key = (source.name, row)
+                if not self._holds(key):
+                    self._known[key] = state
+                    self._bytes += state.nbytes
+            self._move_oldest()
+
+    def _move_oldest(self) -> None:
+        """Moves the oldest states to the temporary file, if there are too many in memory."""
+        moved: dict[str, list[tuple[TokenRow, Tensor]]] = {}
+        while self._bytes > self.memory and self._known:
+            (name, row), state = self._known.popitem(last=False)
+            self._bytes -= state.nbytes
+            moved.setdefault(name, []).append((row, state))
+        for name, pairs in moved.items():
+            self._temporary().save(self._sources[name], [row for row, _ in pairs], [state for _, state in pairs])
+            self._moved |= {(name, row) for row, _ in pairs}
+
+    def _temporary(self) -> FeatureStore:
+        """Returns the temporary file, which is made when it is needed."""
+        if self._file is None:
+            self._folder = TemporaryDirectory(prefix="blindtune-states-")  # only its owner can read it
+            self._file = FeatureStore(self._folder.name, max_bytes=sys.maxsize)
+        return self._file

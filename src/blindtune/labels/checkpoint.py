@@ -148,6 +148,7 @@ def readout_of(summary: LabelsSummary) -> dict[str, Any]:
         "pooling": readout.pooling,
         "projection": readout.projection,
         "pairs": summary.pairs,
+        "codec": summary.codec,
         "max_length": summary.max_length,
     }
 

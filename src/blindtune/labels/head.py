@@ -22,10 +22,13 @@ from torch.nn import functional as F
 from blindtune.errors import ConfigError
 
 LARGEST = 1e3
-"""Bound on the absolute value of standardised features in the fit.
+"""Bound on the absolute value of standardised features.
 
-No model gives larger ones. With the bound, an operator's responses can't make the fit fail.
+No model gives larger ones. With the bound, an operator's responses can't make the fit fail. That matters because
+whether a fit fails could depend on labels, and the operator sees whether the client goes on.
 """
+AT_ONCE = 4096
+"""Number of examples whose statistics are computed at once."""
 CENTRES = 8192
 """Largest number of training examples that a kernel classifier keeps."""
 
@@ -55,7 +58,11 @@ class Head(nn.Module):
         self.register_buffer("scale", torch.ones(self.read))
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.logits((self.select(features) - self.mean) / self.scale)
+        return self.logits(self.bounded(self.select(features)))
+
+    def bounded(self, features: Tensor) -> Tensor:
+        """Returns standardised features `(…, d')` with a bound on their absolute value."""
+        return ((features - self.mean) / self.scale).clamp(-LARGEST, LARGEST)
 
     @abstractmethod
     def logits(self, x: Tensor) -> Tensor:
@@ -83,15 +90,40 @@ class Head(nn.Module):
     def standardise(self, features: Tensor) -> Tensor:
         """Sets the statistics from features `(N, d)`. Returns the standardised features `(N, d')`, bounded."""
         features = self.select(features)
-        deviation = features.std(0) if len(features) > 1 else torch.zeros(self.read)
-        self.mean = features.mean(0)
-        self.scale = self._scales(deviation)
-        return ((features - self.mean) / self.scale).nan_to_num().clamp(-LARGEST, LARGEST)
+        mean, deviation = _statistics(features)
+        self.mean, self.scale = mean, self._scales(deviation)
+        return self.bounded(features)
 
     def _scales(self, deviation: Tensor) -> Tensor:
         """Returns standard deviations with a lower bound."""
         varying = deviation[deviation > 0]  # dividing by the deviation of a constant dimension would give infinity
         return deviation.clamp_min(0.2 * float(varying.median()) if len(varying) else 1.0)
+
+
+def _statistics(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the mean and the standard deviation of features `(N, d)`, which may be as large as float32 goes."""
+    count = len(features)
+    mean = sum((part.double().sum(0) for part in features.split(AT_ONCE)), torch.zeros(())) / max(1, count)
+    squares = sum(((part.double() - mean).square().sum(0) for part in features.split(AT_ONCE)), torch.zeros(()))
+    deviation = (squares / max(1, count - 1)).sqrt()
+    return mean.float(), deviation.clamp_max(1e30).float()
+
+
+def _solve(system: Tensor, right: Tensor) -> Tensor:
+    """Returns the solution of a system `(M, M)` that is positive definite except for rounding, for `right` `(M, K)`.
+
+    If Cholesky's method fails, it adds to the diagonal until it doesn't. It raises nothing, whatever the numbers are.
+    """
+    system, right = system.double(), right.double()
+    size = float(system.diagonal().mean())
+    for extra in (0.0, *(10.0**power * size for power in range(-12, 3))):
+        system.diagonal().add_(extra)
+        factor, failed = torch.linalg.cholesky_ex(system)
+        if not bool(failed):
+            solved = torch.cholesky_solve(right, factor).float().contiguous()
+            if bool(torch.isfinite(solved).all()):
+                return solved
+    return torch.zeros_like(right, dtype=torch.float32)
 
 
 class LinearHead(Head):
@@ -116,13 +148,29 @@ class LinearHead(Head):
         self.l2, self.iterations = l2, iterations
         self.linear = nn.Linear(self.read, classes)
 
+    def forward(self, features: Tensor) -> Tensor:
+        # without the bound: adapters are trained through it, and a bound would give no gradient
+        return self.logits((self.select(features) - self.mean) / self.scale)
+
     def logits(self, x: Tensor) -> Tensor:
         return self.linear(x)
 
     def fit(self, features: Tensor, labels: Tensor) -> None:
         x = self.standardise(features)
+        if not self._minimise(x, labels):  # very badly scaled features: with more digits, and a bound that is closer
+            self.linear.double()
+            fitted = self._minimise(x.double().clamp(-10, 10), labels)
+            self.linear.float()
+            if not fitted:
+                self._reset()
+
+    def _reset(self) -> None:
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
+
+    def _minimise(self, x: Tensor, labels: Tensor) -> bool:
+        """Fits the weights from zero. Returns whether they are finite; L-BFGS may fail where numbers overflow."""
+        self._reset()
         parameters = list(self.linear.parameters())
         optimizer = torch.optim.LBFGS(parameters, max_iter=self.iterations, line_search_fn="strong_wolfe")
 
@@ -133,8 +181,13 @@ class LinearHead(Head):
             loss.backward()
             return loss
 
-        optimizer.step(objective)  # pyright: ignore[reportArgumentType]
-        optimizer.zero_grad()
+        try:
+            optimizer.step(objective)  # pyright: ignore[reportArgumentType]
+        except RuntimeError:
+            return False
+        finally:
+            optimizer.zero_grad()
+        return all(bool(torch.isfinite(parameter).all()) for parameter in parameters)
 
 
 class KernelHead(Head):
@@ -196,7 +249,7 @@ class KernelHead(Head):
             right = right / self.ridge
         diagonal = self.ridge if len(x) <= CENTRES else 1e-4 * float(system.diagonal().mean())
         system.diagonal().add_(diagonal)
-        self.coefficients = torch.cholesky_solve(right, torch.linalg.cholesky(system)).contiguous()
+        self.coefficients = _solve(system, right)
 
     def fit_temperature(self, features: Tensor, labels: Tensor) -> None:
         """Sets the temperature to the one with the smallest loss on held-out features `(N, d)`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -162,6 +163,15 @@ class PrivateModel(nn.Module):
         """Id of the run in its ledger; empty if the method has no ledger."""
         return "" if self.method.ledger is None else self.method.ledger.run
 
+    def fetch(self, texts: Sequence[Text] | Sequence[TokenRow]) -> None:
+        """Fetches what the frozen model computes of these texts, so that nothing is sent for them later.
+
+        The order in which they are sent doesn't depend on their order. With a method without adapters, call it once
+        with all training and validation texts before `prepare`: then nothing is sent after labels were used.
+        """
+        self.check_backbone()
+        self.method.fetch(self.backbone, self.backbone.rows(texts))
+
     def prepare(
         self,
         texts: Sequence[Text] | Sequence[TokenRow],
@@ -171,9 +181,10 @@ class PrivateModel(nn.Module):
     ) -> None:
         """Fetches the frozen features of the training texts, and initialises the head and the method with them.
 
-        Each text is sent to one operator once; labels aren't sent. A `Head` is fitted on the frozen features (linear
-        probing, then fine-tuning); other modules keep their initial weights. The run is recorded in the history
-        of runs that use these labels (`blindtune.privacy.history`).
+        Each text is sent to one operator once; labels aren't sent. Nothing is sent after labels were used, so call
+        `fetch` with validation texts before, if the method trains no adapters. A `Head` is fitted on the frozen
+        features (linear probing, then fine-tuning); other modules keep their initial weights. The run is recorded in
+        the history of runs that use these labels (`blindtune.privacy.history`).
 
         Args:
             watch_batches: whether later batches are checked, if the method's guarantee requires that batches don't
@@ -184,7 +195,9 @@ class PrivateModel(nn.Module):
         self.register(texts)
         rows = self.backbone.rows(texts)
         if not self.method.by_steps and isinstance(self.head, Head):
-            self.choice = self.method.fit_head(self.backbone, rows, target, self.classes)
+            self.fetch(rows)
+            with self.backbone.offline():
+                self.choice = self.method.fit_head(self.backbone, rows, target, self.classes)
             if self.choice is not None:
                 self.head = self.choice.head
             return
@@ -208,6 +221,8 @@ class PrivateModel(nn.Module):
         """Computes logits for texts, and with labels also a differentiable loss.
 
         Raises:
+            PrivacyError: the method trains no adapters, labels are given, and the texts weren't fetched before
+                (`fetch`, `prepare`): which texts are sent together could depend on labels.
             LabelDependentBatches: the batches of a training loop depend on labels, and the method's guarantee requires
                 that they don't. This is checked only after `prepare`.
         """
@@ -221,7 +236,8 @@ class PrivateModel(nn.Module):
         if self.method.num_adapters:
             hidden = self.backbone.all_adapters(rows, seed=seed)  # (n, B, d)
         else:
-            hidden = self.method.inputs(self.backbone, rows).unsqueeze(0)
+            with nullcontext() if target is None else self.backbone.offline():
+                hidden = self.method.inputs(self.backbone, rows).unsqueeze(0)
         mixed = self.method.mix(hidden)
         logits = self.head(mixed if self.auxiliary is None else mixed.detach())
         if target is None:
@@ -267,6 +283,7 @@ class PrivateModel(nn.Module):
             hidden_size=self.backbone.hidden_size,
             readout=self.backbone.readout,
             pairs=self.backbone.pairs,
+            codec=self.backbone.codec,
             adapters=self.backbone.num_adapters,
             seed=self.seed,
             head=type(self.head).__name__,

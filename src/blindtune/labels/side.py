@@ -72,7 +72,7 @@ class SideHead(Head):
         states = features if features.ndim == 3 else features.unsqueeze(1)
         mask = (states != 0).any(-1)
         mask[:, 0] = True  # a text has at least one token
-        x = (states - self.mean) / self.scale
+        x = self.bounded(states)
         return self._network(x * mask.unsqueeze(-1), mask, lambda value, _rate: value)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class SideHead(Head):
             for indices in _batches(lengths, batch_size, random):
                 states = read(indices)
                 mask = torch.arange(max(map(len, states))) < torch.tensor([len(s) for s in states]).unsqueeze(1)
-                x = pad_sequence([(s - self.mean) / self.scale for s in states], batch_first=True)
+                x = pad_sequence([self.bounded(s) for s in states], batch_first=True)
                 loss = F.cross_entropy(self._network(x, mask, drop), labels[indices], label_smoothing=self.smoothing)
                 optimizer.zero_grad()
                 loss.backward()

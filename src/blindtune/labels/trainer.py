@@ -194,7 +194,8 @@ def predict(model: PrivateModel, texts: Sequence[Text] | Sequence[TokenRow]) -> 
             return model.head(method.mix(backbone.infer(rows))).softmax(-1)
         method.fetch(backbone, rows)
         chunks = [rows[start : start + AT_ONCE] for start in range(0, len(rows), AT_ONCE)]
-        logits = [model.head(method.mix(method.inputs(backbone, chunk).unsqueeze(0))) for chunk in chunks]
+        with backbone.offline():
+            logits = [model.head(method.mix(method.inputs(backbone, chunk).unsqueeze(0))) for chunk in chunks]
         return torch.cat(logits).softmax(-1) if logits else torch.empty(0, model.classes)
 
 

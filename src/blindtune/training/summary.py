@@ -13,9 +13,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from blindtune.errors import CheckpointError
 from blindtune.files import SUMMARY, replace_file
-from blindtune.wire import Readout
+from blindtune.wire import Codec, Readout
 
-FORMAT = 4
+FORMAT = 5
 S = TypeVar("S", bound="RunSummary")
 
 
@@ -35,7 +35,7 @@ class RunSummary(BaseModel):
 
     PRODUCT: ClassVar[Literal["labels", "texts"]]
 
-    format: Literal[4] = FORMAT
+    format: Literal[5] = FORMAT
     method: str
     options: dict[str, Any]
     model: str
@@ -51,6 +51,7 @@ class LabelsSummary(RunSummary):
         run: the run's id in its ledger; empty if it has none.
         readout: which hidden states the head reads.
         pairs: how pairs of texts are read (`Backbone`).
+        codec: codec of hidden states of the frozen model (`Backbone`).
         adapters: n, the number of adapters.
         head: class name of the head.
         classes: class names in the order of their indices.
@@ -63,6 +64,7 @@ class LabelsSummary(RunSummary):
     hidden_size: int
     readout: Readout
     pairs: Literal["joint", "apart", "both"]
+    codec: Codec
     adapters: int
     seed: int
     head: str

@@ -142,19 +142,19 @@ def _fit_features(
     head = LinearHead(backbone.hidden_size, len(train_set.classes))
     private = PrivateModel(backbone, head, method, seed=plan.seed)
     begin = time.perf_counter()
-    with inference_progress(backbone, console, "frozen features", len(train_set)):
-        method.fetch(backbone, backbone.rows(train_set.texts))
+    texts = [*train_set.texts, *test_set.texts]
+    with inference_progress(backbone, console, "frozen features", len(texts)):
+        private.fetch(texts)  # all that is sent, before any label is used
     with counting(console, "fitting") as count:
         method.on_progress = count
         private.prepare(train_set.texts, train_set.labels or [])
     seconds = time.perf_counter() - begin
     traffic = backbone.traffic.sent + backbone.traffic.received
-    with inference_progress(backbone, console, "test", len(test_set)):
-        accuracy = evaluate(private, test_set)["accuracy"]
+    accuracy = evaluate(private, test_set)["accuracy"]
     backbone.close()
     chosen = "" if private.choice is None else str(private.choice.chosen)
     console.print(f"{FEATURES}: test accuracy {accuracy:.3f}, {chosen}")
-    return FeaturesRun(accuracy, chosen, seconds, traffic / len(train_set))
+    return FeaturesRun(accuracy, chosen, seconds, traffic / len(texts))
 
 
 def _train(

@@ -295,8 +295,9 @@ def _fit(private: "PrivateModel", examples: "Examples", held_out: "Examples | No
     _print_plan(private, examples, 1, "no step of training")
     backbone, method = private.backbone, private.method
     copies = PAIR_COPIES[backbone.pairs] + method.requests_per_text - 1
-    with inference_progress(backbone, console, "frozen features", copies * len(examples)):
-        method.fetch(backbone, backbone.rows(examples.texts))
+    texts = [*examples.texts, *([] if held_out is None else held_out.texts)]
+    with inference_progress(backbone, console, "frozen features", copies * len(texts)):
+        private.fetch(texts)  # all that is sent, before any label is used
     with counting(console, "fitting") as count:
         method.on_progress = count
         private.prepare(examples.texts, examples.labels or [])

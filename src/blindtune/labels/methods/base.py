@@ -132,7 +132,10 @@ class Method:
         return backbone.frozen(rows)
 
     def fetch(self, backbone: Backbone, rows: Sequence[TokenRow]) -> None:
-        """Fetches what `inputs` will need for these rows, so that it sends nothing later."""
+        """Fetches what `inputs` will need for these rows, so that it sends nothing later.
+
+        The order in which texts are sent doesn't depend on the order of the rows.
+        """
         backbone.fetch(rows)
 
     def prepare(self, frozen: Tensor, labels: Tensor) -> None:

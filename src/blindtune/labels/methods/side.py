@@ -54,7 +54,6 @@ class Side(FrozenMethod):
 
     def fit_head(self, backbone: Backbone, rows: Sequence[TokenRow], labels: Tensor, classes: int) -> Choice:
         head = SideHead(backbone.hidden_size, classes, width=self.width, epochs=self.epochs, seed=self.head_seed)
-        backbone.frozen_states(rows)  # all texts at once, in requests of similar lengths
 
         def read(indices: Sequence[int]) -> list[Tensor]:
             return backbone.frozen_states([rows[index] for index in indices])
