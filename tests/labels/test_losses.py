@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from blindtune.labels import LOSSES, squared_error
 
 
-def test_the_squared_error_is_least_at_plus_and_minus_one():
-    labels = torch.tensor([2, 0])
-    targets = torch.tensor([[-1.0, -1.0, 1.0], [1.0, -1.0, -1.0]])
-    assert float(squared_error(targets, labels)) == 0
-    logits = torch.randn(2, 3, requires_grad=True, generator=torch.Generator().manual_seed(0))
-    squared_error(logits, labels).backward()
-    assert logits.grad is not None
-    torch.testing.assert_close(logits.grad, (logits.detach() - targets) / len(labels))
+@pytest.mark.parametrize("classes", [2, 3, 10])
+def test_the_squared_error_is_least_where_the_right_class_has_95_percent(classes: int):
+    logits = torch.zeros(2, classes, requires_grad=True)
+    labels = torch.tensor([classes - 1, 0])
+    optimizer = torch.optim.LBFGS([logits], max_iter=50)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = squared_error(logits, labels)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    assert float(squared_error(logits.detach(), labels)) < 1e-8
+    torch.testing.assert_close(logits.softmax(-1)[[0, 1], labels].detach(), torch.tensor([0.95, 0.95]))
 
 
 def test_losses_are_means_over_the_batch():

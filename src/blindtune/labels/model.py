@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ from blindtune.labels.checkpoint import (
 )
 from blindtune.labels.classifiers import Choice
 from blindtune.labels.head import Head, LinearHead
-from blindtune.labels.losses import Loss
+from blindtune.labels.losses import LOSSES, Loss, loss_name
 from blindtune.labels.methods.base import Method, make_method, options_of
 from blindtune.models.tokenizer import Text, TokenRow
 from blindtune.privacy.accountant import Guarantee, gaussian_guarantee
@@ -287,19 +288,27 @@ class PrivateModel(nn.Module):
             adapters=self.backbone.num_adapters,
             seed=self.seed,
             head=type(self.head).__name__,
+            loss=loss_name(self.loss),
             num_classes=self.classes,
             classes=classes or [str(index) for index in range(self.classes)],
         )
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, backbone: Backbone, *, head: nn.Module | None = None, predict_only: bool = False
+        cls,
+        folder: str | Path,
+        backbone: Backbone,
+        *,
+        head: nn.Module | None = None,
+        loss: Loss | None = None,
+        predict_only: bool = False,
     ) -> PrivateModel:
         """Loads a trained model onto a backbone whose operators host the same weights.
 
         Args:
             head: a module of the head's class, needed unless that is one of ours (`blindtune.labels.HEADS`, or what a
                 method fits).
+            loss: the loss, needed for further training with a loss of your own. Default: the checkpoint's.
             predict_only: see `PrivateModel`.
         Raises:
             CheckpointError: files are missing, the operators host another model, or the head doesn't fit.
@@ -313,7 +322,9 @@ class PrivateModel(nn.Module):
         if summary.run:
             read_journal_of(folder.resolve() / JOURNAL, summary.run)  # fails before the backbone is changed
         method = make_method(summary.method, summary.options)
-        model = cls(backbone, head, method, generator=generator, seed=summary.seed, predict_only=predict_only)
+        loss = LOSSES.get(summary.loss, F.cross_entropy) if loss is None else loss
+        options: dict[str, Any] = {"generator": generator, "seed": summary.seed, "predict_only": predict_only}
+        model = cls(backbone, head, method, loss=loss, **options)
         method.load_state_dict(secret)
         if method.ledger is not None:
             method.ledger.resume(folder, summary.run)

@@ -17,6 +17,7 @@ from blindtune.errors import ConfigError
 from blindtune.files import under
 from blindtune.labels.adam_moments import randomise_adam_moments
 from blindtune.labels.checkpoint import check_run
+from blindtune.labels.losses import loss_name
 from blindtune.labels.metrics import scores
 from blindtune.labels.model import PrivateModel
 from blindtune.models.tokenizer import Text, TokenRow
@@ -159,6 +160,7 @@ class Trainer(training.Trainer[TrainConfig, Step]):
         return {
             "data": ([row.ids for row in self.rows], self.labels.tolist()),
             "steps, batch size, rates or seed": sorted(asdict(self.config).items()),
+            "loss": loss_name(self.model.loss),
         }
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, str]]:

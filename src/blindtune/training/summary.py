@@ -54,6 +54,7 @@ class LabelsSummary(RunSummary):
         codec: codec of hidden states of the frozen model (`Backbone`).
         adapters: n, the number of adapters.
         head: class name of the head.
+        loss: name of the loss (`blindtune.labels.LOSSES`), or `own`.
         classes: class names in the order of their indices.
     """
 
@@ -68,6 +69,7 @@ class LabelsSummary(RunSummary):
     adapters: int
     seed: int
     head: str
+    loss: str
     num_classes: int
     classes: list[str]
 

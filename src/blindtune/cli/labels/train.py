@@ -67,6 +67,13 @@ def train(
             "two start from random weights. Default: linear, or that of p3eft's recipe."
         ),
     ] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(
+            help="Loss: cross_entropy (the default), or squared, which suits padded-lora.",
+            rich_help_panel=options.TRAINING,
+        ),
+    ] = None,
     rank: Annotated[
         int | None,
         typer.Option(
@@ -136,7 +143,9 @@ def train(
             options.refuse_checkpoint(output)
             kind = method_class(method or DEFAULT_METHOD)
             if not kind.by_steps:
-                _refuse_unused(kind.name, {"--steps": steps, "--lr": lr, "--rank": rank, "--lora": lora}, more)
+                _refuse_unused(
+                    kind.name, {"--steps": steps, "--lr": lr, "--loss": loss, "--rank": rank, "--lora": lora}, more
+                )
         epochs, save_every, seed = more.pop("epochs", 3.0), more.pop("save_every", 10), more.get("seed", 0)
         examples, held_out = _read(data, text, label, options.parse_names(classes), validation, seed)
         more.setdefault("steps", steps_for(len(examples), batch_size, epochs))
@@ -149,7 +158,9 @@ def train(
             algorithm = make_method(method or DEFAULT_METHOD, chosen, **planned)
         config = TrainConfig(**algorithm.complete_training(more))
         if resume:
-            private = _resume_model(server, output, connection, {"method": method, "head": head, **chosen})
+            private = _resume_model(
+                server, output, connection, {"method": method, "head": head, "loss": loss, **chosen}
+            )
         else:
             rank = algorithm.default_rank if rank is None else rank
             adapter = {"rank": rank, "layers": layers, **options.read_lora(lora, rank)}
@@ -158,7 +169,8 @@ def train(
                 settings.pop("pairs", None)
             head = head or algorithm.default_head
             connected = {**settings, **connection}
-            private = _new_model(server, algorithm, head, len(examples.classes), adapter, connected, seed)
+            heads = (head, len(examples.classes), loss or "cross_entropy")
+            private = _new_model(server, algorithm, heads, adapter, connected, seed)
         if private.method.by_steps:
             trainer = Trainer(private, examples, config, checkpoint=output, save_every=save_every)
             result = _run(trainer, held_out, output, resume=resume)
@@ -210,19 +222,23 @@ def _read(
 def _new_model(
     servers: list[str],
     algorithm: "Method",
-    head: str,
-    classes: int,
+    heads: tuple[str, int, str],
     lora: dict[str, Any],
     connection: dict[str, Any],
     seed: int,
 ) -> "PrivateModel":
+    """Returns an untrained model. `heads` has the names of the head and of the loss, and between them K."""
     from blindtune.labels import PrivateModel, make_head
+    from blindtune.labels.losses import find_loss
 
+    head, classes, loss = heads
     make_head(head, 1, classes)  # an unknown name is refused before anything is sent
+    criterion = find_loss(loss)
     backbone = options.connect(servers, num_adapters=0, **connection)
     if algorithm.num_adapters:
         backbone.adapter_config = options.make_lora_config(backbone.info, **lora)
-    return PrivateModel(backbone, make_head(head, backbone.hidden_size, classes), algorithm, seed=seed)
+    made = make_head(head, backbone.hidden_size, classes)
+    return PrivateModel(backbone, made, algorithm, loss=criterion, seed=seed)
 
 
 def _resume_model(
@@ -238,7 +254,7 @@ def _resume_model(
     from blindtune.training import LabelsSummary, read_summary
 
     summary = read_summary(folder, LabelsSummary)
-    trained = {"method": summary.method, "head": head_name(summary), **summary.options}
+    trained = {"method": summary.method, "head": head_name(summary), "loss": summary.loss, **summary.options}
     for name, value in chosen.items():
         if value is not None and value != trained.get(name):
             raise CheckpointError(
