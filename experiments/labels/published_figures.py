@@ -102,6 +102,8 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
+BELOW = 0.06
+"""How far below the median the axis of the task's metric begins. Runs below are named at its end."""
 PANELS: tuple[tuple[str, Read], ...] = (
     ("the paper's measure:\nactivations of one adapter, AUC", published_auc),
     ("the same attacks\non shifts and differences, AUC", hidden_auc),
@@ -119,19 +121,32 @@ def sensitivity(tasks: Mapping[str, Mapping[str, Sequence[Run]]]) -> Figure:
     figure, axes = plt.subplots(len(tasks), len(PANELS), figsize=size, sharey="row", squeeze=False)
     for row, (task, arms) in zip(axes, tasks.items(), strict=True):
         title, metric = utility(task)
+        found = curves(arms)
+        families = list(dict.fromkeys(map(_family, found)))
+        reached = [mean_of(runs, metric) or 0.0 for members in found.values() for runs in members]
+        floor = float(np.median(reached)) - BELOW
         for axis, (name, read) in zip(row, PANELS, strict=True):
-            for number, (curve, members) in enumerate(curves(arms).items()):
+            for curve, members in found.items():
                 points = [(mean_of(runs, read), mean_of(runs, metric)) for runs in members]
                 points = [(x, y) for x, y in points if x is not None and y is not None]
-                if points:
-                    style = "s" if len(points) == 1 else ("--" if "flip" in curve or "plain" in curve else "-") + "o"
-                    axis.plot(*zip(*points, strict=True), style, label=curve, color=f"C{number % 10}", markersize=4)
+                style = "s" if len(points) == 1 else ("--" if curve != _family(curve) else "-") + "o"
+                colour = "black" if len(points) == 1 else f"C{families.index(_family(curve))}"
+                axis.plot(*zip(*points, strict=True), style, label=curve, color=colour, markersize=4)
+                for x, y in points:
+                    if y < floor:
+                        axis.annotate(f"{y:.2f} ↓", (x, floor), fontsize=7, color=colour, ha="center", va="bottom")
+            axis.set_ylim(floor, max(reached) + 0.01)
             axis.set(title=f"{task}\n{name}" if axis is row[0] else name, xlabel="validation texts")
             axis.spines[["top", "right"]].set_visible(False)
         row[0].set_ylabel(title)
     axes[0][-1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     return figure
+
+
+def _family(curve: str) -> str:
+    """The curve whose colour it has: the authors' form of a method has that of ours, with a broken line."""
+    return curve.replace(", flip", ", confusion").removesuffix(", plain")
 
 
 def curves(arms: Mapping[str, Sequence[Run]]) -> dict[str, list[Sequence[Run]]]:
