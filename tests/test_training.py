@@ -141,8 +141,8 @@ SHARED = {"options": {}, "model": "m", "base_model_name": "org/m", "fingerprint"
 SUMMARIES = {
     "labels": LabelsSummary(
         method="lora", run="", hidden_size=8,
-        readout=Readout(pooling="mean"), pairs="joint", adapters=1, seed=0, head="LinearHead", num_classes=2,
-        classes=["no", "yes"], **SHARED,
+        readout=Readout(pooling="mean"), pairs="joint", codec="fp32", adapters=1, seed=0, head="LinearHead",
+        loss="cross_entropy", num_classes=2, classes=["no", "yes"], **SHARED,
     ),
     "texts": TextsSummary(
         method="offline", cut=(2, 2), tune="lora", rank=8, alpha=16, targets=None, parts=["bottom", "top"], fields={},

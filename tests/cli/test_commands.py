@@ -183,6 +183,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_resume_ends_with_the_same_weights(two_se
         (["--training", "save_every=0"], "save_every = 0 is no count"),
         (["--training", "betas=0.9"], "--training betas=0.9 can't be read. Remedy: Write two numbers"),
         (["--lora", "alpha=large"], "--lora alpha=large can't be read. Remedy: Write a number"),
+        (["--loss", "hinge"], "There is no loss 'hinge'. Remedy: Use one of: cross_entropy, squared."),
         (["--training", "epochs"], "'epochs' is no setting. Remedy: Write it as name=value"),
         (["--text", "diagnosis", "--text", "note"], "3 columns of texts. Remedy: Give one --text, or two"),
         (["--layers", "7-9"], "No layer is left with --layers 7-9"),

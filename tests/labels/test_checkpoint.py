@@ -22,7 +22,9 @@ from blindtune.labels import (
     Trainer,
     adapter_config,
     make_head,
+    squared_error,
 )
+from blindtune.training import LabelsSummary, read_summary
 
 
 def trained(backbone, film_examples, method, head="linear"):
@@ -55,6 +57,24 @@ def test_a_loaded_model_predicts_the_same(connect, film_examples, tmp_path, meth
         assert torch.allclose(first, second, atol=0.3 * float(first.std()))
     else:
         assert torch.equal(first, second)
+
+
+def test_a_loaded_model_has_its_loss(connect, film_examples, tmp_path):
+    def own(logits, labels):
+        return 2.0 * squared_error(logits, labels)
+
+    for loss, name in ((squared_error, "squared"), (torch.nn.functional.cross_entropy, "cross_entropy"), (own, "own")):
+        backbone, folder = connect(), tmp_path / name
+        model = PrivateModel(backbone, make_head("linear", backbone.hidden_size, 2), LoRA(), loss=loss)
+        save_to_go_on(model, film_examples, folder)
+        assert read_summary(folder, LabelsSummary).loss == name
+        again = PrivateModel.from_pretrained(folder, connect(), loss=loss if name == "own" else None)
+        assert again.loss is loss
+        other = torch.nn.functional.cross_entropy if name == "squared" else squared_error
+        changed = PrivateModel.from_pretrained(folder, connect(), loss=other)
+        trainer = Trainer(changed, film_examples.take(range(16)), TrainConfig(), checkpoint=folder)
+        with pytest.raises(CheckpointError, match="loss"):
+            trainer.resume()
 
 
 @pytest.mark.parametrize("head", ["mlp", "pooler"])

@@ -96,7 +96,7 @@ class TestMethod:
         model = fitted(connect(1, **READS), film_examples)
         model.save_pretrained(tmp_path, classes=["bad", "good"])
         reads = {k: v for k, v in readout_of(read_summary(tmp_path, LabelsSummary)).items() if k != "max_length"}
-        again = PrivateModel.from_pretrained(tmp_path, connect(1, num_adapters=0, codec="int8", **reads))
+        again = PrivateModel.from_pretrained(tmp_path, connect(1, num_adapters=0, **reads))
         texts = [str(t) for t in film_examples.texts[60:90]]
         assert torch.allclose(predict(model, texts), predict(again, texts), atol=1e-6)
 

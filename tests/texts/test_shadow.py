@@ -125,8 +125,8 @@ def test_a_run_with_private_labels_is_no_shadow_clients(tmp_path):
         LabelsSummary(
             method="padded-lora", options={}, model="m", base_model_name="m", fingerprint="1" * 64, max_length=8,
             run="", hidden_size=4,
-            readout=Readout(pooling="mean"), pairs="joint", adapters=1, seed=0, head="LinearHead", num_classes=2,
-            classes=["a", "b"],
+            readout=Readout(pooling="mean"), pairs="joint", codec="fp32", adapters=1, seed=0, head="LinearHead",
+            loss="cross_entropy", num_classes=2, classes=["a", "b"],
         ),
     )  # fmt: skip
     with pytest.raises(CheckpointError, match=r"a run of private labels, not of private texts.*`blindtune labels`"):

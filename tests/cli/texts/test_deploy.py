@@ -136,8 +136,8 @@ def test_a_run_with_private_labels_is_not_deployed(cut_server, checkpoint, quest
     summary = LabelsSummary(
         method="padded-lora", options={}, model="llama", base_model_name="llama", fingerprint="1" * 64, max_length=24,
         run="", hidden_size=32,
-        readout=Readout(pooling="last"), pairs="joint", adapters=adapters, seed=0, head="LinearHead", num_classes=2,
-        classes=["bad", "good"],
+        readout=Readout(pooling="last"), pairs="joint", codec="fp32", adapters=adapters, seed=0, head="LinearHead",
+        loss="cross_entropy", num_classes=2, classes=["bad", "good"],
     )  # fmt: skip
     write_summary(tmp_path, summary)
     if adapters == 1:  # several are in folders of their own
