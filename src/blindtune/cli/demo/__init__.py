@@ -16,12 +16,13 @@ MARKER = ".blindtune-demo"
 """File that marks a folder as made by this command, which may therefore remove it."""
 PLAN = """\
 You will see, in about three minutes on two cores:
-  1. Private labels. Two servers on this machine host MiniLM. The demo fits a classifier on frozen features, the
-     default, which sends nothing about labels. Then it trains plain LoRA and padded LoRA. The data are film reviews;
-     the private label is the sign of a human rating.
-  2. An attack on what each server recorded. Its AUC measures how well the server can infer labels; 0.5 is guessing.
-  3. Private texts. A server hosts SmolLM2. Undefended split learning sends it hidden states, and an attack
-     reconstructs the text from them. The design `offline` sends nothing.
+  1. Private labels. Two servers on this machine host MiniLM. The demo fits a classifier on
+     frozen features, the default, which sends nothing about labels. Then it trains plain LoRA and
+     padded LoRA. The data are film reviews; the private label is the sign of a human rating.
+  2. An attack on what each server recorded. Its AUC measures how well the server can infer
+     labels; 0.5 is guessing.
+  3. Private texts. A server hosts SmolLM2. Undefended split learning sends it hidden states, and
+     an attack reconstructs the text from them. The design `offline` sends nothing.
   4. A picture of what the servers saw."""
 
 
