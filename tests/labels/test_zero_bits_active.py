@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import RLock
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +24,7 @@ from blindtune.errors import PrivacyError
 from blindtune.labels import Features, KernelHead, LinearHead, PrivateModel, Side, TangentSketch, evaluate, predict
 from blindtune.labels.head import CENTRES
 from blindtune.local import InProcess
-from blindtune.models import FrozenBackbone, load_backbone
+from blindtune.models import FrozenBackbone, Tokenizer, load_backbone
 from blindtune.server import ServerSettings, create_app
 from blindtune.wire import Limits
 
@@ -152,6 +154,40 @@ def test_batches_of_a_loop_with_labels_are_not_sent(make: Make, texts: list[str]
     assert not operator.requests
     model.fetch(texts[:8])
     assert model(texts[:8], torch.zeros(8, dtype=torch.long)).loss is not None
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("trick", ["dropout", "padding"])
+def test_no_tokenizer_makes_a_text_look_new(make: Make, texts: list[str], method: str, trick: str):
+    """The operator chooses the tokenizer. Before, a text whose tokens had changed was sent again, with its batch."""
+    model, operator = make(method)
+    chosen = tokenizers.Tokenizer.from_str(model.backbone.tokenizer.json)
+    if trick == "padding":
+        chosen.enable_padding()
+    else:
+        letters = " abcdefghijklmnopqrstuvwxyz"
+        merges = [(a, b) for a, b in ("th", "he", "in", "er", "an", "on", "re", "at", "or", "es", "it", "is")]
+        vocabulary = {token: index for index, token in enumerate([*letters, *("".join(pair) for pair in merges)])}
+        chosen = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges, dropout=0.5, unk_token=" "))
+        drawn = {tuple(chosen.encode(texts[0].lower()).ids) for _ in range(5)}
+        assert len(drawn) > 1  # the trick works
+    backbone = model.backbone
+    backbone.tokenizer = Tokenizer(chosen.to_str(), pad_token_id=0, with_types=True)
+    some = [text.lower()[:30] for text in texts[:40]]
+    model.fetch(some)
+    sent = len(operator.requests)
+    model.prepare(some[:20], [0] * 10 + [1] * 10)
+    for part in (some[20:30], some[30:40], [*some[5:8], some[20]]):
+        predict(model, part)
+    assert len(operator.requests) == sent
+
+
+def test_threads_send_no_text_twice(make: Make, texts: list[str]):
+    model, operator = make("features", memory=50_000)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda start: model.backbone.frozen(texts[start : start + 60]), [0, 20, 40, 0, 20, 40]))
+    sent = [row for request in operator.requests for row in request]
+    assert len(sent) == len(set(sent))
 
 
 HUGE = (2.2e38, -2.2e38, 2.2e38)

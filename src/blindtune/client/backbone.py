@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from threading import RLock
 from typing import Any, Literal, cast, get_args
 from weakref import WeakSet
 
@@ -39,6 +40,8 @@ DEFAULT_LENGTH = 128
 """Default number of tokens to which texts are truncated."""
 INFERENCE_TOKENS = 4096
 """Largest number of tokens in one request without gradient."""
+LARGEST = 1e30
+"""Bound on products and differences of hidden states, which overflow for an operator's answers alone."""
 DIRECTIONS_AT_ONCE = 8
 """Largest number of directions in one request for tangents, and in one entry of the store."""
 
@@ -147,7 +150,7 @@ class Backbone(nn.Module):
             raise ConfigError(f"There is no codec {codec!r}.", remedy=f"Use one of: {', '.join(CODECS)}.")
         self._source = FeatureSource(self.info, self.readout, codec)
         self._cache = StateCache(FeatureStore(store) if isinstance(store, str | Path) else store, memory)
-        self._offline = False
+        self._offline, self._fetching = 0, RLock()
         max_length = min(DEFAULT_LENGTH, self.info.limits.max_length) if max_length is None else max_length
         if not 1 <= max_length <= self.info.limits.max_length:
             raise SequenceTooLong(
@@ -293,7 +296,8 @@ class Backbone(nn.Module):
         first, second = ([row.parts[side] for row in rows] for side in (0, 1))
         everything = self._frozen_stack([*(rows if self.pairs == "both" else []), *first, *second])
         *joint, u, v = everything.split(len(rows)) if rows else (everything,) * 3
-        return torch.cat([*joint[: int(self.pairs == "both")], (u - v).abs(), u * v], dim=-1)
+        apart = torch.cat([(u - v).abs(), u * v], dim=-1).clamp_max(LARGEST).clamp_min(-LARGEST)
+        return torch.cat([*joint[: int(self.pairs == "both")], apart], dim=-1)
 
     def fetch(self, rows: Sequence[TokenRow]) -> None:
         """Fetches what `frozen` will need for these rows, so that it sends nothing later.
@@ -305,16 +309,18 @@ class Backbone(nn.Module):
 
     @contextmanager
     def offline(self) -> Generator[None]:
-        """Context in which texts whose hidden states haven't been fetched are refused instead of sent.
+        """Context in which texts whose hidden states haven't been fetched are refused instead of sent, in all threads.
 
         Raises:
             PrivacyError: in the context, for such texts.
         """
-        before, self._offline = self._offline, True
+        with self._fetching:
+            self._offline += 1
         try:
             yield
         finally:
-            self._offline = before
+            with self._fetching:
+                self._offline -= 1
 
     def frozen_states(self, rows: Sequence[TokenRow]) -> list[Tensor]:
         """Returns h(x, 0) of each token row, from memory, from disk, or from an operator.
@@ -389,7 +395,16 @@ class Backbone(nn.Module):
             ask: asks an operator for the states of some rows.
             copies: number of copies of a row that the operator computes.
         """
-        missing = self._cache.missing(source, rows)
+        with self._fetching:
+            self._fetch_missing(source, self._cache.missing(source, rows), ask, copies)
+
+    def _fetch_missing(
+        self,
+        source: FeatureSource,
+        missing: list[TokenRow],
+        ask: Callable[[list[TokenRow], Operator], list[Tensor]],
+        copies: int,
+    ) -> None:
         if not missing:
             return
         if self._offline:

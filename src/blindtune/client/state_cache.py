@@ -49,7 +49,8 @@ class StateCache:
         Raises:
             CheckpointError: the store is damaged.
         """
-        unknown = list({row for row in rows if not self._holds((source.name, row))})
+        with self._lock:
+            unknown = list({row for row in rows if not self._holds((source.name, row))})
         if self.store is None:
             return unknown
         missing: list[TokenRow] = []
@@ -63,16 +64,17 @@ class StateCache:
     def add(self, source: FeatureSource, rows: Sequence[TokenRow], fetched: Sequence[Tensor]) -> None:
         """Keeps states that an operator sent, and writes them to the store. Several threads may call it."""
         states = [source.rounded(each.clone()) for each in fetched]
+        self._keep(source, rows, states)  # first, so that a full disk doesn't make anyone ask again
         if self.store is not None:
             self.store.save(source, rows, states)
-        self._keep(source, rows, states)
 
     def take(self, source: FeatureSource, rows: Sequence[TokenRow]) -> list[Tensor]:
         """Returns the states of rows, none of which are missing."""
-        found = {row: self._known[source.name, row] for row in rows if (source.name, row) in self._known}
-        moved = list({row for row in rows if row not in found})
-        for start in range(0, len(moved), _AT_ONCE):
-            found |= self._temporary().load(source, moved[start : start + _AT_ONCE])
+        with self._lock:
+            found = {row: self._known[source.name, row] for row in rows if (source.name, row) in self._known}
+            moved = list({row for row in rows if row not in found})
+            for start in range(0, len(moved), _AT_ONCE):
+                found |= self._temporary().load(source, moved[start : start + _AT_ONCE])
         return [found[row] for row in rows]
 
     def close(self) -> None:
@@ -99,13 +101,18 @@ class StateCache:
     def _move_oldest(self) -> None:
         """Moves the oldest states to the temporary file, if there are too many in memory."""
         moved: dict[str, list[tuple[TokenRow, Tensor]]] = {}
-        while self._bytes > self.memory and self._known:
-            (name, row), state = self._known.popitem(last=False)
-            self._bytes -= state.nbytes
+        excess = self._bytes - self.memory
+        for (name, row), state in self._known.items():
+            if excess <= 0:
+                break
+            excess -= state.nbytes
             moved.setdefault(name, []).append((row, state))
         for name, pairs in moved.items():
             self._temporary().save(self._sources[name], [row for row, _ in pairs], [state for _, state in pairs])
-            self._moved |= {(name, row) for row, _ in pairs}
+            for row, state in pairs:  # only now, so that nothing is lost if the disk is full
+                self._moved.add((name, row))
+                del self._known[name, row]
+                self._bytes -= state.nbytes
 
     def _temporary(self) -> FeatureStore:
         """Returns the temporary file, which is made when it is needed."""

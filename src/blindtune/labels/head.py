@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import secrets
+import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
@@ -163,6 +164,7 @@ class LinearHead(Head):
             self.linear.float()
             if not fitted:
                 self._reset()
+                warnings.warn("The features are so badly scaled that no linear head fits them.", stacklevel=2)
 
     def _reset(self) -> None:
         nn.init.zeros_(self.linear.weight)
@@ -181,9 +183,10 @@ class LinearHead(Head):
             loss.backward()
             return loss
 
+        objective()  # what fails here is no matter of numbers
         try:
             optimizer.step(objective)  # pyright: ignore[reportArgumentType]
-        except RuntimeError:
+        except RuntimeError:  # L-BFGS fails so where numbers overflow
             return False
         finally:
             optimizer.zero_grad()

@@ -33,6 +33,9 @@ class TokenRow:
 class Tokenizer:
     """The tokenizer of one hosted model.
 
+    A text always has the same tokens, whatever it is tokenized with and however often. The server chooses the
+    tokenizer, and one that drops merges at random, or pads to the longest text, would make a text look new.
+
     Args:
         json: JSON of the `tokenizers` library.
         pad_token_id: the id of padding tokens.
@@ -42,6 +45,8 @@ class Tokenizer:
     def __init__(self, json: str, *, pad_token_id: int, with_types: bool) -> None:
         self.json = json
         self._backend = tokenizers.Tokenizer.from_str(json)
+        self._backend.no_padding()
+        self._known: dict[tuple[Text, int], TokenRow] = {}
         self._pad, self._with_types = pad_token_id, with_types
 
     def rows(self, texts: Sequence[Text], *, max_length: int) -> list[TokenRow]:
@@ -52,6 +57,13 @@ class Tokenizer:
         Raises:
             ConfigError: the special tokens alone are more than `max_length`.
         """
+        keys = [(text if isinstance(text, str) else (text[0], text[1]), max_length) for text in texts]
+        if unknown := list(dict.fromkeys(key for key in keys if key not in self._known)):
+            self._known |= zip(unknown, self._tokenize([text for text, _ in unknown], max_length), strict=True)
+        return [self._known[key] for key in keys]
+
+    def _tokenize(self, texts: Sequence[Text], max_length: int) -> list[TokenRow]:
+        """Returns the rows of texts that are tokenized for the first time."""
         self._backend.enable_truncation(max_length)
         encodings = self._backend.encode_batch(list(texts))
         longest = max((len(e.ids) for e in encodings), default=0)
