@@ -6,11 +6,14 @@ never has to be asked for again: a server that sees a text twice could learn whe
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from collections import OrderedDict
-from collections.abc import Sequence
-from tempfile import TemporaryDirectory
+from collections.abc import Callable, Sequence
+from tempfile import mkdtemp
 from threading import Lock
+from weakref import finalize
 
 from torch import Tensor
 
@@ -39,8 +42,8 @@ class StateCache:
         self._moved: set[_Key] = set()
         """Keys of the states in the temporary file."""
         self._sources: dict[str, FeatureSource] = {}
-        self._folder: TemporaryDirectory[str] | None = None
         self._file: FeatureStore | None = None
+        self._remove: Callable[[], object] | None = None
         self._lock = Lock()
 
     def missing(self, source: FeatureSource, rows: Sequence[TokenRow]) -> list[TokenRow]:
@@ -79,9 +82,9 @@ class StateCache:
 
     def close(self) -> None:
         """Deletes the temporary file and closes the store."""
-        if self._file is not None and self._folder is not None:
+        if self._file is not None and self._remove is not None:
             self._file.close()
-            self._folder.cleanup()
+            self._remove()
         if self.store is not None:
             self.store.close()
 
@@ -117,6 +120,13 @@ class StateCache:
     def _temporary(self) -> FeatureStore:
         """Returns the temporary file, which is made when it is needed."""
         if self._file is None:
-            self._folder = TemporaryDirectory(prefix="blindtune-states-")  # only its owner can read it
-            self._file = FeatureStore(self._folder.name, max_bytes=sys.maxsize)
+            folder = mkdtemp(prefix="blindtune-states-")  # only its owner can read it
+            self._remove = finalize(self, _remove, folder, os.getpid())
+            self._file = FeatureStore(folder, max_bytes=sys.maxsize)
         return self._file
+
+
+def _remove(folder: str, process: int) -> None:
+    """Removes a temporary folder, unless this is a forked copy of the process that made it."""
+    if os.getpid() == process:
+        shutil.rmtree(folder, ignore_errors=True)
