@@ -90,7 +90,7 @@ class Head(nn.Module):
 
     def standardise(self, features: Tensor) -> Tensor:
         """Sets the statistics from features `(N, d)`. Returns the standardised features `(N, d')`, bounded."""
-        features = self.select(features)
+        features = self.select(features).nan_to_num()
         mean, deviation = _statistics(features)
         self.mean, self.scale = mean, self._scales(deviation)
         return self.bounded(features)
