@@ -40,7 +40,8 @@ from blindtune.audit.observe import View
 from blindtune.cli.options import make_lora_config
 from blindtune.client import Backbone
 from blindtune.data import Examples
-from blindtune.labels import LOSSES, METHODS, LinearHead, Method, PrivateModel, make_head, make_method
+from blindtune.labels import METHODS, LinearHead, Method, PrivateModel, make_head, make_method
+from blindtune.labels.losses import find_loss
 from blindtune.labels.methods import options_of
 from blindtune.labels.metrics import scores
 from blindtune.labels.trainer import TrainConfig, Trainer, predict
@@ -162,7 +163,7 @@ def make_model(
     layers = f"{stage.task.first}-{backbone.info.layers - 1}"
     backbone.adapter_config = make_lora_config(backbone.info, rank=rank, alpha=2 * rank, targets=None, layers=layers)
     made = make_head(head, backbone.hidden_size, len(stage.train.classes), seed=seed)
-    return PrivateModel(backbone, made, method, loss=LOSSES[loss], seed=seed)
+    return PrivateModel(backbone, made, method, loss=find_loss(loss), seed=seed)
 
 
 Attacks = Literal["all", "paper", "none"]

@@ -1,7 +1,7 @@
 """Shows progress on the console: bars for tasks, and a bar with a status line for training."""
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,9 @@ from rich.progress import (
 
 from blindtune import labels, texts
 from blindtune.client import Backbone
+from blindtune.client.backbone import PAIR_COPIES
+from blindtune.data import Examples
+from blindtune.models.tokenizer import Text
 from blindtune.training import Callback
 
 if TYPE_CHECKING:
@@ -111,6 +114,21 @@ def counting(console: Console, title: str) -> "Generator[Callable[[int, int], No
             progress.advance(task)
 
         yield count
+
+
+def fit_frozen(private: labels.PrivateModel, train: Examples, held_out: Sequence[Text], console: Console) -> None:
+    """Fits the head of a method that isn't trained in steps, with progress bars.
+
+    All texts are sent before any label is used, the held-out ones too.
+    """
+    backbone, method = private.backbone, private.method
+    everything = [*train.texts, *held_out]
+    copies = PAIR_COPIES[backbone.pairs] + method.requests_per_text - 1
+    with inference_progress(backbone, console, "frozen features", copies * len(everything)):
+        private.fetch(everything)
+    with counting(console, "fitting") as count:
+        method.on_progress = count
+        private.prepare(train.texts, train.labels or [])
 
 
 @contextmanager

@@ -296,7 +296,7 @@ class Backbone(nn.Module):
         first, second = ([row.parts[side] for row in rows] for side in (0, 1))
         everything = self._frozen_stack([*(rows if self.pairs == "both" else []), *first, *second])
         *joint, u, v = everything.split(len(rows)) if rows else (everything,) * 3
-        apart = torch.cat([(u - v).abs(), u * v], dim=-1).clamp_max(LARGEST).clamp_min(-LARGEST)
+        apart = torch.cat([(u - v).abs(), u * v], dim=-1).clamp(-LARGEST, LARGEST)
         return torch.cat([*joint[: int(self.pairs == "both")], apart], dim=-1)
 
     def fetch(self, rows: Sequence[TokenRow]) -> None:
@@ -395,29 +395,21 @@ class Backbone(nn.Module):
             ask: asks an operator for the states of some rows.
             copies: number of copies of a row that the operator computes.
         """
-        with self._fetching:
-            self._fetch_missing(source, self._cache.missing(source, rows), ask, copies)
-
-    def _fetch_missing(
-        self,
-        source: FeatureSource,
-        missing: list[TokenRow],
-        ask: Callable[[list[TokenRow], Operator], list[Tensor]],
-        copies: int,
-    ) -> None:
-        if not missing:
-            return
-        if self._offline:
-            raise PrivacyError(
-                f"{len(missing)} texts were not fetched before labels were used. Sending them now could reveal labels.",
-                remedy="Call fetch(texts) or prepare(texts, labels) of the model first, with all texts that it needs.",
-            )
 
         def compute(part: list[TokenRow], team: tuple[int, ...]) -> Tensor:
             self._cache.add(source, part, ask(part, self.pool.operators[team[0]]))
             return torch.empty(0)
 
-        self._in_chunks(missing, PlainChannel().teams(len(self.pool)), compute, copies)
+        with self._fetching:
+            missing = self._cache.missing(source, rows)
+            if missing and self._offline:
+                raise PrivacyError(
+                    f"{len(missing)} texts were not fetched before labels were used. Sending them now could reveal "
+                    "labels.",
+                    remedy="Call fetch(texts) or prepare(texts, labels) of the model first, with all texts it needs.",
+                )
+            if missing:
+                self._in_chunks(missing, PlainChannel().teams(len(self.pool)), compute, copies)
 
     def _infer(
         self,

@@ -9,7 +9,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -323,8 +322,9 @@ class PrivateModel(nn.Module):
             read_journal_of(folder.resolve() / JOURNAL, summary.run)  # fails before the backbone is changed
         method = make_method(summary.method, summary.options)
         loss = LOSSES.get(summary.loss, F.cross_entropy) if loss is None else loss
-        options: dict[str, Any] = {"generator": generator, "seed": summary.seed, "predict_only": predict_only}
-        model = cls(backbone, head, method, loss=loss, **options)
+        model = cls(
+            backbone, head, method, loss=loss, generator=generator, seed=summary.seed, predict_only=predict_only
+        )
         method.load_state_dict(secret)
         if method.ledger is not None:
             method.ledger.resume(folder, summary.run)

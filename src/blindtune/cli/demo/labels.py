@@ -130,7 +130,7 @@ def _fit_features(
 ) -> FeaturesRun:
     """Fits a classifier on frozen features that one server computes, and evaluates it."""
     from blindtune.cli.options import connect
-    from blindtune.cli.progress import counting, inference_progress
+    from blindtune.cli.progress import fit_frozen
     from blindtune.labels import Features, LinearHead, PrivateModel, evaluate
 
     console.rule(f"[bold]{FEATURES}")
@@ -142,19 +142,14 @@ def _fit_features(
     head = LinearHead(backbone.hidden_size, len(train_set.classes))
     private = PrivateModel(backbone, head, method, seed=plan.seed)
     begin = time.perf_counter()
-    texts = [*train_set.texts, *test_set.texts]
-    with inference_progress(backbone, console, "frozen features", len(texts)):
-        private.fetch(texts)  # all that is sent, before any label is used
-    with counting(console, "fitting") as count:
-        method.on_progress = count
-        private.prepare(train_set.texts, train_set.labels or [])
+    fit_frozen(private, train_set, test_set.texts, console)
     seconds = time.perf_counter() - begin
     traffic = backbone.traffic.sent + backbone.traffic.received
     accuracy = evaluate(private, test_set)["accuracy"]
     backbone.close()
     chosen = "" if private.choice is None else str(private.choice.chosen)
     console.print(f"{FEATURES}: test accuracy {accuracy:.3f}, {chosen}")
-    return FeaturesRun(accuracy, chosen, seconds, traffic / len(texts))
+    return FeaturesRun(accuracy, chosen, seconds, traffic / (len(train_set) + len(test_set)))
 
 
 def _train(

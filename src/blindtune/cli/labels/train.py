@@ -1,6 +1,7 @@
 """`blindtune labels train`: fine-tunes a hosted model on private labels."""
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ from blindtune.errors import BlindtuneError, BudgetSpent, CheckpointError, Confi
 if TYPE_CHECKING:
     from blindtune.data import Examples
     from blindtune.labels import Method, PrivateModel, TrainConfig, Trainer
+    from blindtune.labels.losses import Loss
 
 LABELS_HELP = "Column of labels: class names, integers or booleans."
 DEFAULT_METHOD = "features"
@@ -128,6 +130,7 @@ def train(
     """
     with reporting_errors():
         from blindtune.labels import TrainConfig, Trainer, make_method, method_class
+        from blindtune.labels.losses import find_loss
         from blindtune.training import LabelsSummary, read_summary, steps_for
 
         connection: dict[str, Any] = {
@@ -169,8 +172,8 @@ def train(
                 settings.pop("pairs", None)
             head = head or algorithm.default_head
             connected = {**settings, **connection}
-            heads = (head, len(examples.classes), loss or "cross_entropy")
-            private = _new_model(server, algorithm, heads, adapter, connected, seed)
+            criterion = find_loss(loss or "cross_entropy")
+            private = _new_model(server, algorithm, head, len(examples.classes), adapter, connected, criterion, seed)
         if private.method.by_steps:
             trainer = Trainer(private, examples, config, checkpoint=output, save_every=save_every)
             result = _run(trainer, held_out, output, resume=resume)
@@ -222,23 +225,21 @@ def _read(
 def _new_model(
     servers: list[str],
     algorithm: "Method",
-    heads: tuple[str, int, str],
+    head: str,
+    classes: int,
     lora: dict[str, Any],
     connection: dict[str, Any],
+    loss: "Loss",
     seed: int,
 ) -> "PrivateModel":
-    """Returns an untrained model. `heads` has the names of the head and of the loss, and between them K."""
     from blindtune.labels import PrivateModel, make_head
-    from blindtune.labels.losses import find_loss
 
-    head, classes, loss = heads
     make_head(head, 1, classes)  # an unknown name is refused before anything is sent
-    criterion = find_loss(loss)
     backbone = options.connect(servers, num_adapters=0, **connection)
     if algorithm.num_adapters:
         backbone.adapter_config = options.make_lora_config(backbone.info, **lora)
     made = make_head(head, backbone.hidden_size, classes)
-    return PrivateModel(backbone, made, algorithm, loss=criterion, seed=seed)
+    return PrivateModel(backbone, made, algorithm, loss=loss, seed=seed)
 
 
 def _resume_model(
@@ -305,19 +306,11 @@ def _run(trainer: "Trainer", held_out: "Examples | None", output: Path, *, resum
 
 def _fit(private: "PrivateModel", examples: "Examples", held_out: "Examples | None", output: Path) -> dict[str, Any]:
     """Fits the head of a method that isn't trained in steps, evaluates, and returns the results."""
-    from blindtune.cli.progress import counting, inference_progress
-    from blindtune.client.backbone import PAIR_COPIES
+    from blindtune.cli.progress import fit_frozen
 
     _print_plan(private, examples, 1, "no step of training")
-    backbone, method = private.backbone, private.method
-    copies = PAIR_COPIES[backbone.pairs] + method.requests_per_text - 1
-    texts = [*examples.texts, *([] if held_out is None else held_out.texts)]
-    with inference_progress(backbone, console, "frozen features", copies * len(texts)):
-        private.fetch(texts)  # all that is sent, before any label is used
-    with counting(console, "fitting") as count:
-        method.on_progress = count
-        private.prepare(examples.texts, examples.labels or [])
-    result: dict[str, Any] = {"method": method.name, "train_examples": len(examples)}
+    fit_frozen(private, examples, [] if held_out is None else held_out.texts, console)
+    result: dict[str, Any] = {"method": private.method.name, "train_examples": len(examples)}
     if private.choice is not None:
         chosen = private.choice.chosen
         result["chosen"] = str(chosen)
@@ -336,7 +329,8 @@ def _finish(
 
     backbone, method = private.backbone, private.method
     if held_out is not None:
-        with inference_progress(backbone, console, "validation", len(held_out) * method.requests_per_text):
+        bar = inference_progress(backbone, console, "validation", len(held_out))
+        with bar if method.num_adapters else nullcontext():  # without adapters, everything was fetched before the fit
             result["validation"] = evaluate(private, held_out)
     traffic = backbone.traffic
     result |= method.report()
